@@ -1,0 +1,1 @@
+"""Hydra YAML: every knob, nothing else."""

@@ -1,0 +1,1 @@
+"""Where the accelerators are: one readable file per kind of job."""

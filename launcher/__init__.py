@@ -1,0 +1,1 @@
+"""Where you type: the commands of the login node."""

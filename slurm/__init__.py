@@ -1,0 +1,1 @@
+"""What the cluster's shell sees: batch scripts, the prologue, the devcluster."""

@@ -1,0 +1,1 @@
+"""Configuration templates of the one-machine Slurm."""

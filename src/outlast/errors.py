@@ -1,0 +1,69 @@
+"""Every error that outlast raises on purpose, and the exit codes of its commands.
+
+::
+
+    OutlastError                 exit 1   something failed; the message says what to do next
+    ├── ConfigError              exit 2   a key, value, group or file is refused, before anything starts
+    ├── RunBusyError             exit 2   another attempt is alive on this run directory
+    ├── CheckpointError          exit 1   a checkpoint could not be written or does not verify
+    └── SlurmError               exit 1   a Slurm command failed or did not answer
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from enum import IntEnum
+from typing import Any
+
+
+class Exit(IntEnum):
+    """Exit codes of every `outlast` command and of every rank."""
+
+    DONE = 0
+    FAILED = 1
+    REFUSED = 2
+    RESUME_ME = 75
+    GAVE_UP = 93
+
+
+class OutlastError(Exception):
+    """Base of all errors whose message is meant for the user as it stands."""
+
+    exit_code = Exit.FAILED
+
+
+class ConfigError(OutlastError):
+    """A configuration that is refused.
+
+    Args:
+        key: dotted key as the user would type it (`trainer.max_steps`).
+        value: what was given.
+        valid: what would have been accepted: a sentence, or the names to choose from.
+    """
+
+    exit_code = Exit.REFUSED
+
+    def __init__(self, key: str, value: Any, valid: str | Iterable[str]) -> None:
+        self.key, self.value = key, value
+        if isinstance(valid, str):
+            hint = valid
+        else:
+            names = sorted(valid)
+            hint = "valid: " + ", ".join(names)
+            close = get_close_matches(str(value), names, n=1)
+            if close:
+                hint = f"did you mean {close[0]}? {hint}"
+        super().__init__(f"{key}: {value!r} is refused; {hint}")
+
+
+class RunBusyError(OutlastError):
+    """Another attempt is alive on the run directory."""
+
+    exit_code = Exit.REFUSED
+
+
+class CheckpointError(OutlastError):
+    """A checkpoint could not be written, or what was read does not verify."""
+
+
+class SlurmError(OutlastError):
+    """A Slurm command failed, timed out, or is not installed."""

@@ -1,0 +1,127 @@
+"""The ledger: what happened to a run, one JSON object a line, only ever appended to.
+
+Every line has `time` (Unix seconds), `attempt` (from 1) and `event`; what else, the event decides (see `EVENTS`).
+Status, report, the requeue policy and the tests read this and nothing else.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure"]
+Event = dict[str, Any]
+
+EVENTS: dict[str, tuple[str, ...]] = {
+    "attempt_started": ("job_id", "restart_count", "hosts", "world_size", "versions"),
+    "resumed": ("step", "checkpoint", "seconds"),
+    "signal": ("name", "step", "deadline_s"),
+    "evaluated": ("step", "metrics"),
+    "checkpoint": ("step", "kind", "bytes", "stall_s", "sealed_s"),
+    "checkpoint_failed": ("step", "kind", "reason"),
+    "quarantined": ("checkpoint", "reason"),
+    "deleted": ("checkpoint", "reason"),
+    "requeued": ("cause", "job_id"),
+    "attempt_ended": ("cause", "step"),
+    "gave_up": ("reason",),
+    "finished": ("step", "seconds"),
+}
+"""Events and the fields that each line of them has; lines may carry further fields."""
+
+
+class Ledger:
+    """Appends to and reads one `ledger.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: str, attempt: int, **values: Any) -> None:
+        """Add one line and flush it to disk. A line torn by an earlier kill is closed first.
+
+        Raises:
+            ValueError: an unknown event, or a field that it must have is missing.
+        """
+        missing = [name for name in EVENTS[event] if name not in values] if event in EVENTS else None
+        if missing is None or missing:
+            raise ValueError(f"ledger event {event!r}: " + (f"missing {missing}" if missing else "unknown"))
+        line = json.dumps({"time": time.time(), "attempt": attempt, "event": event, **values}) + "\n"
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(fd).st_size
+            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+            os.write(fd, (b"\n" if torn else b"") + line.encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def read(self) -> list[Event]:
+        """All whole lines, in order; a torn one (the writer was killed) is left out."""
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        events = []
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and "event" in event:
+                events.append(event)
+        return events
+
+
+@dataclass
+class Attempt:
+    """What the ledger says of one attempt."""
+
+    number: int
+    started: Event | None = None
+    ended: Event | None = None
+    resumed: Event | None = None
+    signals: list[Event] = field(default_factory=list)
+    checkpoints: list[Event] = field(default_factory=list)
+    requeued: Event | None = None
+    last_time: float = 0.0
+
+    @property
+    def last_step(self) -> int:
+        """The furthest step that the ledger can vouch for."""
+        steps = [
+            event["step"] for event in (self.resumed, self.ended, *self.checkpoints) if event is not None
+        ]
+        return max((int(step) for step in steps if step is not None), default=0)
+
+
+def attempts(events: list[Event]) -> list[Attempt]:
+    """The ledger's lines, grouped by attempt, in order."""
+    grouped: dict[int, Attempt] = {}
+    for event in events:
+        attempt = grouped.setdefault(event["attempt"], Attempt(event["attempt"]))
+        attempt.last_time = event["time"]
+        match event["event"]:
+            case "attempt_started":
+                attempt.started = event
+            case "attempt_ended":
+                attempt.ended = event
+            case "resumed":
+                attempt.resumed = event
+            case "requeued":
+                attempt.requeued = event
+            case "signal":
+                attempt.signals.append(event)
+            case "checkpoint":
+                attempt.checkpoints.append(event)
+    return [grouped[number] for number in sorted(grouped)]
+
+
+def finished(events: list[Event]) -> Event | None:
+    """The `finished` line, if the run has one."""
+    return next((event for event in events if event["event"] == "finished"), None)
+
+
+def next_attempt(events: list[Event]) -> int:
+    """The number of the attempt that starts now."""
+    return 1 + sum(event["event"] == "attempt_started" for event in events)
