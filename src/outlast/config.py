@@ -58,9 +58,7 @@ class TinyModel:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "layers", "heads", "max_length"):
-            _require(
-                getattr(self, name) > 0, f"model.{name}", getattr(self, name), "valid: a positive integer"
-            )
+            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "valid: a positive integer")
         _require(
             self.vocab_size >= 300,
             "model.vocab_size",
@@ -108,9 +106,7 @@ class PythonDocs:
 
     def __post_init__(self) -> None:
         _require(self.max_pairs >= 20, "data.max_pairs", self.max_pairs, "valid: 20 or more")
-        _require(
-            0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "valid: between 0 and 1"
-        )
+        _require(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "valid: between 0 and 1")
 
 
 @dataclass(kw_only=True)
@@ -141,9 +137,7 @@ class HubData:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            bool(self.path), "data.path", self.path, "valid: a dataset's name on the hub; data=hub needs it"
-        )
+        _require(bool(self.path), "data.path", self.path, "valid: a dataset's name on the hub; data=hub needs it")
 
 
 @dataclass(kw_only=True)
@@ -182,9 +176,7 @@ class Ddp:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node", "cpus_per_rank"):
-            _require(
-                getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "valid: a positive integer"
-            )
+            _require(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "valid: a positive integer")
         _require(self.gpus_per_rank in (0, 1), "parallel.gpus_per_rank", self.gpus_per_rank, "valid: 0 or 1")
         _require(self.launch == "srun", "parallel.launch", self.launch, "valid: srun")
 
@@ -221,9 +213,7 @@ class SlurmCluster:
 
     def __post_init__(self) -> None:
         _require(self.time_min > 0, "cluster.time_min", self.time_min, "valid: minutes, 1 or more")
-        _require(
-            self.mem_gb is None or self.mem_gb > 0, "cluster.mem_gb", self.mem_gb, "valid: a positive number"
-        )
+        _require(self.mem_gb is None or self.mem_gb > 0, "cluster.mem_gb", self.mem_gb, "valid: a positive number")
 
 
 @dataclass(kw_only=True)
@@ -256,9 +246,7 @@ class CheckpointSection:
     """Optimizer steps between periodic checkpoints."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "valid: a positive integer"
-        )
+        _require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "valid: a positive integer")
 
 
 @dataclass(kw_only=True)

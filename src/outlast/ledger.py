@@ -89,9 +89,7 @@ class Attempt:
     @property
     def last_step(self) -> int:
         """The furthest step that the ledger can vouch for."""
-        steps = [
-            event["step"] for event in (self.resumed, self.ended, *self.checkpoints) if event is not None
-        ]
+        steps = [event["step"] for event in (self.resumed, self.ended, *self.checkpoints) if event is not None]
         return max((int(step) for step in steps if step is not None), default=0)
 
 
@@ -124,4 +122,4 @@ def finished(events: list[Event]) -> Event | None:
 
 def next_attempt(events: list[Event]) -> int:
     """The number of the attempt that starts now."""
-    return 1 + sum(event["event"] == "attempt_started" for event in events)
+    return 1 + max((int(event["attempt"]) for event in events), default=0)

@@ -133,17 +133,13 @@ def _try_flock(fd: int) -> bool:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return (
-                True  # a file system without locks (some Lustre mounts): Slurm's own job id is what is left
-            )
+            return True  # a file system without locks (some Lustre mounts): Slurm's own job id is what is left
         raise
     return True
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    return holder.get("host") == socket.gethostname() and not psutil.pid_exists(
-        int(holder.get("pid", 0) or 0)
-    )
+    return holder.get("host") == socket.gethostname() and not psutil.pid_exists(int(holder.get("pid", 0) or 0))
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
