@@ -5,5 +5,6 @@ Importing the package imports no torch; that happens where training begins.
 """
 
 from .errors import ConfigError, OutlastError, RunBusyError, SlurmError
+from .run import Run, start
 
-__all__ = ["ConfigError", "OutlastError", "RunBusyError", "SlurmError"]
+__all__ = ["ConfigError", "OutlastError", "Run", "RunBusyError", "SlurmError", "start"]

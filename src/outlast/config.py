@@ -7,6 +7,8 @@ will receive it (TRL's `SFTConfig` for `job=sft`).
 
 import hashlib
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from .errors import ConfigError
 
 SIGNALS = ("USR1", "USR2", "TERM")
+JOBS = ("sft", "smoke")
 
 
 def _require(ok: bool, key: str, value: Any, valid: str) -> None:
@@ -43,6 +46,10 @@ class RunSection:
 class JobSection:
     name: str = "sft"
     """Which program of the `jobs` room runs: `sft` or `smoke`."""
+
+    def __post_init__(self) -> None:
+        if self.name not in JOBS:
+            raise ConfigError("job.name", self.name, JOBS)
 
 
 @dataclass(kw_only=True)
@@ -190,6 +197,12 @@ class LocalCluster:
     """This machine, in the foreground."""
 
     kind: str = "local"
+    requeue_delay_s: float = 1.0
+    """Seconds between an attempt that was preempted and the next."""
+
+    def __post_init__(self) -> None:
+        valid = "valid: seconds, 0 or more"
+        _require(self.requeue_delay_s >= 0, "cluster.requeue_delay_s", self.requeue_delay_s, valid)
 
 
 @dataclass(kw_only=True)
@@ -213,7 +226,9 @@ class SlurmCluster:
 
     def __post_init__(self) -> None:
         _require(self.time_min > 0, "cluster.time_min", self.time_min, "valid: minutes, 1 or more")
-        _require(self.mem_gb is None or self.mem_gb > 0, "cluster.mem_gb", self.mem_gb, "valid: a positive number")
+        _require(
+            self.mem_gb is None or 0 < self.mem_gb < math.inf, "cluster.mem_gb", self.mem_gb, "valid: a positive number"
+        )
 
 
 @dataclass(kw_only=True)
@@ -255,7 +270,7 @@ class StorageSection:
     """Bytes that the run directory may take, in GB (10^9 bytes)."""
 
     def __post_init__(self) -> None:
-        _require(self.budget_gb > 0, "storage.budget_gb", self.budget_gb, "valid: a positive number of GB")
+        _require(0 < self.budget_gb < math.inf, "storage.budget_gb", self.budget_gb, "valid: a positive number of GB")
 
     @property
     def budget_bytes(self) -> int:
@@ -333,23 +348,41 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _section(name: str, schema: type, values: dict[str, Any]) -> Any:
+def section(name: str, schema: type, values: dict[str, Any]) -> Any:
     """One section as its dataclass.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or one that the dataclass refuses.
     """
+    known = {f.name: f.type for f in fields(schema)}
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _escaped(values)))
     except ConfigKeyError as error:
-        key = str(error.key)
-        raise ConfigError(name, key, (f.name for f in fields(schema) if f.name != "kind")) from None
+        names = [key for key in known if key != "kind"]
+        raise ConfigError(name, error.key, names or f"{name}={values.get('kind', '')} has no further keys") from None
     except OmegaConfBaseException as error:
-        key = error.full_key or name
-        value = OmegaConf.select(OmegaConf.create(values), key) if error.full_key else values
-        kind = {f.name: f.type for f in fields(schema)}.get(key.split(".")[0], "")
-        kind = getattr(kind, "__name__", str(kind))
-        raise ConfigError(f"{name}.{key}", value, f"valid: a value of type {kind}") from None
+        key = re.split(r"[.\[]", error.full_key or "")[0]
+        if key not in known:
+            raise ConfigError(name, values, str(error).partition("\n")[0]) from None
+        kind = getattr(known[key], "__name__", str(known[key]))
+        raise ConfigError(f"{name}.{key}", values.get(key), f"valid: a value of type {kind}") from None
+
+
+def _escaped(value: Any) -> Any:
+    """A plain value such that OmegaConf takes `${` in its texts (a shell's variables) as it stands."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
+def _mapping(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    values = tree.get(name)
+    _require(values is None or isinstance(values, dict), name, values, "valid: a section with keys of its own")
+    return dict(values or {})
 
 
 def build(tree: dict[str, Any]) -> Config:
@@ -358,12 +391,13 @@ def build(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: it names the key, the value, and what is valid.
     """
+    _require(isinstance(tree, dict), "configuration", tree, "valid: a mapping of sections")
     known = {f.name for f in fields(Config)}
     for key in tree:
         if key not in known:
             raise ConfigError("configuration", key, known)
-    sections: dict[str, Any] = {"seed": tree.get("seed", 42), "trainer": dict(tree.get("trainer") or {})}
-    _require(isinstance(sections["seed"], int), "seed", sections["seed"], "valid: an integer")
+    sections: dict[str, Any] = {"seed": tree.get("seed", 42), "trainer": _mapping(tree, "trainer")}
+    _require(type(sections["seed"]) is int, "seed", sections["seed"], "valid: an integer")
     fixed = {
         "run": RunSection,
         "job": JobSection,
@@ -372,13 +406,13 @@ def build(tree: dict[str, Any]) -> Config:
         "storage": StorageSection,
     }
     for name, schema in fixed.items():
-        sections[name] = _section(name, schema, tree.get(name) or {})
+        sections[name] = section(name, schema, _mapping(tree, name))
     for name, options in SCHEMAS.items():
-        values = tree.get(name) or {}
+        values = _mapping(tree, name)
         kind = values.get("kind", next(iter(options)))
-        if kind not in options:
+        if not isinstance(kind, str) or kind not in options:
             raise ConfigError(name, kind, options)
-        sections[name] = _section(name, options[kind], values)
+        sections[name] = section(name, options[kind], values)
     return Config(**sections)
 
 
@@ -390,7 +424,7 @@ def load(path: Path) -> Config:
     """
     try:
         tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("config.yaml", str(path), f"it can't be read: {error}") from None
     return build(tree)
 

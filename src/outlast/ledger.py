@@ -9,7 +9,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure"]
 Event = dict[str, Any]
@@ -29,6 +29,12 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "finished": ("step", "seconds"),
 }
 """Events and the fields that each line of them has; lines may carry further fields."""
+
+
+class Record(Protocol):
+    """Appends one line for the attempt at hand (on rank 0; elsewhere it does nothing)."""
+
+    def __call__(self, event: str, **values: Any) -> None: ...
 
 
 class Ledger:
@@ -51,7 +57,9 @@ class Ledger:
         try:
             size = os.fstat(fd).st_size
             torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            os.write(fd, (b"\n" if torn else b"") + line.encode())
+            data = (b"\n" if torn else b"") + line.encode()
+            while data:  # one write, but for a disk that fills up: then the second raises
+                data = data[os.write(fd, data) :]
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -68,7 +76,7 @@ class Ledger:
                 event = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(event, dict) and "event" in event:
+            if isinstance(event, dict) and {"time", "attempt", "event"} <= event.keys():
                 events.append(event)
         return events
 

@@ -95,7 +95,7 @@ class RunLock:
                 its ranks are writing their last checkpoint.
         """
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        deadline = time.monotonic() + wait_s
+        deadline = time.monotonic() + max(wait_s, 0.5)  # `outlast status` takes a shared lock for an instant
         orphan_deadline = time.monotonic() + max(wait_s, 60.0)
         while not _try_flock(fd):
             holder = self._holder()

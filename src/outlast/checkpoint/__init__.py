@@ -1,1 +1,6 @@
-"""Store."""
+"""Checkpoints that are either sealed or not there: manifest, store, retention."""
+
+from .manifest import MANIFEST, Manifest, read_manifest, seal, verify
+from .store import CheckpointStore, Sealed
+
+__all__ = ["MANIFEST", "CheckpointStore", "Manifest", "Sealed", "read_manifest", "seal", "verify"]

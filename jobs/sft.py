@@ -1,0 +1,61 @@
+"""`job=sft`: supervised fine-tuning with TRL's SFTTrainer and PEFT.
+
+What is prepared once for all attempts stands in `prepared/` of the run directory: the model built by `model=tiny`, and
+the tokenized, packed data. A resumed attempt reads it and tokenizes nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from outlast.config import Config, TinyModel
+
+from . import data, models, prepared, trainer_args
+
+if TYPE_CHECKING:
+    from outlast import Run
+
+
+def check(config: Config) -> None:
+    """Refuse, before anything starts, what this job would not accept (ConfigError)."""
+    trainer_args.check(config)
+    data.check(config)
+
+
+def main(run: "Run", config: Config) -> None:
+    from trl import SFTTrainer
+
+    args = trainer_args.sft_config(config, run.directory.checkpoints)
+    base = run.directory.prepared / "model"
+    tokenized = run.directory.prepared / "data"
+
+    train, evaluation = _first(run, lambda: prepared.load(tokenized)) or (None, None)
+    raw = train is None
+    if raw:
+        train, evaluation = data.load(config)
+        if isinstance(config.model, TinyModel) and run.rank == 0 and not base.is_dir():
+            run.say("building the model and its tokenizer")
+            texts = data.texts(train)
+            prepared.publish(base, lambda directory: models.prepare_tiny(config, texts, directory))
+        run.agreement.barrier()
+    else:
+        prepared.reuse(args)
+
+    model, tokenizer = models.load(config, base)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation if args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        peft_config=models.peft_config(config),
+    )
+    if raw and run.rank == 0:
+        prepared.save(tokenized, trainer.train_dataset, trainer.eval_dataset)
+    run.train(trainer)
+
+
+def _first(run: "Run", load: Any) -> Any:
+    """What rank 0 finds decides for all: a rank that came later must not find what rank 0 has just written."""
+    found = load() if run.rank == 0 else None
+    if not run.agreement.from_rank_0(found is not None):
+        return None
+    return found if run.rank == 0 else load()

@@ -1,0 +1,85 @@
+"""`job=smoke`: a training loop of one's own, on accelerate, with the same life cycle as `job=sft`.
+
+A small regression with dropout, so that a resume which is not exact shows in the weights. It starts in about three
+seconds and stands in for a real job in tests and drills; `trainer.step_s` makes its steps as long as you like.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outlast.config import Config, section
+
+if TYPE_CHECKING:
+    from outlast import Run
+
+
+@dataclass(kw_only=True)
+class SmokeTrainer:
+    """What `trainer.*` may be for this job."""
+
+    max_steps: int = 200
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 0.01
+    hidden_size: int = 32
+    dataset_size: int = 256
+    step_s: float = 0.0
+    """Seconds to sleep in each step."""
+
+
+def check(config: Config) -> None:
+    """Refuse, before anything starts, what this job would not accept (ConfigError)."""
+    section("trainer", SmokeTrainer, config.trainer)
+
+
+def main(run: "Run", config: Config) -> None:
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from torch import nn
+
+    settings: SmokeTrainer = section("trainer", SmokeTrainer, config.trainer)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), gradient_accumulation_steps=settings.gradient_accumulation_steps
+    )
+    set_seed(config.seed)
+    x = torch.randn(settings.dataset_size, 16)
+    y = x @ torch.randn(16, 1)
+    width = settings.hidden_size
+    model = nn.Sequential(nn.Linear(16, width), nn.Dropout(0.1), nn.ReLU(), nn.Linear(width, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    checkpoint = run.resume_point()
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint.path))
+    step = checkpoint.step if checkpoint else 0
+    run.begin(step)
+
+    def save(directory: Path) -> None:
+        accelerator.save_state(str(directory))
+
+    while step < settings.max_steps:
+        for micro in range(settings.gradient_accumulation_steps):
+            batch = _batch(step * settings.gradient_accumulation_steps + micro, settings, accelerator)
+            with accelerator.accumulate(model):
+                output = model(x[batch].to(accelerator.device))
+                loss = nn.functional.mse_loss(output, y[batch].to(accelerator.device))
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        time.sleep(settings.step_s)
+        step += 1
+        run.step_end(step, save, total=settings.max_steps, loss=loss.item())
+
+    run.finish(step, lambda directory: accelerator.save_model(model, str(directory)))
+
+
+def _batch(index: int, settings: SmokeTrainer, accelerator: "object") -> list[int]:
+    """Rows of micro-batch `index` for this rank: a function of the step alone, so that resuming needs no data state."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes  # type: ignore[attr-defined]
+    size = settings.per_device_train_batch_size
+    first = (index * ranks + rank) * size
+    return [(first + i) % settings.dataset_size for i in range(size)]

@@ -1,0 +1,201 @@
+"""`cluster=local`: attempts in the foreground, one after the other, until the run is done.
+
+The launcher starts one process per rank, shows where they are, and starts the next attempt after one that was
+preempted. It trains nothing itself, so it starts fast and has nothing to lose when it is killed.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+
+from outlast import rank as rank_program
+from outlast import slurm
+from outlast.config import LocalCluster
+from outlast.errors import Exit
+from outlast.ledger import Ledger, attempts, finished, next_attempt
+from outlast.preemption import signals_blocked
+from outlast.progress import read
+from outlast.run import ATTEMPT_ENV, LOCK_FD_ENV
+from outlast.rundir import RunDirectory, RunLock
+
+from .plan import Plan, freeze
+from .progress_bar import ProgressBar
+
+POLL_S = 0.1
+STRAGGLER_S = 10.0
+"""How long the other ranks may outlive the first that left: an orderly leave takes milliseconds."""
+
+
+class Launcher:
+    """Runs one run to its end, or to the point where it was told to stop."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.config = plan.config
+        self.run: RunDirectory = plan.directory
+        self.ledger = Ledger(self.run.ledger)
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.stop_requested = False
+
+    def main(self) -> int:
+        """Returns the exit code of the command."""
+        lock = RunLock(self.run)
+        lock.acquire("outlast train")
+        assert lock.fd is not None
+        with ProgressBar(self.run.path.name, Console(highlight=False)) as bar, self._signals():
+            code = self._attempts(lock.fd, bar)
+        return code
+
+    def _attempts(self, lock_fd: int, bar: ProgressBar) -> int:
+        assert isinstance(self.config.cluster, LocalCluster)
+        if attempts(self.ledger.read()):
+            bar.note(f"resuming {self.run.path}")
+        while True:
+            number = next_attempt(self.ledger.read())
+            code = self._attempt(number, lock_fd, bar)
+            events = self.ledger.read()
+            if finished(events):
+                bar.note(f"finished; the model is in {self.run.final}")
+                return Exit.DONE
+            last = next((a for a in attempts(events) if a.number == number), None)
+            if last is not None and last.ended is None:
+                progress = read(self.run)
+                step = progress.step if progress and progress.attempt == number else last.last_step
+                self.ledger.append("attempt_ended", number, cause="failed", step=step, detail=f"exit code {code}")
+            if code != Exit.RESUME_ME:
+                self._explain(code, number, bar)
+                return code if code in tuple(Exit) else Exit.FAILED
+            if self.stop_requested:
+                bar.note("saved. The same command again resumes.")
+                return Exit.RESUME_ME
+            self.ledger.append("requeued", number, cause="preempted", job_id=None)
+            bar.note(
+                f"attempt {number} was preempted; the next one starts in {self.config.cluster.requeue_delay_s:g} s"
+            )
+            resume_at = time.monotonic() + self.config.cluster.requeue_delay_s
+            while time.monotonic() < resume_at and not self.stop_requested:
+                time.sleep(POLL_S)
+            if self.stop_requested:
+                return Exit.RESUME_ME
+
+    def _attempt(self, number: int, lock_fd: int, bar: ProgressBar) -> int:
+        """Start the ranks, wait until the last has gone, and return what the first to leave said."""
+        with signals_blocked():  # held back in the ranks until their guards are in place
+            self.ranks = [self._start(rank, number, lock_fd) for rank in range(self.config.parallel.world_size)]
+        if self.stop_requested:
+            self._send(signal.SIGTERM)
+        first_code, deadline = None, 0.0
+        while any(process.poll() is None for process in self.ranks):
+            if first_code is None and (gone := [p.returncode for p in self.ranks if p.returncode is not None]):
+                first_code, deadline = next((c for c in gone if c != 0), 0), time.monotonic() + STRAGGLER_S
+            if first_code not in (None, 0) and time.monotonic() > deadline:
+                for process in self.ranks:
+                    if process.poll() is None:
+                        process.kill()
+            progress = read(self.run)
+            bar.update(progress if progress and progress.attempt == number else None)
+            time.sleep(POLL_S)
+        bar.update(read(self.run))
+        codes = [process.returncode for process in self.ranks]
+        if self.ranks[0].returncode in (Exit.RESUME_ME, Exit.GAVE_UP):
+            return codes[0]  # it speaks for all: the others may have been ended in start-up
+        return first_code or next((code for code in codes if code != 0), 0)
+
+    def _start(self, rank: int, number: int, lock_fd: int) -> subprocess.Popen[bytes]:
+        world_size = self.config.parallel.world_size
+        env = slurm.environment_without_job() | {
+            ATTEMPT_ENV: str(number),
+            LOCK_FD_ENV: str(lock_fd),
+            rank_program.PARENT_ENV: str(os.getpid()),
+            "OMP_NUM_THREADS": str(self.config.parallel.cpus_per_rank),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if world_size > 1:
+            if rank == 0:
+                self._port = _free_port()
+            env |= {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self._port),
+            }
+        with open(self.run.log(number, rank), "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "outlast.rank", str(self.run.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                pass_fds=[lock_fd],
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes on what it means
+            )
+
+    def _explain(self, code: int, number: int, bar: ProgressBar) -> None:
+        failed = next((i for i, process in enumerate(self.ranks) if process.returncode == code), 0)
+        log = self.run.log(number, failed)
+        lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        bar.note("\n".join([f"rank {failed} {how}; the end of {log}:", *(f"    {line}" for line in lines)]))
+        if code != Exit.REFUSED:
+            bar.note("The same command again resumes from the newest checkpoint.")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """INT and TERM: save and leave. USR1 and USR2: a preemption, saved and resumed within this command."""
+        asked = {number: signal.getsignal(number) for number in (*_STOP, *_PREEMPT)}
+        for number in asked:
+            signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in asked.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number in _STOP:
+            self.stop_requested = True
+            self._send(signal.SIGTERM)
+        else:
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        for process in self.ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+_STOP = (signal.SIGINT, signal.SIGTERM)
+_PREEMPT = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def train(plan: Plan) -> int:
+    """Run `plan` here, in the foreground.
+
+    Returns:
+        The command's exit code.
+
+    Raises:
+        RunBusyError: the run directory is in use.
+        ConfigError: the run directory holds another run.
+    """
+    run = freeze(plan)
+    if done := finished(Ledger(run.ledger).read()):
+        print(f"{run.path} has finished already, at step {done['step']}; its model is in {run.final}")
+        return Exit.DONE
+    return Launcher(plan).main()

@@ -1,0 +1,114 @@
+"""The plan: everything that `train` would decide, as a value that can be printed before anything starts."""
+
+import importlib
+import json
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from outlast.config import Config, SlurmCluster, dump, load
+from outlast.errors import ConfigError
+from outlast.rundir import RunDirectory, write_atomically
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run, where, and with what."""
+
+    config: Config
+    resources: dict[str, Any]
+    script: str | None
+    """The batch script, as it will be submitted; None for `cluster=local`."""
+    grace: dict[str, Any]
+    storage: dict[str, Any]
+    hazards: list[str] = field(default_factory=list)
+
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.config.directory)
+
+    def as_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["config"]
+        return {"run": str(self.directory.path), **values}
+
+
+def make(config: Config) -> Plan:
+    """Check the configuration with the job that will get it, and decide.
+
+    Raises:
+        ConfigError: a value that the job, or the cluster, would not accept.
+        SlurmError: `cluster=slurm` on a machine without Slurm.
+    """
+    try:
+        job = importlib.import_module(f"outlast.jobs.{config.job.name}")
+        check = job.check
+    except (ModuleNotFoundError, AttributeError):
+        raise ConfigError("job.name", config.job.name, _job_names()) from None
+    check(config)
+    parallel, cluster, hazards, script = config.parallel, config.cluster, [], None
+    grace: dict[str, Any] = {"signals": ["TERM", "USR1", "USR2"]}
+    if isinstance(cluster, SlurmCluster):
+        from .submit import batch_script
+
+        lead_s, limit_s = config.preemption.lead_s, cluster.time_min * 60
+        if lead_s >= limit_s:
+            raise ConfigError("preemption.lead_s", lead_s, f"valid: less than the time limit ({limit_s} s)")
+        grace |= {"signal": config.preemption.signal, "lead_s": lead_s, "time_limit_s": limit_s}
+        if lead_s * 4 > limit_s:
+            hazards.append(f"each attempt stops {lead_s} s before its time limit of {limit_s} s: much of it is lost")
+        script = batch_script(config)
+    return Plan(
+        config=config,
+        resources={
+            "cluster": cluster.kind,
+            "nodes": parallel.nodes,
+            "ranks": parallel.world_size,
+            "cpus_per_rank": parallel.cpus_per_rank,
+            "gpus_per_rank": parallel.gpus_per_rank,
+        },
+        script=script,
+        grace=grace,
+        storage={
+            "budget_gb": config.storage.budget_gb,
+            "save_total_limit": config.trainer.get("save_total_limit"),
+        },
+        hazards=hazards,
+    )
+
+
+def freeze(plan: Plan) -> RunDirectory:
+    """Write the plan and its configuration into the run directory, or find that they are there.
+
+    A run directory belongs to one value of what decides the weights. Resources, preemption, checkpoint interval and
+    budget may be changed from one submission to the next.
+
+    Raises:
+        ConfigError: the directory holds another run.
+    """
+    run, config = plan.directory, plan.config
+    if run.config.exists():
+        changed = config.differences(load(run.config))
+        if changed:
+            changes = "; ".join(
+                f"{key} is {mine!r}, the run was made with {its!r}" for key, (mine, its) in changed.items()
+            )
+            raise ConfigError(
+                "run.name", run.path.name, f"that run is another one: {changes}. Choose another run.name."
+            )
+    elif run.path.exists() and any(run.path.iterdir()):
+        raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
+    run.create()
+    write_atomically(run.plan, json.dumps(plan.as_dict(), indent=1))
+    write_atomically(run.config, dump(config))
+    return run
+
+
+def shell_file(name: str) -> Path:
+    """A file of the `slurm` room, where it is installed."""
+    return Path(str(resources.files("outlast.shell"))) / name
+
+
+def _job_names() -> list[str]:
+    return sorted(Path(str(path)).stem for path in Path(str(resources.files("outlast.conf"))).glob("job/*.yaml"))

@@ -1,0 +1,16 @@
+# Sourced by every job's batch script, before `srun`. Site settings (modules, environment) go into a file of your own,
+# named by OUTLAST_SITE_PROLOGUE.
+
+# A signal to the batch shell must not end it while its ranks are saving.
+trap : TERM USR1 USR2
+
+if [ -n "${OUTLAST_SITE_PROLOGUE:-}" ]; then
+    . "$OUTLAST_SITE_PROLOGUE"
+fi
+
+# Hold signals back in a rank until its guard is in place: they stay pending instead of killing an interpreter that is
+# still starting. `env --block-signal` is in GNU coreutils 8.31 and later; without it that first half second is open.
+OUTLAST_HOLD=(env)
+if env --block-signal=TERM,USR1,USR2 true 2>/dev/null; then
+    OUTLAST_HOLD=(env --block-signal=TERM,USR1,USR2)
+fi

@@ -1,0 +1,162 @@
+"""The preemption guard: signals become a flag, and the loop acts on it.
+
+TERM, USR1 and USR2 all mean "save and leave": Slurm's default preemption sends TERM, `--signal` sends whatever it was
+told to, and neither is under the job's control. The handler sets the flag, notes the time and returns. A thread
+reads the interpreter's wake-up descriptor, so that a signal is noticed at once also while the main thread is inside
+one long C call; during start-up, when no loop polls the flag yet, that thread is what lets the job leave.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+_active: "PreemptionGuard | None" = None
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Hold the three signals back in this thread; a process started inside inherits that.
+
+    A rank started this way keeps an early signal pending until its guard is in place, and a helper command such as
+    `scontrol` is not cut down by the TERM that Slurm sends to every process of the step.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class PreemptionGuard:
+    """One per process, installed first of all in the main thread.
+
+    Args:
+        on_startup: called in the guard's thread with the signal's name when a signal comes before
+            :meth:`end_startup`. It is expected to end the process.
+        on_signal: called in the guard's thread at the first signal after start-up, to prepare what the loop will
+            need (asking Slurm why).
+    """
+
+    def __init__(
+        self,
+        on_startup: Callable[[str], None] | None = None,
+        on_signal: Callable[[], None] | None = None,
+    ) -> None:
+        self.requested: str | None = None
+        """Name of the first signal ("TERM", "USR1", "USR2", or "clock"), or None. Later ones change nothing."""
+        self.requested_at = 0.0
+        """When it came, Unix seconds."""
+        self.end_time: float | None = None
+        """When the job will be killed anyway, Unix seconds, if that is known (its time limit)."""
+        self.lead_s = 90.0
+        self.on_startup = on_startup
+        self.on_signal = on_signal
+        self._pid = os.getpid()
+        self._in_startup = True
+        self._startup_lock = threading.Lock()
+
+    def install(self) -> None:
+        """Set the handlers, start the watching thread, and let signals that were held back through.
+
+        Raises:
+            RuntimeError: another guard is active in this process, or this is not the main thread.
+        """
+        global _active
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("the preemption guard must be installed in the main thread")
+        if _active is not None:
+            raise RuntimeError("a preemption guard is already active in this process")
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        threading.Thread(target=self._watch, name="outlast-preemption-guard", daemon=True).start()
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        _active = self
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def uninstall(self) -> None:
+        """Give the default actions back: for a process that goes on after its run has finished."""
+        global _active
+        if _active is not self:
+            return
+        _active = None
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        self._write.close()
+
+    def request(self, name: str) -> None:
+        """Ask for a stop, as a signal does. Only the first request counts."""
+        if self.requested is None:
+            self.requested_at = time.time()
+            self.requested = name
+
+    def end_startup(self) -> None:
+        """From here on the loop polls :meth:`poll`; a signal no longer ends the process by itself."""
+        with self._startup_lock:  # waits, if the thread is on its way out with the process
+            self._in_startup = False
+
+    def poll(self) -> str | None:
+        """The name of the signal, if this process was asked to stop; its own clock asks near the time limit."""
+        if self.requested is None and self.end_time is not None and time.time() >= self.end_time - self.lead_s:
+            self.request("clock")
+        return self.requested
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._pid:
+            self.request(signal.Signals(number).name.removeprefix("SIG"))
+
+    def _watch(self) -> None:
+        prepared = False
+        while data := self._read.recv(64):
+            names = [signal.Signals(byte).name.removeprefix("SIG") for byte in data if byte in SIGNALS]
+            if not names:
+                continue
+            self.request(names[0])
+            with self._startup_lock:
+                if self._in_startup and self.on_startup is not None:
+                    self.on_startup(names[0])
+            if self.on_signal is not None and not prepared:
+                prepared = True
+                self.on_signal()
+
+
+def shield_worker(worker_id: int = 0) -> None:
+    """`worker_init_fn` for a `DataLoader`: its workers ignore the three signals.
+
+    Slurm signals every process of a step. PyTorch's workers die from TERM, and the loader then fails the step that the
+    main process would have finished and saved. A worker leaves when its parent does, without being told.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _before_fork() -> None:
+    if _active is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _after_fork_in_parent() -> None:
+    if _active is not None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _after_fork_in_child() -> None:
+    # The child shares the parent's wake-up descriptor: it must let go of it before it can receive a signal.
+    global _active
+    if _active is not None:
+        _active = None
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

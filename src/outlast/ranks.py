@@ -1,0 +1,77 @@
+"""Ranks and their agreement: small collectives on a gloo group of their own, beside the one that trains."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Agreement:
+    """What all ranks decide together. With one rank every answer is its own, and torch is not imported.
+
+    The group is made at the first use, which every rank must reach at the same point, after `torch.distributed` has
+    been initialized (by accelerate, or by the Trainer's arguments).
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = rank(), world_size()
+        self._group: ProcessGroup | None = None
+
+    def maximum(self, value: int) -> int:
+        """The largest `value` of any rank, on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor([value], dtype=torch.int32)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._side_group())
+        return int(tensor.item())
+
+    def all_ok(self, ok: bool) -> bool:
+        """Whether `ok` holds on every rank."""
+        return self.maximum(0 if ok else 1) == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.maximum(0)
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank. It must be of plain Python types."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._side_group())
+        return box[0]
+
+    def close(self) -> None:
+        """Leave the process groups, so that no communicator outlives an orderly exit."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        self._group = None
+
+    def _side_group(self) -> "ProcessGroup":
+        if self._group is None:
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                raise RuntimeError(
+                    f"WORLD_SIZE is {self.world_size}, but torch.distributed is not initialized: create the "
+                    "Accelerator, or the Trainer's arguments, before resuming the run"
+                )
+            self._group = dist.new_group(backend="gloo")
+        return self._group

@@ -1,0 +1,400 @@
+"""One attempt at a run, from start to leave: what every training loop, Hugging Face's or one's own, calls.
+
+The way of a signal: `preemption.py` sets the flag; :meth:`Run.should_stop` lets all ranks agree at a step's end;
+:meth:`Run.checkpoint` has them save that step (`checkpoint/store.py`); :meth:`Run.leave` requeues the job
+(`requeue.py`, `slurm.py`) and ends the process.
+"""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import slurm
+from .checkpoint import CheckpointStore, Manifest, Sealed
+from .config import CheckpointSection, PreemptionSection, StorageSection
+from .errors import CheckpointError, Exit, OutlastError, SlurmError
+from .ledger import Cause, Ledger, attempts, finished, next_attempt
+from .preemption import PreemptionGuard
+from .progress import ProgressWriter, read
+from .ranks import Agreement
+from .requeue import Departure
+from .rundir import RunDirectory, RunLock
+from .storage import bytes_used
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+VERSIONS = ("outlast", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+STOP_NAMES = ("", "clock", "USR1", "USR2", "TERM")
+ATTEMPT_ENV = "OUTLAST_ATTEMPT"
+LOCK_FD_ENV = "OUTLAST_LOCK_FD"
+
+
+class AlreadyFinished(SystemExit):
+    """Raised by :func:`start` on a run that has finished: the process ends well, having done nothing."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(int(Exit.DONE))
+        self.step = step
+
+
+def start(
+    directory: str | Path,
+    *,
+    every_steps: int | None = None,
+    budget_gb: float = 10.0,
+    lead_s: int = 90,
+    max_requeues: int = 1000,
+) -> "Run":
+    """Begin, or go on with, a run. Call it first: signals are caught from here on.
+
+    Args:
+        directory: the run directory; made if need be. On a cluster, on a file system that all nodes share.
+        every_steps: optimizer steps between periodic checkpoints; None leaves it to the loop (a Trainer's own
+            `save_steps`).
+        budget_gb: what the run directory may take, in GB (10^9 bytes).
+        lead_s: seconds before the job's time limit at which to save and leave if no signal has come.
+        max_requeues: requeues after which the run gives up.
+
+    Raises:
+        AlreadyFinished: (a `SystemExit` with code 0) the run has finished before.
+        RunBusyError: another attempt is alive on the directory.
+    """
+    guard = PreemptionGuard()
+    guard.install()
+    return Run(
+        RunDirectory(Path(directory).absolute()),
+        guard,
+        PreemptionSection(lead_s=lead_s, max_requeues=max_requeues),
+        CheckpointSection(every_steps=every_steps) if every_steps else None,
+        StorageSection(budget_gb=budget_gb),
+    )
+
+
+def attempt_number(run: RunDirectory, job: slurm.SlurmJob | None) -> int:
+    """Number of the attempt that this process belongs to; the same on every rank of a job."""
+    if ATTEMPT_ENV in os.environ:
+        return int(os.environ[ATTEMPT_ENV])
+    events = Ledger(run.ledger).read()
+    if job is not None:
+        for event in events:
+            started = event["event"] == "attempt_started" and event["job_id"] == job.job_id
+            if started and event["restart_count"] == job.restart_count:
+                return int(event["attempt"])
+    return next_attempt(events)
+
+
+class Run:
+    """The attempt that this process, as one rank, takes part in."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        guard: PreemptionGuard,
+        preemption: PreemptionSection,
+        checkpoint: CheckpointSection | None,
+        storage: StorageSection,
+    ) -> None:
+        self.directory = directory
+        self.every_steps = checkpoint.every_steps if checkpoint else None
+        self._preemption = preemption
+        self._started = time.time()
+        self._guard = guard
+        self._job = slurm.current()
+        slurm.export_ranks()
+        self.agreement = Agreement()
+        self._ledger = Ledger(directory.ledger)
+        events = self._ledger.read()
+        if done := finished(events):
+            self.say(f"{directory.path} has finished already, at step {done['step']}; nothing to do")
+            raise AlreadyFinished(done["step"])
+        directory.create()
+        self._lock = RunLock(directory)
+        if self.rank == 0 and LOCK_FD_ENV not in os.environ:
+            # A predecessor of the same job may still be on its way out, on another node.
+            self._lock.acquire(f"job {self._job.job_id}" if self._job else "a training script", wait_s=60.0)
+        self.attempt = attempt_number(directory, self._job)
+        self.store = CheckpointStore(directory, self.agreement, self.record, budget_bytes=storage.budget_bytes)
+        self.progress = ProgressWriter(directory)
+        self.progress.now.attempt, self.progress.now.budget_bytes = self.attempt, storage.budget_bytes
+        self._newest_step: int | None = None
+        self._departure = Departure(
+            self.record, self.say, self._ledger, self._job if self.rank == 0 else None, preemption
+        )
+        guard.on_startup, guard.lead_s = self._leave_in_startup, preemption.lead_s
+        if self.rank == 0:
+            guard.on_signal = self._departure.ask_slurm
+            self._open_attempt()
+
+    @property
+    def rank(self) -> int:
+        return self.agreement.rank
+
+    @property
+    def final(self) -> Path:
+        """Where the finished model goes."""
+        return self.directory.final
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all ranks have agreed to save and leave."""
+        return self._departure.signal is not None
+
+    def say(self, text: str) -> None:
+        """Print a line in the log (rank 0 only)."""
+        if self.agreement.rank == 0:
+            print(f"[outlast] {text}", flush=True)
+
+    def record(self, event: str, **values: Any) -> None:
+        """Append a line to the ledger (rank 0 only)."""
+        if self.rank == 0:
+            self._ledger.append(event, self.attempt, **values)
+
+    def _open_attempt(self) -> None:
+        before = attempts(self._ledger.read())
+        if before and before[-1].ended is None and before[-1].number != self.attempt:
+            last = read(self.directory)
+            step = last.step if last and last.attempt == before[-1].number else before[-1].last_step
+            cause: Cause = "node_failure" if self._job and self._job.restart_count else "failed"
+            self._ledger.append("attempt_ended", before[-1].number, cause=cause, step=step, detail="killed")
+        self.store.sweep()
+        job = self._job
+        hosts = slurm.hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
+        self.record(
+            "attempt_started",
+            job_id=job.job_id if job else None,
+            restart_count=job.restart_count if job else 0,
+            hosts=hosts,
+            world_size=self.agreement.world_size,
+            versions=_versions(),
+        )
+        self.say(f"attempt {self.attempt} on {', '.join(hosts)}, {self.agreement.world_size} rank(s)")
+        self._update_progress(phase="starting")
+        if job is None:
+            return
+        try:
+            view = slurm.show_job(job.job_id, timeout_s=5.0)
+        except SlurmError as error:
+            self.say(f"Slurm did not say when this job ends ({error}); its signal is what is left")
+            return
+        self._guard.end_time = view.end_time
+        if view.end_time is not None:
+            self._guard.lead_s = min(self._preemption.lead_s, max(view.end_time - time.time(), 0.0) / 2)
+        if view.preempt_time is not None and view.preempt_time >= (view.start_time or 0.0):
+            self._leave_in_startup("TERM")  # its signal came before this process could catch one
+
+    # Resume -----------------------------------------------------------------------------------------------------
+
+    def resume_point(self) -> Sealed | None:
+        """The newest checkpoint that verifies, or None on a fresh run. All ranks call it together.
+
+        Raises:
+            CheckpointError: the newest one was made by another number of ranks.
+        """
+        step, problem = None, None
+        if self.rank == 0:
+            try:
+                newest = self.store.newest_verified()
+                step = newest.step if newest else None
+            except CheckpointError as error:
+                problem = error
+        step, problem_text, self.attempt = self.agreement.from_rank_0(
+            (step, str(problem) if problem else None, self.attempt)
+        )
+        if problem_text is not None:
+            raise problem or CheckpointError(problem_text)
+        self._newest_step = step
+        return next((c for c in self.store.sealed() if c.step == step), None) if step is not None else None
+
+    def begin(self, step: int) -> None:
+        """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together."""
+        seconds = time.time() - self._started
+        if self._newest_step is not None:
+            name = self.store.path(self._newest_step).name
+            self.record("resumed", step=step, checkpoint=name, seconds=seconds)
+            self.say(f"resumed from {name} after {seconds:.1f} s")
+        self._guard.end_startup()
+        self._update_progress(phase="training", step=step)
+        if self.should_stop(step):
+            self.leave(step)
+
+    # The loop ---------------------------------------------------------------------------------------------------
+
+    def should_stop(self, step: int) -> bool:
+        """Whether any rank was asked to stop: one small reduction, at the same point on all ranks."""
+        if not self.stopping:
+            agreed = self.agreement.maximum(STOP_NAMES.index(self._guard.poll() or ""))
+            if agreed:
+                self._departure.announce(STOP_NAMES[agreed], self._guard, step)
+        return self.stopping
+
+    def step_end(
+        self, step: int, save: Callable[[Path], None], *, total: int | None = None, loss: float | None = None
+    ) -> None:
+        """For a hand-written loop: `step` optimizer steps are done. Saves if it is time to; leaves if asked to.
+
+        Args:
+            save: called on every rank with an existing directory; writes all that a resume needs into it.
+            total: optimizer steps in all, for the progress bar.
+            loss: the last loss, for the progress bar.
+        """
+        self._update_progress(step=step, total_steps=total, loss=loss)
+        if self.should_stop(step):
+            self.checkpoint(step, save)
+            self.leave(step)
+        if self.every_steps and step % self.every_steps == 0:
+            self.checkpoint(step, save)
+
+    def checkpoint(self, step: int, save: Callable[[Path], None], *, pending_evaluation: bool = False) -> Sealed | None:
+        """Save `step` on all ranks: an emergency checkpoint if the run is stopping, else a periodic one.
+
+        Returns:
+            The sealed checkpoint, or None if it could not be written (the ledger says why; what was there before
+            stands). A step that has a sealed checkpoint already is not written again.
+        """
+        if self._newest_step == step:
+            return Sealed(self.store.path(step), self._read_newest())
+        kind = "emergency" if self.stopping else "periodic"
+        began = time.time()
+        self._update_progress(phase="saving", step=step, force=True)
+        fits = self.agreement.from_rank_0(self.store.make_room(for_emergency=self.stopping) if self.rank == 0 else None)
+        sealed, reason = None, "it would exceed storage.budget_gb, and no older checkpoint may be deleted"
+        if fits or self.stopping:
+            manifest = Manifest(
+                step=step,
+                kind=kind,
+                world_size=self.agreement.world_size,
+                time=began,
+                pending_evaluation=pending_evaluation,
+                versions=_versions(),
+            )
+            try:
+                sealed = self.store.save(save, manifest)
+            except CheckpointError as error:
+                reason = str(error)
+        now = time.time()
+        if sealed is None:
+            self.record("checkpoint_failed", step=step, kind=kind, reason=reason)
+            self.say(f"WARNING: {kind} checkpoint of step {step} was not written: {reason}")
+        else:
+            self._newest_step = step
+            waited = now - (self._departure.asked_at if self.stopping else began)
+            self.record("checkpoint", step=step, kind=kind, bytes=sealed.bytes, stall_s=now - began, sealed_s=waited)
+            self.progress.now.checkpoint_step, self.progress.now.checkpoint_time = step, now
+        self._update_progress(phase="training", force=True)
+        return sealed
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Note an evaluation that ran to its end."""
+        self.record("evaluated", step=step, metrics=metrics)
+
+    # The end ----------------------------------------------------------------------------------------------------
+
+    def leave(self, step: int) -> NoReturn:
+        """Requeue the job, once, and end this process; all ranks call it together, everything being saved."""
+        code = self._departure.requeue(step) if self.rank == 0 else 0
+        code = self.agreement.from_rank_0(code)
+        self.agreement.close()
+        _exit(code)
+
+    def finish(self, step: int, save: Callable[[Path], None] | None = None) -> None:
+        """The run is done after `step` steps: publish the model and say so. All ranks call it together.
+
+        Args:
+            save: called on every rank with an existing directory; writes the finished model into it.
+
+        Raises:
+            CheckpointError: the model could not be written; the run is not finished.
+        """
+        if save is not None:
+            began = time.time()
+            manifest = Manifest(step=step, kind="final", world_size=self.agreement.world_size, time=began)
+            sealed = self.store.save(save, manifest)
+            spent = time.time() - began
+            self.record("checkpoint", step=step, kind="final", bytes=sealed.bytes, stall_s=spent, sealed_s=spent)
+        self.agreement.barrier()
+        if self.rank == 0:
+            first = attempts(self._ledger.read())[0].started
+            seconds = time.time() - (first["time"] if first else self._started)
+            self.record("attempt_ended", cause="finished", step=step)
+            self.record("finished", step=step, seconds=seconds)
+            self._update_progress(phase="done", step=step, force=True)
+        self.say(f"finished at step {step}; the model is in {self.final}")
+        self._lock.release()
+
+    def train(self, trainer: "Trainer") -> Any:
+        """Train with a Hugging Face Trainer (any subclass), from where the run stands, to the end.
+
+        Saves what `trainer.save_model` writes as `final/` and finishes the run. When the job is preempted this does
+        not return: the process ends with exit code 75, and the next attempt goes on from the same step.
+
+        Returns:
+            The Trainer's `TrainOutput`.
+        """
+        from .trainer import train
+
+        output = train(self, trainer)
+        self._guard.uninstall()
+        return output
+
+    def fail(self, error: BaseException) -> int:
+        """Note that this attempt ended by an exception.
+
+        Returns:
+            The exit code. An error raised while the job is being taken away (a worker killed, a peer gone) counts as
+            the preemption that caused it: the last sealed checkpoint stands, and the job is requeued.
+        """
+        step = self.progress.now.step
+        if self._guard.requested is not None and not isinstance(error, OutlastError) and self.rank == 0:
+            self.say(f"{type(error).__name__} while leaving: {error}")
+            self._departure.announce(self._guard.requested, self._guard, step)
+            return self._departure.requeue(step)
+        ended = {e["attempt"] for e in self._ledger.read() if e["event"] == "attempt_ended"}
+        if self.attempt not in ended:
+            text = f"{type(error).__name__}: {error}"
+            self._ledger.append(
+                "attempt_ended", self.attempt, cause="failed", step=step, rank=self.rank, error=text[:2000]
+            )
+        return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
+
+    def _read_newest(self) -> Manifest:
+        return next(c.manifest for c in self.store.sealed() if c.step == self._newest_step)
+
+    def _update_progress(self, *, force: bool = False, **values: Any) -> None:
+        if self.rank == 0:
+            if force:
+                values["bytes_used"] = bytes_used(self.directory.path)
+            self.progress.update(force=force, **values)
+
+    def _leave_in_startup(self, name: str) -> None:
+        """A signal before the first step: nothing to save. Runs in the guard's thread; rank 0 acts for all.
+
+        The other ranks wait for the end that the requeue brings; if only one of them was signalled, the first
+        agreement finds its flag.
+        """
+        if self.rank == 0:
+            step = max((checkpoint.step for checkpoint in self.store.sealed()), default=0)
+            self._departure.announce(name, self._guard, step)
+            _exit(self._departure.requeue(step))
+
+
+def _exit(code: int) -> NoReturn:
+    """End at once: no atexit hooks, no destructors, nothing that could take time or fail."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,263 @@
+"""The seam to Hugging Face's Trainer and its subclasses (SFTTrainer, DPOTrainer, ...).
+
+The Trainer keeps its loop, its optimizer, its data order and its file formats. The seam decides when it saves, where
+the files go (the store's staging area instead of `checkpoint-N` itself), what is deleted, and when it stops:
+
+- A stop is agreed at a step's end and inside evaluation. If the step also ends an epoch, the save waits for
+  `on_epoch_end`, which follows at once, so that an evaluation due there is known.
+- An evaluation that is due or is cut short is not run in the grace period. The checkpoint says `pending_evaluation`,
+  and the random state in it is from before the evaluation; the next attempt evaluates first, then goes on. So the
+  metrics, the best checkpoint and the random numbers are those of a run never interrupted.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from .checkpoint import Sealed
+from .preemption import shield_worker
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from .run import Run
+
+
+class _EvaluationCut(Exception):
+    """Raised out of an evaluation when the ranks have agreed to leave."""
+
+
+class _Shielded:
+    """A DataLoader's `worker_init_fn`, preceded by :func:`shield_worker`. A class, so that it can be pickled."""
+
+    def __init__(self, inner: Callable[[int], None] | None) -> None:
+        self.inner = inner
+
+    def __call__(self, worker_id: int) -> None:
+        shield_worker(worker_id)
+        if self.inner is not None:
+            self.inner(worker_id)
+
+
+def train(run: "Run", trainer: "Trainer") -> Any:
+    """Train `trainer` from the newest checkpoint of `run` to the end, and publish the model as `final/`.
+
+    Returns:
+        The Trainer's `TrainOutput`. When the job is preempted this does not return.
+    """
+    seam = _Seam(run, trainer)
+    checkpoint = seam.resume_from()
+    output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    run.finish(trainer.state.global_step, lambda directory: seam.save_model(directory))
+    return output
+
+
+class _Seam(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, run: "Run", trainer: "Trainer") -> None:
+        self.run, self.trainer = run, trainer
+        self.checkpoint: Sealed | None = None
+        self.pending_evaluation = False
+        self.done = False
+        self.rng_after_pending: dict[str, Any] | None = None
+        self._evaluations = 0  # evaluate() calls itself for each of several datasets
+
+        args = trainer.args
+        args.output_dir = str(run.directory.checkpoints)
+        run.store.limit, args.save_total_limit = args.save_total_limit, None
+        self._save_checkpoint, self._evaluate = trainer._save_checkpoint, trainer.evaluate
+        self._load_rng_state = trainer._load_rng_state
+        trainer._save_checkpoint = self.save
+        trainer.evaluate = self.evaluate
+        trainer._load_rng_state = self.load_rng_state
+        for name in ("get_train_dataloader", "get_eval_dataloader"):
+            setattr(trainer, name, _shield_loader(getattr(trainer, name)))
+        trainer.add_callback(self)
+
+    def resume_from(self) -> Sealed | None:
+        self.checkpoint = self.run.resume_point()
+        return self.checkpoint
+
+    # Callbacks --------------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        self.run.progress.now.total_steps = state.max_steps
+        self._point_at_best(state)
+        self.run.begin(state.global_step)
+        if self.checkpoint is not None and self.checkpoint.manifest.pending_evaluation:
+            self._evaluate_pending()
+        # A Trainer that is resumed at its last step would take one more.
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            self.done = True
+            self.trainer.get_batch_samples = lambda *_: ([], None)
+
+    def on_step_end(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        step, every = state.global_step, self.run.every_steps
+        self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
+        if every and step % every == 0:
+            control.should_save = True
+        if self.run.should_stop(step):
+            self.pending_evaluation = control.should_evaluate
+            control.should_evaluate = False
+            epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
+            control.should_save = not epoch_ends
+
+    def on_epoch_end(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        if self.done:
+            control.should_training_stop = True
+            control.should_evaluate = control.should_save = control.should_log = False
+        elif self.run.stopping:
+            self.pending_evaluation |= control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = True
+
+    def on_prediction_step(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        if self._evaluations and self.run.should_stop(state.global_step):
+            raise _EvaluationCut
+
+    def on_log(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs and self.run.rank == 0:
+            self.run.progress.update(loss=logs["loss"])
+
+    # In place of the Trainer's own ------------------------------------------------------------------------------
+
+    def save(self, model: Any, trial: Any) -> None:
+        """Instead of `Trainer._save_checkpoint`: the same files, through the store. Leaves if the run is stopping."""
+        state = self.trainer.state
+        self.run.store.best_step = state.best_global_step
+        self.run.checkpoint(
+            state.global_step,
+            lambda staged: self._write(staged, model, trial),
+            pending_evaluation=self.pending_evaluation,
+        )
+        self._point_at_best(state)
+        if self.run.stopping:
+            self.run.leave(state.global_step)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Instead of `Trainer.evaluate`: in training, it can be cut short by a stop and is noted when it is whole."""
+        if not self.trainer.is_in_train or self._evaluations:
+            return dict(self._evaluate(*args, **kwargs))
+        before = _random_state()
+        self._evaluations += 1
+        self._progress("evaluating")
+        try:
+            metrics = dict(self._evaluate(*args, **kwargs))
+        except _EvaluationCut:
+            _set_random_state(before)
+            self.pending_evaluation = True
+            self.save(self.trainer.model_wrapped, None)  # does not return: the run is stopping
+            raise
+        finally:
+            self._evaluations -= 1
+        self._progress("training")
+        self.run.evaluated(self.trainer.state.global_step, {k: v for k, v in metrics.items() if "_per_" not in k})
+        return metrics
+
+    def load_rng_state(self, checkpoint: str | None) -> None:
+        """Instead of `Trainer._load_rng_state`: an evaluation that was made up for has used random numbers too."""
+        self._load_rng_state(checkpoint)
+        if self.rng_after_pending is not None:
+            _set_random_state(self.rng_after_pending)
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _evaluate_pending(self) -> None:
+        assert self.checkpoint is not None
+        trainer, state = self.trainer, self.trainer.state
+        self.run.say(f"step {state.global_step}: making up for the evaluation that was cut short")
+        self._load_rng_state(str(self.checkpoint.path))
+        metrics = trainer._evaluate(None, None)
+        trainer._determine_best_metric(metrics, None)
+        self._point_at_best(state)
+        self.rng_after_pending = _random_state()
+
+    def _point_at_best(self, state: "TrainerState") -> None:
+        """Say where the best checkpoint is. The path in a saved state may be from before the run was moved."""
+        if state.best_global_step:
+            path = self.run.store.path(state.best_global_step)
+            state.best_model_checkpoint = str(path) if path.is_dir() else None
+            self.run.store.best_step = state.best_global_step
+
+    def _write(self, staged: Path, model: Any, trial: Any) -> None:
+        trainer, state = self.trainer, self.trainer.state
+        with self._quiet(staged.parent):
+            self._save_checkpoint(model, trial)
+        # The Trainer took the staging area for its output directory when it noted where the best checkpoint is.
+        if state.best_global_step:
+            state.best_model_checkpoint = str(self.run.store.path(state.best_global_step))
+        if trainer.args.should_save:
+            state.save_to_json(str(staged / "trainer_state.json"))
+
+    def save_model(self, directory: Path) -> None:
+        with self._quiet(directory):
+            self.trainer.save_model(str(directory))
+
+    @contextmanager
+    def _quiet(self, output: Path) -> Iterator[None]:
+        """While the Trainer saves: `output` is its output directory, no model card, no question to the hub."""
+        trainer, offline = self.trainer, os.environ.get("HF_HUB_OFFLINE")
+        trainer._get_output_dir = lambda trial: str(output)
+        trainer.create_model_card = lambda *_, **__: None
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        try:
+            yield
+        finally:
+            del trainer._get_output_dir, trainer.create_model_card
+            os.environ.pop("HF_HUB_OFFLINE")
+            if offline is not None:
+                os.environ["HF_HUB_OFFLINE"] = offline
+
+    def _progress(self, phase: str) -> None:
+        if self.run.rank == 0:
+            self.run.progress.update(phase=phase)
+
+
+def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:
+    def shielded(*args: Any, **kwargs: Any) -> Any:
+        loader = get(*args, **kwargs)
+        if getattr(loader, "num_workers", 0) and not isinstance(loader.worker_init_fn, _Shielded):
+            loader.worker_init_fn = _Shielded(loader.worker_init_fn)
+        return loader
+
+    return shielded
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.random.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.random.set_rng_state_all(state["cuda"])
