@@ -7,6 +7,7 @@ the tokenized, packed data. A resumed attempt reads it and tokenizes nothing.
 from typing import TYPE_CHECKING, Any
 
 from outlast.config import Config, TinyModel
+from outlast.errors import OutlastError
 
 from . import data, models, prepared, trainer_args
 
@@ -58,4 +59,8 @@ def _first(run: "Run", load: Any) -> Any:
     found = load() if run.rank == 0 else None
     if not run.agreement.from_rank_0(found is not None):
         return None
-    return found if run.rank == 0 else load()
+    if run.rank != 0:
+        found = load()
+        if found is None:
+            raise OutlastError(f"{run.directory.prepared}: rank 0 sees the prepared data, rank {run.rank} does not")
+    return found

@@ -71,7 +71,7 @@ class Launcher:
                 self.ledger.append("attempt_ended", number, cause="failed", step=step, detail=f"exit code {code}")
             if code != Exit.RESUME_ME:
                 self._explain(code, number, bar)
-                return code if code in tuple(Exit) else Exit.FAILED
+                return code if code in (Exit.REFUSED, Exit.GAVE_UP) else Exit.FAILED
             if self.stop_requested:
                 bar.note("saved. The same command again resumes.")
                 return Exit.RESUME_ME
@@ -106,7 +106,8 @@ class Launcher:
         codes = [process.returncode for process in self.ranks]
         if self.ranks[0].returncode in (Exit.RESUME_ME, Exit.GAVE_UP):
             return codes[0]  # it speaks for all: the others may have been ended in start-up
-        return first_code or next((code for code in codes if code != 0), 0)
+        # A rank that was killed is the cause; what its peers then raised is the effect.
+        return min((code for code in codes if code < 0), default=first_code or max(codes))
 
     def _start(self, rank: int, number: int, lock_fd: int) -> subprocess.Popen[bytes]:
         world_size = self.config.parallel.world_size
