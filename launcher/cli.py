@@ -3,9 +3,11 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from outlast.errors import Exit, OutlastError
+from outlast.ledger import Ledger, finished
 
 OVERRIDES = "a Hydra override: model=pretrained picks a group's file, seed=3 sets a key; trainer.* is TRL's SFTConfig"
 
@@ -120,6 +122,10 @@ def _run(arguments: argparse.Namespace) -> int:
         case "prepare":
             print(planning.freeze(plan).path)
             return Exit.DONE
+    run = planning.freeze(plan)
+    if done := finished(Ledger(run.ledger).read()):
+        print(f"{run.path} has finished already, at step {done['step']}; its model is in {run.final}")
+        return Exit.DONE
     if plan.config.cluster.kind == "local":
         from . import local
 
@@ -166,5 +172,6 @@ def _devcluster(arguments: argparse.Namespace) -> int:
         case "status" if arguments.env:
             print("\n".join(f"export {name}={value}" for name, value in devcluster.env(directory).items()))
         case _:
-            devcluster.show(directory, as_json=arguments.json)
+            shown = devcluster.status(directory)
+            print(json.dumps(asdict(shown), default=str, indent=1) if arguments.json else devcluster.describe(shown))
     return Exit.DONE

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from outlast.progress import read
 from outlast.run import ATTEMPT_ENV, LOCK_FD_ENV
 from outlast.rundir import RunDirectory, RunLock
 
-from .plan import Plan, freeze
+from .plan import Plan
 from .progress_bar import ProgressBar
 
 POLL_S = 0.1
@@ -42,7 +43,7 @@ class Launcher:
         self.run: RunDirectory = plan.directory
         self.ledger = Ledger(self.run.ledger)
         self.ranks: list[subprocess.Popen[bytes]] = []
-        self.stop_requested = False
+        self.stop_requested = threading.Event()
 
     def main(self) -> int:
         """Returns the exit code of the command."""
@@ -72,24 +73,21 @@ class Launcher:
             if code != Exit.RESUME_ME:
                 self._explain(code, number, bar)
                 return code if code in (Exit.REFUSED, Exit.GAVE_UP) else Exit.FAILED
-            if self.stop_requested:
+            if self.stop_requested.is_set():
                 bar.note("saved. The same command again resumes.")
                 return Exit.RESUME_ME
             self.ledger.append("requeued", number, cause="preempted", job_id=None)
             bar.note(
                 f"attempt {number} was preempted; the next one starts in {self.config.cluster.requeue_delay_s:g} s"
             )
-            resume_at = time.monotonic() + self.config.cluster.requeue_delay_s
-            while time.monotonic() < resume_at and not self.stop_requested:
-                time.sleep(POLL_S)
-            if self.stop_requested:
+            if self.stop_requested.wait(self.config.cluster.requeue_delay_s):
                 return Exit.RESUME_ME
 
     def _attempt(self, number: int, lock_fd: int, bar: ProgressBar) -> int:
         """Start the ranks, wait until the last has gone, and return what the first to leave said."""
         with signals_blocked():  # held back in the ranks until their guards are in place
             self.ranks = [self._start(rank, number, lock_fd) for rank in range(self.config.parallel.world_size)]
-        if self.stop_requested:
+        if self.stop_requested.is_set():
             self._send(signal.SIGTERM)
         first_code, deadline = None, 0.0
         while any(process.poll() is None for process in self.ranks):
@@ -163,7 +161,7 @@ class Launcher:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in _STOP:
-            self.stop_requested = True
+            self.stop_requested.set()
             self._send(signal.SIGTERM)
         else:
             self._send(number)
@@ -193,10 +191,5 @@ def train(plan: Plan) -> int:
 
     Raises:
         RunBusyError: the run directory is in use.
-        ConfigError: the run directory holds another run.
     """
-    run = freeze(plan)
-    if done := finished(Ledger(run.ledger).read()):
-        print(f"{run.path} has finished already, at step {done['step']}; its model is in {run.final}")
-        return Exit.DONE
     return Launcher(plan).main()

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 from outlast import rank, slurm
 from outlast.config import Config, SlurmCluster
 from outlast.errors import ConfigError, SlurmError
-from outlast.ledger import Ledger, finished
 from outlast.rundir import RunDirectory, write_atomically
 
 from . import devcluster
-from .plan import Plan, freeze, shell_file
+from .plan import Plan, shell_file
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -60,13 +59,10 @@ def submit(plan: Plan) -> Submitted:
 
     Raises:
         SlurmError: Slurm does not answer, or refuses the job.
-        ConfigError: the run directory holds another run.
     """
     use_cluster(plan.config)
-    run = freeze(plan)
+    run = plan.directory
     record = run.path / "submitted.json"
-    if finished(Ledger(run.ledger).read()):
-        raise ConfigError("run.name", run.path.name, f"it has finished; its model is in {run.final}")
     before = _read(record)
     if before is not None and slurm.queue_states([before.job_id]).get(before.job_id) in ACTIVE:
         return Submitted(**{**asdict(before), "again": True})

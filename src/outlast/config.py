@@ -359,7 +359,8 @@ def section(name: str, schema: type, values: dict[str, Any]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _escaped(values)))
     except ConfigKeyError as error:
         names = [key for key in known if key != "kind"]
-        raise ConfigError(name, error.key, names or f"{name}={values.get('kind', '')} has no further keys") from None
+        place = f"{name}={values['kind']}" if "kind" in values else name
+        raise ConfigError(place, error.key, names or "it has no keys of its own") from None
     except OmegaConfBaseException as error:
         key = re.split(r"[.\[]", error.full_key or "")[0]
         if key not in known:

@@ -231,7 +231,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
 
     def _progress(self, phase: str) -> None:
         if self.run.rank == 0:
-            self.run.progress.update(phase=phase)
+            self.run.progress.update(phase=phase, force=True)
 
 
 def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,146 @@
+"""From override arguments to a checked configuration: Hydra composes the YAML, `outlast.config` checks the values.
+
+Hydra is used as a library (its compose API): no `outputs/` directory, no logging set up, no working directory changed.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from outlast.config import Config, build
+from outlast.errors import ConfigError
+
+GROUPS = ("job", "model", "data", "peft", "parallel", "cluster", "experiment")
+"""Groups of the defaults list in `conf/train.yaml`."""
+
+
+def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Config:
+    """The configuration that the overrides ask for, checked, with `run.name` filled in.
+
+    Args:
+        overrides: Hydra's override grammar: `model=pretrained` picks a file of a group, `seed=3` changes a value.
+            Keys need no `+`, whether the YAML names them or not; the schema decides which are known.
+        config_dir: a directory of the user's own groups and experiments, searched after outlast's.
+
+    Raises:
+        ConfigError: it names the key, value, group or file that is refused, and what is valid.
+    """
+    own = Path(str(files("outlast.conf")))
+    if config_dir is not None and not config_dir.is_dir():
+        raise ConfigError("config_dir", str(config_dir), "valid: a directory that exists")
+    directories = [own] if config_dir is None else [own, config_dir.absolute()]
+    arguments = [argument for text in overrides if (argument := _argument(text, directories))]
+    if config_dir is not None:
+        arguments.append(f"hydra.searchpath=[{_quoted(f'file://{config_dir.absolute()}')}]")
+    tree = _tree(arguments, directories, typed=" ".join(overrides))
+    if "experiment" in tree:
+        raise ConfigError("experiment", tree["experiment"], "its file must begin with the line '# @package _global_'")
+    config = build(tree)
+    config.run.name = config.run.name or config.derived_name
+    return config
+
+
+def _argument(text: str, directories: list[Path]) -> str | None:
+    """One override as Hydra needs it: `++key=value` for values, `group=option` for groups; None says nothing.
+
+    Raises:
+        ConfigError: the override does not parse, or means something that a single run does not have.
+    """
+    override = _parsed(text)
+    key, value = override.key_or_group, override.get_value_string() if override.value_type else None
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        raise ConfigError(key, value, "Hydra only composes the configuration here, its own settings have no effect")
+    if override.is_sweep_override():
+        raise ConfigError(
+            key, value, "this command runs one job, not a sweep; valid: one value (a list is [a,b]; quote other commas)"
+        )
+    group = key.partition("@")[0]
+    options = _options(group, directories)
+    if not options or "." in key:
+        return text if override.is_delete() else "++" + text.lstrip("+")
+    if override.is_delete() or override.package is not None:
+        raise ConfigError(group, text, f"choose one instead, {group}=...; valid: {', '.join(options)}")
+    chosen = override.value()
+    if group == "experiment" and chosen is None:
+        return None
+    for name in chosen if group == "experiment" and isinstance(chosen, list) else [chosen]:
+        if not isinstance(name, str) or name not in options:
+            raise ConfigError(group, name, options)
+    return text.lstrip("+") if group in GROUPS else "+" + text.lstrip("+")
+
+
+def _parsed(text: str) -> Override:
+    key, equals, value = text.partition("=")
+    name = key.strip().lstrip("+~")
+    if not name or not (equals or key.startswith("~")):
+        raise ConfigError("override", text, "valid: key=value, as in trainer.max_steps=100 or model=pretrained")
+    try:
+        override: Override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        hint = f"put special characters in quotes: '{name}=\"{value}\"'"
+        raise ConfigError(name, value, f"it does not parse ({_first_line(error)}); {hint}") from None
+    return override
+
+
+def _options(group: str, directories: list[Path]) -> list[str]:
+    """Names of the files of a group; empty if there is no such group."""
+    if not group or "." in group:
+        return []
+    return sorted({file.stem for directory in directories for file in (directory / group).glob("*.yaml")})
+
+
+def _quoted(text: str) -> str:
+    """A string of the override grammar, in double quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${") + '"'
+
+
+def _tree(arguments: list[str], directories: list[Path], typed: str) -> dict[str, Any]:
+    """Plain values, interpolations resolved. `typed` is what the user gave, for messages.
+
+    Raises:
+        ConfigError: a group option or a file is missing or broken, or a value can't be resolved.
+    """
+    try:
+        with initialize_config_dir(config_dir=str(directories[0]), job_name="outlast", version_base="1.3"):
+            composed = hydra_compose("train", arguments)
+        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingConfigException as error:
+        group, _, option = (error.missing_cfg_file or "train").rpartition("/")
+        raise ConfigError(
+            group or "defaults", option, error.options or _options(group, directories) or str(error).partition("\n")[0]
+        ) from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "a file of the configuration"
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ConfigError("configuration", place, f"it is not valid YAML: {problem}") from None
+    except OmegaConfBaseException as error:
+        key = error.full_key or "configuration"
+        raise ConfigError(key, _as_written(composed, key), _first_line(error)) from None
+    except (HydraException, OSError, ValueError) as error:
+        raise ConfigError("configuration", typed, _first_line(error.__cause__ or error)) from None
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _as_written(composed: DictConfig, key: str) -> Any:
+    """The value of a dotted key before interpolation."""
+    value: Any = OmegaConf.to_container(composed, resolve=False)
+    for part in re.findall(r"[^.\[\]]+", key):
+        value = value[int(part)] if isinstance(value, list) else value.get(part)
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,112 @@
+"""The library in a user's own script, without the launcher."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..conftest import RunProbe, wait_for
+
+Probe = Callable[[str], RunProbe]
+
+SCRIPT = Path(__file__).with_name("user_script.py")
+HERE = Path(__file__).parent
+STOP_AT = """
+import os, signal, sys
+from transformers import TrainerCallback
+
+class StopAt(TrainerCallback):
+    # raises the signal inside the step, before the seam's own on_step_end polls for it
+    def on_optimizer_step(self, args, state, control, **_):
+        if state.global_step + 1 in stops:
+            os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def run_script(
+    cwd: Path, directory: Path, steps: int, stops: list[int] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the user's script; with `stops`, one that signals itself in the middle of those steps."""
+    script = SCRIPT
+    if stops:
+        text = SCRIPT.read_text().replace("run.train(trainer)", "trainer.add_callback(StopAt())\nrun.train(trainer)")
+        script = cwd / f"stops_{'_'.join(map(str, stops))}.py"
+        script.write_text(f"stops = {stops}\n{STOP_AT}\n{text}")
+    return subprocess.run(
+        [sys.executable, str(script), str(directory), str(steps)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> RunProbe:
+    directory = tmp_path_factory.mktemp("library")
+    done = run_script(directory, directory / "twin", 50)
+    assert done.returncode == 0, done.stdout
+    return RunProbe(directory / "twin")
+
+
+def losses(run: RunProbe) -> list[tuple[int, float]]:
+    return [(e["step"], e["metrics"]["eval_loss"]) for e in run.events("evaluated")]
+
+
+@pytest.mark.parametrize("stop", [1, 13, 19, 20, 21, 30, 40, 49, 50])
+def test_signalled_in_one_step(tmp_path: Path, twin: RunProbe, stop: int) -> None:
+    """20 and 40 end an epoch (its evaluation follows), 30 is a periodic save, 50 is the last step."""
+    run = RunProbe(tmp_path / "r")
+    first = run_script(tmp_path, run.path, 50, [stop])
+    assert first.returncode == 75, first.stdout
+    assert run.events("attempt_ended")[-1]["step"] == stop
+    again = run_script(tmp_path, run.path, 50)
+    assert again.returncode == 0, again.stdout
+    assert "trained to step 50" in again.stdout
+    assert run.steps_repeated() == 0
+    assert losses(run) == losses(twin)
+    assert run.weights() == twin.weights()
+    assert len(list((run.path / "checkpoints").glob("checkpoint-*"))) >= 5
+
+
+def test_a_finished_run_ends_well_at_once(twin: RunProbe, tmp_path: Path) -> None:
+    done = run_script(tmp_path, twin.path, 50)
+    assert done.returncode == 0
+    assert "has finished already, at step 50; nothing to do" in done.stdout
+    assert "trained to step" not in done.stdout
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    run = RunProbe(tmp_path / "r")
+    first = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(run.path), "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        run.reach(3)
+        held = (run.path / ".lock").read_text()
+        assert str(first.pid) in held
+        first.send_signal(signal.SIGTERM)
+        second = run_script(tmp_path, run.path, 20)
+        assert first.wait(30) == 75
+        # it waited for the first to save and leave, and found another number of steps done than it wants to make
+        assert "resumed from" in second.stdout
+    finally:
+        first.kill()
+
+
+def test_the_readme_shows_these_three_lines() -> None:
+    readme = (HERE.parents[1] / "README.md").read_text()
+    lines = [
+        line
+        for line in SCRIPT.read_text().splitlines()
+        if re.search(r"\b(outlast|run\.train)\b", line) and "import" not in line
+    ]
+    code = lines[-2:]
+    assert "import outlast" in readme
+    assert code[1] in readme
+    assert wait_for(lambda: "outlast.start(" in readme, "README", 1)

@@ -1,0 +1,109 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from outlast.ledger import Ledger, attempts, finished, next_attempt
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.jsonl")
+
+
+def started(ledger: Ledger, attempt: int) -> None:
+    ledger.append("attempt_started", attempt, job_id=None, restart_count=0, hosts=["a"], world_size=2, versions={})
+
+
+def test_a_ledger_that_does_not_exist_is_empty(ledger: Ledger) -> None:
+    assert ledger.read() == []
+    assert next_attempt([]) == 1
+    assert finished([]) is None
+
+
+def test_append_refuses_unknown_events_and_missing_fields(ledger: Ledger) -> None:
+    with pytest.raises(ValueError, match=r"'exploded': unknown"):
+        ledger.append("exploded", 1)
+    with pytest.raises(ValueError, match=r"missing \['deadline_s'\]"):
+        ledger.append("signal", 1, name="USR1", step=3)
+    assert not ledger.path.exists()
+
+
+def test_further_fields_are_kept(ledger: Ledger) -> None:
+    ledger.append("attempt_ended", 1, cause="failed", step=3, error="x\ny")
+    [event] = ledger.read()
+    assert event["error"] == "x\ny"
+    assert {"time", "attempt", "event"} <= event.keys()
+
+
+@pytest.mark.parametrize("kept", [1, 20, -1])
+def test_a_torn_line_is_left_out_and_closed_by_the_next(ledger: Ledger, kept: int) -> None:
+    started(ledger, 1)
+    whole = ledger.path.read_bytes()
+    ledger.path.write_bytes(whole + whole[:kept])
+    # Torn just before its newline, the line is all there.
+    assert len(ledger.read()) == (2 if kept == -1 else 1)
+    ledger.append("finished", 1, step=4, seconds=1.0)
+    assert [event["event"] for event in ledger.read()][-1] == "finished"
+    assert len(ledger.read()) == (3 if kept == -1 else 2)
+
+
+def test_lines_that_are_not_events_are_left_out(ledger: Ledger) -> None:
+    ledger.path.write_bytes(b'\xff\xfe\n[1]\n{"event": "finished"}\n\n7\n')
+    assert ledger.read() == []
+    started(ledger, 1)
+    assert attempts(ledger.read())[0].number == 1
+
+
+def test_appends_of_two_processes_do_not_mix(ledger: Ledger) -> None:
+    code = (
+        "import sys; from pathlib import Path; from outlast.ledger import Ledger\n"
+        "for step in range(100):\n"
+        "    Ledger(Path(sys.argv[1])).append('deleted', int(sys.argv[2]), checkpoint=str(step), reason='x' * 5000)\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(ledger.path), str(n)]) for n in (1, 2)]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    lines = [line for line in ledger.path.read_text().splitlines() if line]
+    assert len([json.loads(line) for line in lines]) == 200
+    for n in (1, 2):
+        assert [int(e["checkpoint"]) for e in ledger.read() if e["attempt"] == n] == list(range(100))
+
+
+def test_a_disk_that_fills_up_raises(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel writes what fits and says so; only the next write fails."""
+    write = os.write
+    room = [10]
+
+    def full(fd: int, data: bytes) -> int:
+        if room[0] == 0:
+            raise OSError(28, "No space left on device")
+        count = write(fd, data[: room[0]])
+        room[0] -= count
+        return count
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        started(ledger, 1)
+    room[0] = 10**6
+    started(ledger, 1)
+    assert len(ledger.read()) == 1
+
+
+def test_lines_are_grouped_by_attempt(ledger: Ledger) -> None:
+    started(ledger, 1)
+    ledger.append("checkpoint", 1, step=10, kind="periodic", bytes=1, stall_s=0.1, sealed_s=0.1)
+    ledger.append("signal", 1, name="TERM", step=13, deadline_s=None)
+    ledger.append("checkpoint", 1, step=13, kind="emergency", bytes=1, stall_s=0.1, sealed_s=0.1)
+    ledger.append("attempt_ended", 1, cause="preempted", step=13)
+    ledger.append("requeued", 1, cause="preempted", job_id="7")
+    started(ledger, 2)
+    ledger.append("resumed", 2, step=13, checkpoint="checkpoint-13", seconds=2.0)
+    first, second = attempts(ledger.read())
+    assert (first.number, first.last_step, len(first.checkpoints), len(first.signals)) == (1, 13, 2, 1)
+    assert first.requeued is not None
+    assert first.ended is not None
+    assert (second.last_step, second.ended) == (13, None)
+    assert next_attempt(ledger.read()) == 3

@@ -1,0 +1,148 @@
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from outlast import progress
+from outlast.launcher import progress_bar
+from outlast.launcher.progress_bar import ProgressBar, duration, size
+from outlast.progress import Progress, ProgressWriter
+from outlast.rundir import RunDirectory
+from outlast.storage import bytes_used
+
+
+def looks(**values: object) -> Progress:
+    return Progress(**{"attempt": 2, "phase": "training", "step": 40, "total_steps": 100, "time": time.time()} | values)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert progress.read(run) is None
+    writer = ProgressWriter(run)
+    writer.update(force=True, attempt=3, phase="training", step=7, loss=1.5)
+    now = progress.read(run)
+    assert now is not None
+    assert (now.attempt, now.phase, now.step, now.loss) == (3, "training", 7, 1.5)
+
+
+def test_it_is_not_written_at_each_step(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    writer = ProgressWriter(run)
+    for step in range(50):
+        writer.update(step=step)
+    now = progress.read(run)
+    assert now is not None
+    assert now.step < 49
+    assert writer.now.step == 49
+    assert writer.now.seconds_per_step is not None
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", '{"step": 3, "from_a_newer_version": 1}'])
+def test_reading_what_was_not_written_here(tmp_path: Path, text: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.progress.write_text(text)
+    now = progress.read(run)
+    assert now is None or now.step == 3
+
+
+def test_eta() -> None:
+    assert looks(seconds_per_step=0.5).eta_s == 30.0
+    assert looks(seconds_per_step=0.5, step=120).eta_s == 0.0
+    assert looks().eta_s is None
+    assert looks(total_steps=None, seconds_per_step=0.5).eta_s is None
+    late = looks(seconds_per_step=0.5, time=time.time() - 10)
+    assert progress_bar.eta_s(late) == pytest.approx(20.0, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.96, "10 s"),
+        (59.7, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.6, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (100000, "1 d 03 h"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_size() -> None:
+    assert size(1_310_000_000, 10**10) == "1.3 GB of 10.0 GB"
+    assert size(None) == "?"
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    with ProgressBar("a[run]", Console(file=out, width=40)) as bar:
+        bar.update(None)
+        bar.update(None, "waiting for ranks")
+        for step in range(40, 60):
+            bar.update(looks(step=step, loss=1.25, budget_bytes=10**9, bytes_used=10**8))
+        clock[0] += 10.0
+        bar.update(looks(step=60))
+        bar.update(looks(step=61, phase="saving"))
+        bar.update(looks(step=61, checkpoint_step=61, checkpoint_time=time.time()))
+        bar.note("saved. The same command again resumes. [not markup]")
+    assert out.getvalue().splitlines() == [
+        "a[run] · waiting for ranks",
+        "a[run] · attempt 2 · training · step 40/100 · loss 1.25 · 100.0 MB of 1.0 GB",
+        "a[run] · attempt 2 · training · step 60/100",
+        "a[run] · attempt 2 · saving · step 61/100",
+        "a[run] · attempt 2 · training · step 61/100 · checkpoint at step 61, 0.0 s ago",
+        "saved. The same command again resumes. [not markup]",
+    ]
+
+
+def test_the_bar_on_a_terminal() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, color_system=None, _environ={"TERM": "xterm"})
+    with ProgressBar("a[run]", console) as bar:
+        bar.update(None)
+        bar.note("resuming")
+        bar.update(looks(seconds_per_step=2.0, loss=1.25, checkpoint_step=30, checkpoint_time=time.time() - 12))
+    text = out.getvalue()
+    assert "resuming" in text
+    last = [line for line in text.splitlines() if "a[run]" in line or "loss" in line][-2:]
+    assert "a[run]" in last[0]
+    assert "attempt 2 · training · step 40/100" in last[0]
+    assert "left" in last[0]
+    assert "loss 1.25 · checkpoint at step 30, 12 s ago" in last[1]
+
+
+def test_bytes_used(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert bytes_used(run) == 0
+    (run / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (run / "ledger.jsonl").write_bytes(b"x" * 10)
+    (run / "checkpoints" / "checkpoint-1" / "model").write_bytes(b"x" * 1000)
+    big = tmp_path / "big"
+    big.mkdir()
+    (big / "file").write_bytes(b"x" * 5000)
+    (run / "link").symlink_to(big)
+    (run / "file-link").symlink_to(big / "file")
+    assert bytes_used(run) == 1010
+
+
+def test_bytes_used_of_files_that_vanish(tmp_path: Path) -> None:
+    code = (
+        "import sys, json, shutil; from pathlib import Path; root = Path(sys.argv[1])\n"
+        "for n in range(300):\n"
+        "    sub = root / f'd{n % 7}' / 'sub'; sub.mkdir(parents=True); (sub / 'f').write_bytes(b'x' * 9)\n"
+        "    shutil.rmtree(sub.parent)\n"
+    )
+    (tmp_path / "stays").write_text(json.dumps(1))
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) as writer:
+        while writer.poll() is None:
+            assert 1 <= bytes_used(tmp_path) <= 10
+    assert writer.returncode == 0

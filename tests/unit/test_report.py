@@ -1,0 +1,242 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from outlast.errors import ConfigError
+from outlast.launcher import report
+from outlast.launcher.report import render, summarize
+from outlast.rundir import RunDirectory
+
+T0 = 1_700_000_000.0
+STARTED = {"job_id": "7", "restart_count": 0, "hosts": ["n0", "n1"], "world_size": 2, "versions": {}}
+
+
+def write(run: RunDirectory, *lines: tuple[float, int, str, dict[str, Any]]) -> None:
+    """A ledger with times of one's own: (seconds after T0, attempt, event, fields)."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with open(run.ledger, "a") as file:
+        for time, attempt, event, fields in lines:
+            file.write(json.dumps({"time": T0 + time, "attempt": attempt, "event": event, **fields}) + "\n")
+
+
+def saved(step: int, kind: str, sealed_s: float | None = 0.5) -> dict[str, Any]:
+    return {"step": step, "kind": kind, "bytes": 1000, "stall_s": 0.25, "sealed_s": sealed_s}
+
+
+def show(summary: dict[str, Any], width: int = 160) -> str:
+    out = io.StringIO()
+    render(summary, Console(file=out, width=width))
+    return out.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs" / "one")
+
+
+PREEMPTED = [
+    (0.0, 1, "attempt_started", STARTED),
+    (50.0, 1, "checkpoint", saved(50, "periodic")),
+    (60.0, 1, "evaluated", {"step": 50, "metrics": {"eval_loss": 2.0, "eval_runtime": 1.0}}),
+    (80.0, 1, "signal", {"name": "TERM", "step": 80, "deadline_s": 30.0}),
+    (81.0, 1, "checkpoint", saved(80, "emergency", 1.25)),
+    (82.0, 1, "attempt_ended", {"cause": "preempted", "step": 80}),
+    (82.5, 1, "requeued", {"cause": "preempted", "job_id": "7"}),
+    (90.0, 2, "attempt_started", STARTED | {"restart_count": 1}),
+    (100.0, 2, "resumed", {"step": 80, "checkpoint": "checkpoint-80", "seconds": 10.0}),
+    (110.0, 2, "deleted", {"checkpoint": "checkpoint-50", "reason": "retention"}),
+    (120.0, 2, "evaluated", {"step": 100, "metrics": {"eval_loss": 1.5}}),
+    (121.0, 2, "checkpoint", saved(100, "final")),
+    (122.0, 2, "attempt_ended", {"cause": "finished", "step": 100}),
+    (122.0, 2, "finished", {"step": 100, "seconds": 122.0}),
+]
+
+
+def test_a_preempted_run_loses_no_step(run: RunDirectory) -> None:
+    write(run, *PREEMPTED)
+    run.config.write_text("storage: {budget_gb: 2.5}\ntrainer: {max_steps: 100}\n")
+    summary = summarize(run)
+    first, second = summary["attempts"]
+    assert (summary["state"], summary["finished"], summary["final_step"]) == ("finished", True, 100)
+    assert (summary["steps_done"], summary["steps_lost"], summary["total_steps"]) == (100, 0, 100)
+    assert (summary["preemptions"], summary["requeues"], summary["deleted"]) == (1, 1, 1)
+    assert summary["seconds"] == {"total": 122.0, "training": 104.0, "resuming": 10.0, "between_attempts": 8.0}
+    assert summary["goodput"] == pytest.approx(104 / 122)
+    assert (first["cause"], first["signal"], first["signal_to_sealed_s"], first["bytes"]) == (
+        "preempted",
+        "TERM",
+        1.25,
+        2000,
+    )
+    assert (first["job_id"], first["hosts"], first["world_size"], first["killed"]) == ("7", ["n0", "n1"], 2, False)
+    assert (second["first_step"], second["last_step"], second["steps_done"]) == (80, 100, 20)
+    assert summary["checkpoints"] == {
+        "count": 3,
+        "periodic": 1,
+        "emergency": 1,
+        "final": 1,
+        "failed": 0,
+        "mean_stall_s": 0.25,
+        "max_sealed_s": 1.25,
+        "bytes": 3000,
+    }
+    assert summary["best"] == {"name": "eval_loss", "value": 1.5, "step": 100}
+    assert summary["budget_bytes"] == 2_500_000_000
+    assert summary["bytes_used"] == run.ledger.stat().st_size + run.config.stat().st_size
+    json.dumps(summary)
+    text = show(summary)
+    assert "one: finished" in text
+    assert "100/100, 0 lost" in text
+    assert "80 to 100" in text
+
+
+def test_a_sealed_time_that_is_missing_is_the_time_between_the_lines(run: RunDirectory) -> None:
+    write(run, *PREEMPTED[:4], (83.5, 1, "checkpoint", saved(80, "emergency", None)))
+    [attempt] = summarize(run)["attempts"]
+    assert attempt["signal_to_sealed_s"] == 3.5
+
+
+def test_a_step_that_was_safe_before_the_signal(run: RunDirectory) -> None:
+    write(run, *PREEMPTED[:2], (51.0, 1, "signal", {"name": "USR1", "step": 50, "deadline_s": None}))
+    assert summarize(run)["attempts"][0]["signal_to_sealed_s"] == 0.0
+
+
+def test_a_killed_attempt_loses_the_steps_after_its_last_checkpoint(run: RunDirectory) -> None:
+    """`kill -9` at step 75; the next attempt writes the end of the first when it starts, 100 s later."""
+    write(
+        run,
+        *PREEMPTED[:3],
+        (160.0, 1, "attempt_ended", {"cause": "node_failure", "step": 75, "detail": "killed"}),
+        (160.0, 2, "attempt_started", STARTED),
+        (170.0, 2, "quarantined", {"checkpoint": "checkpoint-70", "reason": "no manifest"}),
+        (170.0, 2, "resumed", {"step": 50, "checkpoint": "checkpoint-50", "seconds": 10.0}),
+        (220.0, 2, "attempt_ended", {"cause": "finished", "step": 100}),
+        (220.0, 2, "finished", {"step": 100, "seconds": 220.0}),
+    )
+    summary = summarize(run)
+    first, second = summary["attempts"]
+    assert (summary["steps_done"], summary["steps_lost"]) == (125, 25)
+    assert (first["steps_lost"], second["steps_lost"], first["killed"]) == (25, 0, True)
+    assert first["seconds"] == 60.0  # its last line, not the one written for it
+    assert summary["seconds"]["between_attempts"] == 100.0
+    assert summary["goodput"] == pytest.approx((60 + 50) * (100 / 125) / 220)
+    assert summary["quarantined"] == [{"checkpoint": "checkpoint-70", "reason": "no manifest"}]
+    assert "node_failure, killed" in show(summary)
+
+
+def test_an_attempt_without_an_end_is_measured_by_its_progress(run: RunDirectory) -> None:
+    write(run, *PREEMPTED[:2])
+    now = {"attempt": 1, "phase": "training", "step": 63, "total_steps": 100, "time": T0 + 64}
+    run.progress.write_text(json.dumps(now))
+    summary = summarize(run)
+    [attempt] = summary["attempts"]
+    assert (attempt["last_step"], attempt["end"], attempt["cause"], attempt["killed"]) == (63, T0 + 64, None, True)
+    assert (summary["state"], summary["finished"], summary["final_step"]) == ("stopped_unexpectedly", False, None)
+    assert summary["total_steps"] == 100
+    assert "killed" in show(summary)
+
+
+def test_an_attempt_stopped_while_it_loads_loses_nothing(run: RunDirectory) -> None:
+    """It names the step it would have resumed from; it made none."""
+    write(
+        run,
+        *PREEMPTED[:7],
+        (90.0, 2, "attempt_started", STARTED),
+        (93.0, 2, "signal", {"name": "TERM", "step": 80, "deadline_s": 30.0}),
+        (93.0, 2, "attempt_ended", {"cause": "preempted", "step": 80}),
+        (93.0, 2, "requeued", {"cause": "preempted", "job_id": "7"}),
+        (99.0, 3, "attempt_started", STARTED),
+        (109.0, 3, "resumed", {"step": 80, "checkpoint": "checkpoint-80", "seconds": 10.0}),
+        (129.0, 3, "attempt_ended", {"cause": "finished", "step": 100}),
+        (129.0, 3, "finished", {"step": 100, "seconds": 129.0}),
+    )
+    summary = summarize(run)
+    assert [row["steps_done"] for row in summary["attempts"]] == [80, 0, 20]
+    assert summary["steps_lost"] == 0
+    assert summary["preemptions"] == 2
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(run: RunDirectory) -> None:
+    write(
+        run,
+        (0.0, 1, "attempt_started", STARTED),
+        (30.0, 1, "attempt_ended", {"cause": "failed", "step": 20, "detail": "killed"}),
+        (30.0, 2, "attempt_started", STARTED),
+        (80.0, 2, "attempt_ended", {"cause": "finished", "step": 50}),
+        (80.0, 2, "finished", {"step": 50, "seconds": 80.0}),
+    )
+    summary = summarize(run)
+    assert (summary["steps_done"], summary["steps_lost"]) == (70, 20)
+
+
+def test_a_checkpoint_whose_line_was_torn_away_still_counts(run: RunDirectory) -> None:
+    write(run, *PREEMPTED[:3])
+    with open(run.ledger, "a") as file:
+        file.write('{"time": 1700000070.0, "attempt": 1, "event": "checkp\n')
+    write(
+        run,
+        (90.0, 2, "attempt_started", STARTED),
+        (100.0, 2, "resumed", {"step": 70, "checkpoint": "checkpoint-70", "seconds": 10.0}),
+        (120.0, 2, "attempt_ended", {"cause": "failed", "step": 90}),
+    )
+    summary = summarize(run)
+    assert [row["last_step"] for row in summary["attempts"]] == [70, 90]
+    assert (summary["steps_done"], summary["steps_lost"], summary["state"]) == (90, 0, "failed")
+
+
+def test_the_first_line_was_lost(run: RunDirectory) -> None:
+    write(run, *PREEMPTED[1:6])
+    summary = summarize(run)
+    assert summary["attempts"][0]["job_id"] is None
+    assert summary["attempts"][0]["start"] == T0 + 50
+    show(summary)
+
+
+def test_a_run_that_has_just_started(run: RunDirectory) -> None:
+    write(run, PREEMPTED[0])
+    summary = summarize(run)
+    assert (summary["goodput"], summary["steps_done"], summary["checkpoints"]["mean_stall_s"]) == (None, 0, None)
+    show(summary, width=60)
+
+
+def test_the_metric_the_trainer_was_told_to_watch(run: RunDirectory) -> None:
+    write(
+        run,
+        PREEMPTED[0],
+        (1.0, 1, "evaluated", {"step": 10, "metrics": {"eval_accuracy": 0.5, "eval_loss": 1.0}}),
+        (2.0, 1, "evaluated", {"step": 20, "metrics": {"eval_accuracy": 0.75, "eval_loss": 2.0}}),
+        (3.0, 1, "evaluated", {"step": 30, "metrics": {"eval_accuracy": float("nan")}}),
+    )
+    run.config.write_text("trainer: {metric_for_best_model: accuracy}\n")
+    assert summarize(run)["best"] == {"name": "eval_accuracy", "value": 0.75, "step": 20}
+    run.config.write_text("trainer: {metric_for_best_model: eval_accuracy, greater_is_better: false}\n")
+    assert summarize(run)["best"]["step"] == 10
+
+
+def test_a_run_that_is_not_there(run: RunDirectory) -> None:
+    with pytest.raises(ConfigError, match=r"RUN: 'one' is refused; valid: a run under .*runs, which holds none"):
+        summarize(run)
+    write(run, PREEMPTED[0])
+    with pytest.raises(ConfigError, match=r"did you mean one\? valid: one"):
+        summarize(RunDirectory(run.path.parent / "onee"))
+    waiting = RunDirectory(run.path.parent / "waiting")
+    waiting.path.mkdir()
+    waiting.config.write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match="not started yet"):
+        summarize(waiting)
+
+
+@pytest.mark.parametrize("name", ["one", "runs/one"])
+def test_the_command(
+    run: RunDirectory, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(run, *PREEMPTED)
+    monkeypatch.chdir(run.path.parent.parent)
+    assert report.main(name, Path("runs"), as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["final_step"] == 100
+    assert report.main(name, Path("runs"), as_json=False) == 0
+    assert "finished" in capsys.readouterr().out
