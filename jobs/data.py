@@ -15,8 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlast.config import Config, HubData, JsonlData, PythonDocs
+from outlast.config import Config
 from outlast.errors import ConfigError, OutlastError
+from outlast.sections import HubData, JsonlData, PythonDocs
 
 from . import jsonl, python_docs
 from .jsonl import form_of, named

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlast.config import Config, Lora, PretrainedModel, TinyModel
+from outlast.config import Config
 from outlast.errors import ConfigError, OutlastError
+from outlast.sections import Lora, PretrainedModel, TinyModel
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -6,8 +6,9 @@ the tokenized, packed data. A resumed attempt reads it and tokenizes nothing.
 
 from typing import TYPE_CHECKING, Any
 
-from outlast.config import Config, TinyModel
+from outlast.config import Config
 from outlast.errors import OutlastError
+from outlast.sections import TinyModel
 
 from . import data, models, prepared, trainer_args
 

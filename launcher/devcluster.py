@@ -169,6 +169,19 @@ def status(directory: Path) -> Status:
     return Status(directory, conf_path(directory), up=False, options=record.options, dead=record.dead())
 
 
+def describe(shown: Status) -> str:
+    """A status in words."""
+    if not shown.up:
+        dead = f" (no longer running: {', '.join(shown.dead)})" if shown.dead else ""
+        return f"devcluster in {shown.directory}: down{dead}"
+    nodes = ", ".join(f"{name} {state}" for name, state in shown.nodes.items())
+    lines = [f"devcluster in {shown.directory}: up", f"  nodes       {nodes}"]
+    lines.append(f"  partitions  {', '.join(shown.partitions)}")
+    if shown.options is not None:
+        lines.append("  options     " + ", ".join(f"{key} {value}" for key, value in asdict(shown.options).items()))
+    return "\n".join([*lines, f"  use it      export SLURM_CONF={shown.conf}"])
+
+
 def require(*, accounting: bool = False) -> None:
     """Check what a devcluster needs.
 

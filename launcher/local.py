@@ -19,13 +19,13 @@ from rich.console import Console
 
 from outlast import rank as rank_program
 from outlast import slurm
-from outlast.config import LocalCluster
 from outlast.errors import Exit
 from outlast.ledger import Ledger, attempts, finished, next_attempt
 from outlast.preemption import signals_blocked
 from outlast.progress import read
 from outlast.run import ATTEMPT_ENV, LOCK_FD_ENV
 from outlast.rundir import RunDirectory, RunLock
+from outlast.sections import LocalCluster
 
 from .plan import Plan
 from .progress_bar import ProgressBar

@@ -7,9 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from outlast.config import Config, SlurmCluster, dump, load
+from outlast.config import Config, dump, load
 from outlast.errors import ConfigError
 from outlast.rundir import RunDirectory, write_atomically
+from outlast.sections import SlurmCluster
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlast import rank, slurm
-from outlast.config import Config, SlurmCluster
+from outlast.config import Config
 from outlast.errors import ConfigError, SlurmError
 from outlast.rundir import RunDirectory, write_atomically
+from outlast.sections import SlurmCluster
 
 from . import devcluster
 from .plan import Plan, shell_file

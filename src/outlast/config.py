@@ -1,13 +1,11 @@
-"""The configuration of a run: one typed dataclass per section, one schema per group option.
+"""The configuration of a run as a whole: built from plain values, checked, compared, frozen and read back.
 
-`conf/*.yaml` holds the defaults that a user sees and composes; the classes here hold the types and the checks, so
-that a value is refused where it is made. `trainer` stays an open mapping: each job checks it against the class that
-will receive it (TRL's `SFTConfig` for `job=sft`).
+`trainer` stays an open mapping: each job checks it against the class that will receive it (TRL's `SFTConfig` for
+`job=sft`). What the other sections may hold stands in `sections.py`.
 """
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,264 +16,24 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from .errors import ConfigError
-
-SIGNALS = ("USR1", "USR2", "TERM")
-JOBS = ("sft", "smoke")
-
-
-def _require(ok: bool, key: str, value: Any, valid: str) -> None:
-    if not ok:
-        raise ConfigError(key, value, valid)
-
-
-@dataclass(kw_only=True)
-class RunSection:
-    name: str | None = None
-    """Directory name under `root`; left out, it is derived from the configuration."""
-    root: str = "runs"
-    """Where run directories live; on a cluster, a file system that all nodes share."""
-
-    def __post_init__(self) -> None:
-        name = self.name
-        ok = name is None or (name.strip() == name != "" and not {"/", "\0", "\n"} & set(name))
-        _require(ok and name not in (".", ".."), "run.name", name, "valid: a directory name, without '/'")
-        self.root = str(Path(self.root).expanduser().absolute())
-
-
-@dataclass(kw_only=True)
-class JobSection:
-    name: str = "sft"
-    """Which program of the `jobs` room runs: `sft` or `smoke`."""
-
-    def __post_init__(self) -> None:
-        if self.name not in JOBS:
-            raise ConfigError("job.name", self.name, JOBS)
-
-
-@dataclass(kw_only=True)
-class TinyModel:
-    """A Llama built from this configuration, its tokenizer trained on the data; deterministic by `seed`."""
-
-    kind: str = "tiny"
-    vocab_size: int = 4096
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
-    max_length: int = 1024
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "layers", "heads", "max_length"):
-            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "valid: a positive integer")
-        _require(
-            self.vocab_size >= 300,
-            "model.vocab_size",
-            self.vocab_size,
-            "valid: 300 or more (256 bytes + specials)",
-        )
-        even = self.hidden_size % (2 * self.heads) == 0
-        _require(
-            even,
-            "model.hidden_size",
-            self.hidden_size,
-            f"valid: a multiple of 2 * model.heads ({2 * self.heads})",
-        )
-
-
-@dataclass(kw_only=True)
-class PretrainedModel:
-    kind: str = "pretrained"
-    path: str | None = None
-    """A local directory, or a name on the Hugging Face hub."""
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        _require(
-            bool(self.path),
-            "model.path",
-            self.path,
-            "valid: a local directory or a hub name; model=pretrained needs it",
-        )
-        valid = ("auto", "float32", "bfloat16", "float16")
-        if self.dtype not in valid:
-            raise ConfigError("model.dtype", self.dtype, valid)
-        if Path(self.path or "").expanduser().is_dir():
-            self.path = str(Path(self.path or "").expanduser().absolute())
-
-
-@dataclass(kw_only=True)
-class PythonDocs:
-    """Prompt/completion pairs from the documentation that ships with Python."""
-
-    kind: str = "python_docs"
-    max_pairs: int = 3000
-    eval_fraction: float = 0.05
-
-    def __post_init__(self) -> None:
-        _require(self.max_pairs >= 20, "data.max_pairs", self.max_pairs, "valid: 20 or more")
-        _require(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "valid: between 0 and 1")
-
-
-@dataclass(kw_only=True)
-class JsonlData:
-    """One JSON object a line: `prompt` and `completion`, or `messages`, or `text`."""
-
-    kind: str = "jsonl"
-    train: str | None = None
-    eval: str | None = None
-
-    def __post_init__(self) -> None:
-        _require(bool(self.train), "data.train", self.train, "valid: a JSON Lines file; data=jsonl needs it")
-        for key, value in (("data.train", self.train), ("data.eval", self.eval)):
-            _require(value is None or Path(value).is_file(), key, value, "valid: a file that exists")
-        self.train = str(Path(self.train or "").absolute())
-        self.eval = str(Path(self.eval).absolute()) if self.eval else None
-
-
-@dataclass(kw_only=True)
-class HubData:
-    """A dataset by its name on the Hugging Face hub (or a local directory that `datasets` can load)."""
-
-    kind: str = "hub"
-    path: str | None = None
-    name: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        _require(bool(self.path), "data.path", self.path, "valid: a dataset's name on the hub; data=hub needs it")
-
-
-@dataclass(kw_only=True)
-class Lora:
-    kind: str = "lora"
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.05
-    target_modules: Any = "all-linear"
-    """A name, or a list of names, of the modules that get an adapter (PEFT's `target_modules`)."""
-
-    def __post_init__(self) -> None:
-        _require(self.r > 0, "peft.r", self.r, "valid: a positive integer")
-        _require(self.alpha > 0, "peft.alpha", self.alpha, "valid: a positive integer")
-        _require(0 <= self.dropout < 1, "peft.dropout", self.dropout, "valid: from 0 to below 1")
-
-
-@dataclass(kw_only=True)
-class NoPeft:
-    """Full fine-tuning."""
-
-    kind: str = "none"
-
-
-@dataclass(kw_only=True)
-class Ddp:
-    """Data parallel training: one process (rank) per accelerator, or per share of the CPU cores."""
-
-    kind: str = "ddp"
-    nodes: int = 1
-    ranks_per_node: int = 1
-    cpus_per_rank: int = 2
-    """Cores and threads of a rank. The order of CPU sums depends on it, so it is part of what makes a run exact."""
-    gpus_per_rank: int = 0
-    launch: str = "srun"
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "ranks_per_node", "cpus_per_rank"):
-            _require(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "valid: a positive integer")
-        _require(self.gpus_per_rank in (0, 1), "parallel.gpus_per_rank", self.gpus_per_rank, "valid: 0 or 1")
-        _require(self.launch == "srun", "parallel.launch", self.launch, "valid: srun")
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.ranks_per_node
-
-
-@dataclass(kw_only=True)
-class LocalCluster:
-    """This machine, in the foreground."""
-
-    kind: str = "local"
-    requeue_delay_s: float = 1.0
-    """Seconds between an attempt that was preempted and the next."""
-
-    def __post_init__(self) -> None:
-        valid = "valid: seconds, 0 or more"
-        _require(self.requeue_delay_s >= 0, "cluster.requeue_delay_s", self.requeue_delay_s, valid)
-
-
-@dataclass(kw_only=True)
-class SlurmCluster:
-    """A Slurm cluster, reached through submitit. Fields left at null are not passed on, so the site's defaults hold."""
-
-    kind: str = "slurm"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time_min: int = 60
-    """Time limit of one attempt, in minutes (`--time`)."""
-    mem_gb: float | None = None
-    constraint: str | None = None
-    nodelist: str | None = None
-    exclude: str | None = None
-    setup: list[str] = field(default_factory=list)
-    """Shell lines that the batch script runs before `srun` (modules, environment)."""
-    sbatch: dict[str, Any] = field(default_factory=dict)
-    """Any other `sbatch` flag, without the dashes: `+cluster.sbatch.reservation=x`."""
-
-    def __post_init__(self) -> None:
-        _require(self.time_min > 0, "cluster.time_min", self.time_min, "valid: minutes, 1 or more")
-        _require(
-            self.mem_gb is None or 0 < self.mem_gb < math.inf, "cluster.mem_gb", self.mem_gb, "valid: a positive number"
-        )
-
-
-@dataclass(kw_only=True)
-class PreemptionSection:
-    signal: str = "USR1"
-    """The signal that Slurm sends `lead_s` before the time limit. TERM, USR1 and USR2 all mean "save and leave"."""
-    lead_s: int = 90
-    """Seconds before the time limit at which the signal comes, and at which the job acts by its own clock."""
-    requeue_delay_s: int = 5
-    """Seconds from the requeue to the next start: how far Slurm's requeue hold is brought forward."""
-    max_requeues: int = 1000
-    """Requeues after which the run gives up (exit code 93)."""
-
-    def __post_init__(self) -> None:
-        if self.signal not in SIGNALS:
-            raise ConfigError("preemption.signal", self.signal, SIGNALS)
-        _require(self.lead_s >= 5, "preemption.lead_s", self.lead_s, "valid: seconds, 5 or more")
-        _require(
-            self.requeue_delay_s >= 1,
-            "preemption.requeue_delay_s",
-            self.requeue_delay_s,
-            "valid: seconds, 1 or more",
-        )
-        _require(self.max_requeues >= 0, "preemption.max_requeues", self.max_requeues, "valid: 0 or more")
-
-
-@dataclass(kw_only=True)
-class CheckpointSection:
-    every_steps: int = 50
-    """Optimizer steps between periodic checkpoints."""
-
-    def __post_init__(self) -> None:
-        _require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "valid: a positive integer")
-
-
-@dataclass(kw_only=True)
-class StorageSection:
-    budget_gb: float = 10.0
-    """Bytes that the run directory may take, in GB (10^9 bytes)."""
-
-    def __post_init__(self) -> None:
-        _require(0 < self.budget_gb < math.inf, "storage.budget_gb", self.budget_gb, "valid: a positive number of GB")
-
-    @property
-    def budget_bytes(self) -> int:
-        return int(self.budget_gb * 1e9)
-
+from .sections import (
+    CheckpointSection,
+    Ddp,
+    HubData,
+    JobSection,
+    JsonlData,
+    LocalCluster,
+    Lora,
+    NoPeft,
+    PreemptionSection,
+    PretrainedModel,
+    PythonDocs,
+    RunSection,
+    SlurmCluster,
+    StorageSection,
+    TinyModel,
+    require,
+)
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"tiny": TinyModel, "pretrained": PretrainedModel},
@@ -309,7 +67,7 @@ class Config:
     """Passed to the job's trainer as it is (`SFTConfig` for `job=sft`)."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "valid: 0 to 2^32 - 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "valid: 0 to 2^32 - 1")
 
     @property
     def directory(self) -> Path:
@@ -382,7 +140,7 @@ def _escaped(value: Any) -> Any:
 
 def _mapping(tree: dict[str, Any], name: str) -> dict[str, Any]:
     values = tree.get(name)
-    _require(values is None or isinstance(values, dict), name, values, "valid: a section with keys of its own")
+    require(values is None or isinstance(values, dict), name, values, "valid: a section with keys of its own")
     return dict(values or {})
 
 
@@ -392,13 +150,13 @@ def build(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: it names the key, the value, and what is valid.
     """
-    _require(isinstance(tree, dict), "configuration", tree, "valid: a mapping of sections")
+    require(isinstance(tree, dict), "configuration", tree, "valid: a mapping of sections")
     known = {f.name for f in fields(Config)}
     for key in tree:
         if key not in known:
             raise ConfigError("configuration", key, known)
     sections: dict[str, Any] = {"seed": tree.get("seed", 42), "trainer": _mapping(tree, "trainer")}
-    _require(type(sections["seed"]) is int, "seed", sections["seed"], "valid: an integer")
+    require(type(sections["seed"]) is int, "seed", sections["seed"], "valid: an integer")
     fixed = {
         "run": RunSection,
         "job": JobSection,

@@ -131,3 +131,15 @@ def finished(events: list[Event]) -> Event | None:
 def next_attempt(events: list[Event]) -> int:
     """The number of the attempt that starts now."""
     return 1 + max((int(event["attempt"]) for event in events), default=0)
+
+
+def attempt_of(events: list[Event], job: tuple[str, int] | None) -> int:
+    """The number of the attempt that a process belongs to; the same on every rank of a job.
+
+    Args:
+        job: Slurm's job id and restart count, or None outside Slurm.
+    """
+    for event in events:
+        if event["event"] == "attempt_started" and job == (event["job_id"], event["restart_count"]):
+            return int(event["attempt"])
+    return next_attempt(events)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import slurm
-from .config import PreemptionSection
 from .errors import Exit, SlurmError
 from .ledger import Cause, Event, Ledger, Record, attempts
 from .preemption import PreemptionGuard
+from .sections import PreemptionSection
 
 PATIENCE = 3
 """Restarts in a row without one new step, after which a run gives up."""

@@ -8,28 +8,27 @@ The way of a signal: `preemption.py` sets the flag; :meth:`Run.should_stop` lets
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import slurm
-from .checkpoint import CheckpointStore, Manifest, Sealed
-from .config import CheckpointSection, PreemptionSection, StorageSection
+from .checkpoint import CheckpointStore, Manifest, Sealed, versions
 from .errors import CheckpointError, Exit, OutlastError, SlurmError
-from .ledger import Cause, Ledger, attempts, finished, next_attempt
+from .ledger import Cause, Ledger, attempt_of, attempts, finished
 from .preemption import PreemptionGuard
 from .progress import ProgressWriter, read
 from .ranks import Agreement
 from .requeue import Departure
 from .rundir import RunDirectory, RunLock
+from .sections import CheckpointSection, PreemptionSection, StorageSection
 from .storage import bytes_used
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-VERSIONS = ("outlast", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
 STOP_NAMES = ("", "clock", "USR1", "USR2", "TERM")
 ATTEMPT_ENV = "OUTLAST_ATTEMPT"
 LOCK_FD_ENV = "OUTLAST_LOCK_FD"
@@ -76,19 +75,6 @@ def start(
     )
 
 
-def attempt_number(run: RunDirectory, job: slurm.SlurmJob | None) -> int:
-    """Number of the attempt that this process belongs to; the same on every rank of a job."""
-    if ATTEMPT_ENV in os.environ:
-        return int(os.environ[ATTEMPT_ENV])
-    events = Ledger(run.ledger).read()
-    if job is not None:
-        for event in events:
-            started = event["event"] == "attempt_started" and event["job_id"] == job.job_id
-            if started and event["restart_count"] == job.restart_count:
-                return int(event["attempt"])
-    return next_attempt(events)
-
-
 class Run:
     """The attempt that this process, as one rank, takes part in."""
 
@@ -118,7 +104,8 @@ class Run:
         if self.rank == 0 and LOCK_FD_ENV not in os.environ:
             # A predecessor of the same job may still be on its way out, on another node.
             self._lock.acquire(f"job {self._job.job_id}" if self._job else "a training script", wait_s=60.0)
-        self.attempt = attempt_number(directory, self._job)
+        job = (self._job.job_id, self._job.restart_count) if self._job else None
+        self.attempt = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(self._ledger.read(), job)
         self.store = CheckpointStore(directory, self.agreement, self.record, budget_bytes=storage.budget_bytes)
         self.progress = ProgressWriter(directory)
         self.progress.now.attempt, self.progress.now.budget_bytes = self.attempt, storage.budget_bytes
@@ -171,7 +158,7 @@ class Run:
             restart_count=job.restart_count if job else 0,
             hosts=hosts,
             world_size=self.agreement.world_size,
-            versions=_versions(),
+            versions=versions(),
         )
         self.say(f"attempt {self.attempt} on {', '.join(hosts)}, {self.agreement.world_size} rank(s)")
         self._update_progress(phase="starting")
@@ -271,7 +258,7 @@ class Run:
                 world_size=self.agreement.world_size,
                 time=began,
                 pending_evaluation=pending_evaluation,
-                versions=_versions(),
+                versions=versions(),
             )
             try:
                 sealed = self.store.save(save, manifest)
@@ -372,15 +359,25 @@ class Run:
             self.progress.update(force=force, **values)
 
     def _leave_in_startup(self, name: str) -> None:
-        """A signal before the first step: nothing to save. Runs in the guard's thread; rank 0 acts for all.
+        """A signal before the first step: nothing to save. Runs in the guard's thread.
 
-        The other ranks wait for the end that the requeue brings; if only one of them was signalled, the first
-        agreement finds its flag.
+        Rank 0 acts for all. The others follow it, so that no straggler brings Slurm's requeue hold back; if only one
+        of them was signalled, the first agreement finds its flag.
         """
         if self.rank == 0:
             step = max((checkpoint.step for checkpoint in self.store.sealed()), default=0)
             self._departure.announce(name, self._guard, step)
             _exit(self._departure.requeue(step))
+        threading.Thread(target=self._follow_rank_0, daemon=True).start()
+
+    def _follow_rank_0(self) -> None:
+        # Not before the requeue: srun ends the whole step, rank 0 included, when one rank leaves early.
+        last = ("requeued", "gave_up") if self._job else ("attempt_ended",)
+        while not self.stopping:
+            events = self._ledger.read()
+            if any(e["attempt"] == self.attempt and e["event"] in last for e in events):
+                _exit(Exit.RESUME_ME)
+            time.sleep(0.2)
 
 
 def _exit(code: int) -> NoReturn:
@@ -388,13 +385,3 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

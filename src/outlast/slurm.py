@@ -62,7 +62,7 @@ def export_ranks() -> None:
         env["MASTER_ADDR"] = address_of(hostnames(env["SLURM_JOB_NODELIST"])[0])
     # Unlike from attempt to attempt and from job to job, and below the range of ports that the kernel gives out.
     job, restart = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_RESTART_COUNT", "0") or 0)
-    env["MASTER_PORT"] = str(10_000 + (job * 7 + restart) % 20_000)
+    env["MASTER_PORT"] = str(10_000 + (job * 7 + restart) % 10_000)
 
 
 def hostnames(nodelist: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The main promise, on the real stack: TRL, PEFT, evaluation, best model; interrupted anywhere, equal to the last bit."""
+"""The main promise on the real stack: TRL, PEFT, evaluation, best model; interrupted anywhere, equal to the bit."""
 
 import random
 import signal

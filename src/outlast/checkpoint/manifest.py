@@ -7,6 +7,7 @@ resist somebody who forges one.
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from outlast.rundir import flush_directory, write_atomically
 MANIFEST = "manifest.json"
 FORMAT = 1
 CHUNK = 1 << 22
+PACKAGES = ("outlast", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
 
 
 @dataclass(kw_only=True)
@@ -41,6 +43,17 @@ class Manifest:
     def bytes(self) -> int:
         """Size of the files, the manifest itself not counted."""
         return sum(int(entry["bytes"]) for entry in self.files.values())
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that decide what a checkpoint holds."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def seal(directory: Path, manifest: Manifest) -> None:
