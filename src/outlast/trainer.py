@@ -237,8 +237,10 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
 def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:
     def shielded(*args: Any, **kwargs: Any) -> Any:
         loader = get(*args, **kwargs)
-        if getattr(loader, "num_workers", 0) and not isinstance(loader.worker_init_fn, _Shielded):
-            loader.worker_init_fn = _Shielded(loader.worker_init_fn)
+        # accelerate's loader is a DataLoader, but iterates over another one that it holds
+        for inner in (loader, getattr(loader, "base_dataloader", None)):
+            if getattr(inner, "num_workers", 0) and not isinstance(inner.worker_init_fn, _Shielded):
+                inner.worker_init_fn = _Shielded(inner.worker_init_fn)
         return loader
 
     return shielded

@@ -17,8 +17,8 @@ SFT = [
     "model.vocab_size=512",
     "model.hidden_size=32",
     "model.layers=2",
-    "data.max_pairs=400",
-    "data.eval_fraction=0.3",
+    "data.max_pairs=340",
+    "data.eval_fraction=0.4",
     "peft=lora",
     "peft.dropout=0.1",
     "parallel.cpus_per_rank=1",
@@ -50,7 +50,7 @@ def evaluations(run: RunProbe) -> list[tuple[int, float]]:
 
 def test_the_twin_is_what_the_test_needs(twin: RunProbe) -> None:
     states = sorted(twin.path.glob("checkpoints/checkpoint-*/trainer_state.json"))
-    assert any('"epoch": 2' in state.read_text() for state in states), "it must cross two epochs"
+    assert any('"epoch": 2.' in state.read_text() for state in states), "it must cross two epochs"
     assert len(evaluations(twin)) == 9  # every 9 steps, and at the end
 
 
