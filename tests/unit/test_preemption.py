@@ -1,0 +1,98 @@
+"""The guard, in processes of its own."""
+
+import subprocess
+import sys
+
+GUARD = """
+import os, signal, sys, time
+from outlast.preemption import PreemptionGuard, shield_worker, signals_blocked
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", GUARD + code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_first_signal_is_the_one_that_counts() -> None:
+    out = run("""
+guard = PreemptionGuard(); guard.install(); guard.end_startup()
+for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1):
+    os.kill(os.getpid(), number); time.sleep(0.05)
+print(guard.poll(), 0 <= time.time() - guard.requested_at < 5)
+""")
+    assert out == "USR2 True"
+
+
+def test_a_signal_that_was_held_back_arrives_when_the_guard_is_in_place() -> None:
+    out = run("""
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.kill(os.getpid(), signal.SIGTERM)
+guard = PreemptionGuard(); guard.install()
+print(guard.poll())
+""")
+    assert out == "TERM"
+
+
+def test_a_forked_child_does_not_trip_it_and_dies_from_term() -> None:
+    out = run("""
+guard = PreemptionGuard(); guard.install(); guard.end_startup()
+child = os.fork()
+if child == 0:
+    os.kill(os.getpid(), signal.SIGTERM); time.sleep(10); os._exit(0)
+status = os.waitpid(child, 0)[1]
+time.sleep(0.1)
+print(os.WTERMSIG(status) == signal.SIGTERM, guard.poll())
+""")
+    assert out == "True None"
+
+
+def test_a_shielded_child_ignores_the_signals() -> None:
+    out = run("""
+guard = PreemptionGuard(); guard.install(); guard.end_startup()
+child = os.fork()
+if child == 0:
+    shield_worker()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(os.getpid(), number)
+    os._exit(7)
+status = os.waitpid(child, 0)[1]
+print(os.WEXITSTATUS(status), guard.poll())
+""")
+    assert out == "7 None"
+
+
+def test_in_start_up_the_callback_runs_also_while_the_main_thread_is_in_a_c_call() -> None:
+    out = run("""
+import threading
+def leave(name):
+    print(name, threading.current_thread() is threading.main_thread(), flush=True); os._exit(0)
+guard = PreemptionGuard(on_startup=leave); guard.install()
+threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+import hashlib
+hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)  # one C call, far longer than the test may take
+""")
+    assert out == "USR1 False"
+
+
+def test_its_own_clock() -> None:
+    out = run("""
+guard = PreemptionGuard(); guard.lead_s = 60
+guard.end_time = time.time() + 120
+first = guard.poll()
+guard.end_time = time.time() + 59
+print(first, guard.poll())
+""")
+    assert out == "None clock"
+
+
+def test_a_helper_command_started_under_the_block_outlives_term() -> None:
+    out = run("""
+import subprocess
+with signals_blocked():
+    helper = subprocess.Popen(["sleep", "0.5"])
+helper.terminate()
+print(helper.wait())
+""")
+    assert out == "0"
