@@ -3,7 +3,8 @@
 TERM, USR1 and USR2 all mean "save and leave": Slurm's default preemption sends TERM, `--signal` sends whatever it was
 told to, and neither is under the job's control. The handler sets the flag, notes the time and returns. A thread
 reads the interpreter's wake-up descriptor, so that a signal is noticed at once also while the main thread is inside
-one long C call (one that lets go of the interpreter's lock, as torch's do); during start-up, when no loop polls the flag yet, that thread is what lets the job leave.
+one long C call (one that lets go of the interpreter's lock, as torch's do). During start-up, when no loop polls the
+flag yet, that thread is what lets the job leave.
 """
 
 import contextlib
