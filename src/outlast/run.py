@@ -206,7 +206,7 @@ class Run:
             self.record("resumed", step=step, checkpoint=name, seconds=seconds)
             self.say(f"resumed from {name} after {seconds:.1f} s")
         self._guard.end_startup()
-        self._update_progress(phase="training", step=step)
+        self._update_progress(phase="training", step=step, force=True)
         if self.should_stop(step):
             self.leave(step)
 
