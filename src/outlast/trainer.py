@@ -239,7 +239,7 @@ def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:
         loader = get(*args, **kwargs)
         # accelerate's loader is a DataLoader, but iterates over another one that it holds
         for inner in (loader, getattr(loader, "base_dataloader", None)):
-            if getattr(inner, "num_workers", 0) and not isinstance(inner.worker_init_fn, _Shielded):
+            if inner is not None and inner.num_workers and not isinstance(inner.worker_init_fn, _Shielded):
                 inner.worker_init_fn = _Shielded(inner.worker_init_fn)
         return loader
 
