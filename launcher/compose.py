@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from outlast.config import Config, build
 from outlast.errors import ConfigError
+from outlast.sections import HubData, JsonlData
 
 GROUPS = ("job", "model", "data", "peft", "parallel", "cluster", "experiment")
 """Groups of the defaults list in `conf/train.yaml`."""
@@ -47,8 +48,19 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Conf
     if "experiment" in tree:
         raise ConfigError("experiment", tree["experiment"], "its file must begin with the line '# @package _global_'")
     config = build(tree)
+    if not any(text.lstrip("+").startswith("trainer.eval_strategy=") for text in overrides):
+        _evaluate_only_with_data(config)
     config.run.name = config.run.name or config.derived_name
     return config
+
+
+def _evaluate_only_with_data(config: Config) -> None:
+    """The defaults evaluate and keep the best model; data that came without an evaluation split turns both off."""
+    missing = (isinstance(config.data, JsonlData) and config.data.eval is None) or (
+        isinstance(config.data, HubData) and config.data.eval_split is None
+    )
+    if missing and config.job.name == "sft":
+        config.trainer |= {"eval_strategy": "no", "load_best_model_at_end": False}
 
 
 def _argument(text: str, directories: list[Path]) -> str | None:

@@ -181,3 +181,13 @@ def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
 def test_composing_imports_no_torch() -> None:
     code = "import sys; from outlast.launcher.compose import compose; compose([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=60)
+
+
+def test_data_without_an_evaluation_split_turns_the_default_evaluation_off(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"text": "a"}\n')
+    overrides = ["data=jsonl", f"data.train={file}"]
+    assert compose(overrides).trainer["eval_strategy"] == "no"
+    assert compose(overrides).trainer["load_best_model_at_end"] is False
+    assert compose([*overrides, "trainer.eval_strategy=steps"]).trainer["eval_strategy"] == "steps"
+    assert compose([*overrides, f"data.eval={file}"]).trainer["eval_strategy"] == "steps"

@@ -1,0 +1,80 @@
+"""The commands, their flags and their help."""
+
+import argparse
+from pathlib import Path
+
+OVERRIDES = "a Hydra override: model=pretrained picks a group's file, seed=3 sets a key; trainer.* is TRL's SFTConfig"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line of `outlast`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    root = argparse.ArgumentParser(
+        prog="outlast",
+        description="Fine-tuning jobs that outlast preemption on Slurm.",
+        epilog="exit codes: 0 done, 1 failed, 2 refused, 75 stopped early and saved (resume me), 93 gave up",
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=help, description=help, epilog=f"example:\n  {example}", formatter_class=formatter
+        )
+
+    def overrides(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDES)
+        sub.add_argument(
+            "--config-dir", type=Path, metavar="DIR", help="a directory of your own groups and experiments"
+        )
+
+    train = command(
+        "train",
+        "Plan a run, then train here (cluster=local) or submit it",
+        "outlast train run.name=first trainer.max_steps=200",
+    )
+    overrides(train)
+    plan = command(
+        "plan", "Print what train would decide; start nothing", "outlast plan cluster=slurm parallel.nodes=2"
+    )
+    overrides(plan)
+    plan.add_argument("--json", action="store_true")
+    prepare = command(
+        "prepare", "Make the run directory and print its path (for batch scripts)", "outlast prepare run.name=first"
+    )
+    overrides(prepare)
+    prepare.add_argument("--prologue", action="store_true", help="print the path of prologue.sh instead")
+
+    status = command(
+        "status", "Runs: state, step, attempts, checkpoint age, bytes of budget", "outlast status --root runs"
+    )
+    status.add_argument("--root", type=Path, default=Path("runs"), help="where the run directories are (default: runs)")
+    status.add_argument("--json", action="store_true")
+    report = command("report", "What happened to a run: attempts, causes, steps lost, goodput", "outlast report first")
+    report.add_argument("run", metavar="RUN", help="a run's name under --root, or its directory")
+    report.add_argument("--root", type=Path, default=Path("runs"))
+    report.add_argument("--json", action="store_true")
+
+    dev = command(
+        "devcluster", "A real Slurm on this machine (root, Debian's packages)", "outlast devcluster up --grace 30"
+    )
+    verbs = dev.add_subparsers(dest="verb", required=True, metavar="up|down|status")
+    up = verbs.add_parser("up", help="start it: four nodes, partitions low and high")
+    up.add_argument(
+        "--grace", type=int, default=30, metavar="S", help="seconds from preemption to the kill (default: 30)"
+    )
+    up.add_argument(
+        "--user-signal",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="send the job's --signal at preemption",
+    )
+    up.add_argument("--accounting", action="store_true", help="with slurmdbd and MariaDB, so that sacct works")
+    down = verbs.add_parser("down", help="stop it, with every process it started")
+    shown = verbs.add_parser("status", help="nodes and options")
+    shown.add_argument("--env", action="store_true", help="print the export that points Slurm's commands at it")
+    shown.add_argument("--json", action="store_true")
+    for verb in (up, down, shown):
+        verb.add_argument(
+            "--dir", type=Path, default=None, help="its directory (default: ~/.local/state/outlast/devcluster)"
+        )
+    return root
