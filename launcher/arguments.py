@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         "prepare", "Make the run directory and print its path (for batch scripts)", "outlast prepare run.name=first"
     )
     overrides(prepare)
-    prepare.add_argument("--prologue", action="store_true", help="print the path of prologue.sh instead")
+    prepare.add_argument("--prologue", action="store_true", help="print a batch script's first lines")
 
     status = command(
         "status", "Runs: state, step, attempts, checkpoint age, bytes of budget", "outlast status --root runs"

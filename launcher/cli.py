@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import asdict
 
@@ -39,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from .compose import compose
 
     if arguments.command == "prepare" and arguments.prologue:
-        print(planning.shell_file("prologue.sh"))
+        print(f". {shlex.quote(str(planning.shell_file('prologue.sh')))}; python={shlex.quote(sys.executable)}")
         return Exit.DONE
     plan = planning.make(compose(arguments.overrides, config_dir=arguments.config_dir))
     match arguments.command:
@@ -48,7 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
         case "prepare":
             print(planning.freeze(plan).path)
             return Exit.DONE
-    run = planning.freeze(plan)
+    planning.check_directory(plan)
+    run = plan.directory
     if done := finished(Ledger(run.ledger).read()):
         print(f"{run.path} has finished already, at step {done['step']}; its model is in {run.final}")
         return Exit.DONE

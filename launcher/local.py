@@ -27,7 +27,7 @@ from outlast.run import ATTEMPT_ENV, LOCK_FD_ENV
 from outlast.rundir import RunDirectory, RunLock
 from outlast.sections import LocalCluster
 
-from .plan import Plan
+from .plan import Plan, freeze, make_directory
 from .progress_bar import ProgressBar
 
 POLL_S = 0.1
@@ -39,7 +39,7 @@ class Launcher:
     """Runs one run to its end, or to the point where it was told to stop."""
 
     def __init__(self, plan: Plan) -> None:
-        self.config = plan.config
+        self.plan, self.config = plan, plan.config
         self.run: RunDirectory = plan.directory
         self.ledger = Ledger(self.run.ledger)
         self.ranks: list[subprocess.Popen[bytes]] = []
@@ -47,8 +47,10 @@ class Launcher:
 
     def main(self) -> int:
         """Returns the exit code of the command."""
+        make_directory(self.run)
         lock = RunLock(self.run)
         lock.acquire("outlast train")
+        freeze(self.plan)  # not before: a command that is refused changes nothing
         assert lock.fd is not None
         with ProgressBar(self.run.path.name, Console(highlight=False)) as bar, self._signals():
             code = self._attempts(lock.fd, bar)

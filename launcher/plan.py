@@ -79,8 +79,8 @@ def make(config: Config) -> Plan:
     )
 
 
-def freeze(plan: Plan) -> RunDirectory:
-    """Write the plan and its configuration into the run directory, or find that they are there.
+def check_directory(plan: Plan) -> None:
+    """See that the run directory is free, or holds this very run; writes nothing.
 
     A run directory belongs to one value of what decides the weights. Resources, preemption, checkpoint interval and
     budget may be changed from one submission to the next.
@@ -89,6 +89,9 @@ def freeze(plan: Plan) -> RunDirectory:
         ConfigError: the directory holds another run.
     """
     run, config = plan.directory, plan.config
+    for path in (run.path, *run.path.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError("run.root", config.run.root, f"valid: a directory; {path} is none")
     if run.config.exists():
         changed = config.differences(load(run.config))
         if changed:
@@ -98,12 +101,43 @@ def freeze(plan: Plan) -> RunDirectory:
             raise ConfigError(
                 "run.name", run.path.name, f"that run is another one: {changes}. Choose another run.name."
             )
-    elif run.path.exists() and any(run.path.iterdir()):
+    elif run.path.is_dir() and {p.name for p in run.path.iterdir()} - {run.lock.name, "checkpoints", "logs"}:
         raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
-    run.create()
-    write_atomically(run.plan, json.dumps(plan.as_dict(), indent=1))
-    write_atomically(run.config, dump(config))
+
+
+def freeze(plan: Plan) -> RunDirectory:
+    """Write the plan and its configuration into the run directory.
+
+    The caller holds the run's lock, or knows that no job of it is queued: an attempt under way keeps what it has.
+
+    Raises:
+        ConfigError: the directory holds another run, or can't be written.
+    """
+    check_directory(plan)
+    run = plan.directory
+    try:
+        run.create()
+        write_atomically(run.plan, json.dumps(plan.as_dict(), indent=1))
+        write_atomically(run.config, dump(plan.config))
+    except OSError as error:
+        raise _unwritable(run, error) from None
     return run
+
+
+def make_directory(run: RunDirectory) -> None:
+    """Make the run directory, for its lock.
+
+    Raises:
+        ConfigError: it can't be made.
+    """
+    try:
+        run.create()
+    except OSError as error:
+        raise _unwritable(run, error) from None
+
+
+def _unwritable(run: RunDirectory, error: OSError) -> ConfigError:
+    return ConfigError("run.root", str(run.path.parent), f"{error.filename}: {error.strerror}")
 
 
 def shell_file(name: str) -> Path:

@@ -21,7 +21,7 @@ from outlast.rundir import RunDirectory, write_atomically
 from outlast.sections import SlurmCluster
 
 from . import devcluster
-from .plan import Plan, shell_file
+from .plan import Plan, freeze, shell_file
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -65,8 +65,10 @@ def submit(plan: Plan) -> Submitted:
     run = plan.directory
     record = run.path / "submitted.json"
     before = _read(record)
-    if before is not None and slurm.queue_states([before.job_id]).get(before.job_id) in ACTIVE:
+    same_cluster = before is not None and before.slurm_conf == os.environ.get("SLURM_CONF")
+    if before is not None and same_cluster and slurm.queue_states([before.job_id]).get(before.job_id) in ACTIVE:
         return Submitted(**{**asdict(before), "again": True})
+    freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
     job = _submit(plan.config, run)
     submitted = Submitted(
         job_id=job,

@@ -95,8 +95,14 @@ class Attempt:
     last_time: float = 0.0
 
     @property
+    def saved_step(self) -> int:
+        """The furthest step that the next attempt can start from."""
+        saved = [event for event in (self.resumed, *self.checkpoints) if event is not None]
+        return max((int(event["step"]) for event in saved), default=0)
+
+    @property
     def last_step(self) -> int:
-        """The furthest step that the ledger can vouch for."""
+        """The furthest step that was made."""
         steps = [event["step"] for event in (self.resumed, self.ended, *self.checkpoints) if event is not None]
         return max((int(step) for step in steps if step is not None), default=0)
 

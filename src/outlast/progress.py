@@ -4,6 +4,7 @@ It is a convenience, not a record: the ledger holds what happened. So it is repl
 disk, and at most twice a second.
 """
 
+import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass, fields
@@ -63,7 +64,8 @@ class ProgressWriter:
                 self.now.seconds_per_step = (moment - self._first[1]) / (self.now.step - self._first[0])
         if force or moment - self._written >= INTERVAL_S:
             self.now.time = self._written = moment
-            write_atomically(self._path, json.dumps(asdict(self.now)), durable=False)
+            with contextlib.suppress(OSError):  # a full disk must not end the training that it reports on
+                write_atomically(self._path, json.dumps(asdict(self.now)), durable=False)
 
 
 def read(run: RunDirectory) -> Progress | None:

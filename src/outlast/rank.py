@@ -16,6 +16,7 @@ from typing import Any
 from . import slurm
 from .config import load
 from .errors import OutlastError
+from .ledger import Ledger, finished
 from .preemption import PreemptionGuard
 from .run import AlreadyFinished, Run
 from .rundir import RunDirectory
@@ -49,6 +50,8 @@ def main(directory: str) -> dict[str, Any]:
     try:
         job = importlib.import_module(f"outlast.jobs.{config.job.name}")
         job.main(run, config)
+        if run.rank == 0 and not finished(Ledger(run_directory.ledger).read()):
+            raise OutlastError(f"job {config.job.name} returned without finishing its run")
     except Exception as error:
         traceback.print_exc()
         code = run.fail(error)

@@ -42,9 +42,11 @@ def decide(cause: Cause, events: list[Event], max_requeues: int) -> Decision:
     requeues = sum(event["event"] == "requeued" for event in events)
     if requeues >= max_requeues:
         return Decision("give_up", f"{requeues} requeues; preemption.max_requeues is {max_requeues}")
-    steps = [attempt.last_step for attempt in attempts(events)]
-    if len(steps) > PATIENCE and len(set(steps[-PATIENCE - 1 :])) == 1:
-        return Decision("give_up", f"no progress in {PATIENCE} restarts: each ended at step {steps[-1]}")
+    steps = [attempt.saved_step for attempt in attempts(events)]
+    if len(steps) > PATIENCE and max(steps[-PATIENCE:]) <= steps[-PATIENCE - 1]:
+        return Decision(
+            "give_up", f"no progress in {PATIENCE} restarts: none saved a step after {steps[-PATIENCE - 1]}"
+        )
     return Decision("requeue", cause)
 
 
@@ -69,6 +71,8 @@ class Departure:
         self._preemption = preemption
         self._view: slurm.JobView | None = None
         self._asking = threading.Lock()
+        self._requeueing = threading.Lock()
+        self._code: Exit | None = None
         self.signal: str | None = None
         """Name of the signal that the ranks agreed on; None while they train."""
         self.asked_at = 0.0
@@ -92,7 +96,10 @@ class Departure:
         asking.join(timeout=2.0)  # the save must not wait for a controller that does not answer
         end = self._view.end_time if self._view else guard.end_time
         deadline_s = round(end - self.asked_at, 3) if end is not None else None
-        self._record("signal", name=signal, step=step, deadline_s=deadline_s)
+        try:
+            self._record("signal", name=signal, step=step, deadline_s=deadline_s)
+        except OSError as error:  # a full disk: the save that follows makes room, and must not be prevented
+            self._say(f"WARNING: the ledger can't be written: {error}")
         left = f" ({deadline_s:.0f} s left)" if deadline_s is not None else ""
         self._say(f"{signal}: saving step {step} and leaving{left}")
 
@@ -106,19 +113,31 @@ class Departure:
         return self._view.stop_cause(self._preemption.lead_s)
 
     def requeue(self, step: int) -> Exit:
-        """Say why the attempt ended and, by the policy, have Slurm start the next one: once, on rank 0.
+        """Say why the attempt ended and, by the policy, have Slurm start the next one, on rank 0.
+
+        Once: a requeue makes Slurm end the other ranks, and what this rank then raises ends here a second time.
 
         Returns:
             The exit code for all ranks.
         """
-        cause = self.cause()
+        with self._requeueing:
+            if self._code is None:
+                self._code = self._requeue(step)
+            return self._code
+
+    def _requeue(self, step: int) -> Exit:
+        cause, ours = self.cause(), True
+        if self._job is not None and cause == "preempted":
+            cause, ours = self._still_preempted()
         self._record("attempt_ended", cause=cause, step=step)
         decision = decide(cause, self._ledger.read(), self._preemption.max_requeues)
         if decision.action == "give_up":
             self._record("gave_up", reason=decision.reason)
             self._say(f"giving up: {decision.reason}")
             return Exit.GAVE_UP
-        if decision.action == "requeue" and self._job is not None:
+        if decision.action == "requeue" and self._job is not None and not ours:
+            self._record("requeued", cause=cause, job_id=self._job.job_id, by="slurm")
+        elif decision.action == "requeue" and self._job is not None:
             try:
                 lifted = slurm.requeue(self._job.job_id, self._preemption.requeue_delay_s)
             except SlurmError as error:
@@ -127,3 +146,18 @@ class Departure:
                 self._record("requeued", cause=cause, job_id=self._job.job_id, hold_lifted=lifted)
                 self._say(f"requeued job {self._job.job_id} ({cause})")
         return Exit.RESUME_ME
+
+    def _still_preempted(self) -> tuple[Cause, bool]:
+        """What became of the job during the save, and whether requeueing it is still ours to do.
+
+        A job that is completing by now was either cancelled meanwhile, and must stay so, or has used up its grace
+        period, and Slurm requeues it.
+        """
+        assert self._job is not None
+        try:
+            now = slurm.show_job(self._job.job_id, timeout_s=5.0)
+        except SlurmError:
+            return "preempted", True
+        if not now.is_ending:
+            return "preempted", True
+        return ("preempted", False) if now.is_preempted else ("cancelled", False)

@@ -175,8 +175,6 @@ class Run:
         if view.preempt_time is not None and view.preempt_time >= (view.start_time or 0.0):
             self._leave_in_startup("TERM")  # its signal came before this process could catch one
 
-    # Resume -----------------------------------------------------------------------------------------------------
-
     def resume_point(self) -> Sealed | None:
         """The newest checkpoint that verifies, or None on a fresh run. All ranks call it together.
 
@@ -196,7 +194,12 @@ class Run:
         if problem_text is not None:
             raise problem or CheckpointError(problem_text)
         self._newest_step = step
-        return next((c for c in self.store.sealed() if c.step == step), None) if step is not None else None
+        if step is None:
+            return None
+        found = next((c for c in self.store.sealed() if c.step == step), None)
+        if not self.agreement.all_ok(found is not None):
+            raise CheckpointError(f"checkpoint-{step} is not visible to every rank: is {self.directory.path} shared?")
+        return found
 
     def begin(self, step: int) -> None:
         """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together."""
@@ -209,8 +212,6 @@ class Run:
         self._update_progress(phase="training", step=step, force=True)
         if self.should_stop(step):
             self.leave(step)
-
-    # The loop ---------------------------------------------------------------------------------------------------
 
     def should_stop(self, step: int) -> bool:
         """Whether any rank was asked to stop: one small reduction, at the same point on all ranks."""
@@ -245,11 +246,14 @@ class Run:
             stands). A step that has a sealed checkpoint already is not written again.
         """
         if self._newest_step == step:
+            if pending_evaluation and self.rank == 0:
+                self.store.mark_pending(step)
+            self.agreement.barrier()
             return Sealed(self.store.path(step), self._read_newest())
         kind = "emergency" if self.stopping else "periodic"
         began = time.time()
         self._update_progress(phase="saving", step=step, force=True)
-        fits = self.agreement.from_rank_0(self.store.make_room(for_emergency=self.stopping) if self.rank == 0 else None)
+        fits = self.agreement.from_rank_0(self._make_room())
         sealed, reason = None, "it would exceed storage.budget_gb, and no older checkpoint may be deleted"
         if fits or self.stopping:
             manifest = Manifest(
@@ -280,14 +284,14 @@ class Run:
         """Note an evaluation that ran to its end."""
         self.record("evaluated", step=step, metrics=metrics)
 
-    # The end ----------------------------------------------------------------------------------------------------
-
     def leave(self, step: int) -> NoReturn:
         """Requeue the job, once, and end this process; all ranks call it together, everything being saved."""
-        code = self._departure.requeue(step) if self.rank == 0 else 0
-        code = self.agreement.from_rank_0(code)
-        self.agreement.close()
-        _exit(code)
+        code = int(self._departure.requeue(step)) if self.rank == 0 else int(Exit.RESUME_ME)
+        try:
+            code = self.agreement.from_rank_0(code)
+            self.agreement.close()
+        finally:  # the requeue may have ended a peer already: what is saved is saved, and this rank leaves
+            _exit(code)
 
     def finish(self, step: int, save: Callable[[Path], None] | None = None) -> None:
         """The run is done after `step` steps: publish the model and say so. All ranks call it together.
@@ -300,6 +304,7 @@ class Run:
         """
         if save is not None:
             began = time.time()
+            self._make_room()
             manifest = Manifest(step=step, kind="final", world_size=self.agreement.world_size, time=began)
             sealed = self.store.save(save, manifest)
             spent = time.time() - began
@@ -341,6 +346,8 @@ class Run:
             self.say(f"{type(error).__name__} while leaving: {error}")
             self._departure.announce(self._guard.requested, self._guard, step)
             return self._departure.requeue(step)
+        if self._guard.requested is not None and self.rank != 0:
+            return Exit.RESUME_ME  # rank 0 speaks for all
         ended = {e["attempt"] for e in self._ledger.read() if e["event"] == "attempt_ended"}
         if self.attempt not in ended:
             text = f"{type(error).__name__}: {error}"
@@ -348,6 +355,13 @@ class Run:
                 "attempt_ended", self.attempt, cause="failed", step=step, rank=self.rank, error=text[:2000]
             )
         return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
+
+    def _make_room(self) -> bool:
+        try:
+            return self.rank == 0 and self.store.make_room(for_emergency=self.stopping)
+        except OSError as error:
+            self.say(f"WARNING: could not make room: {error}")
+            return False
 
     def _read_newest(self) -> Manifest:
         return next(c.manifest for c in self.store.sealed() if c.step == self._newest_step)

@@ -29,8 +29,8 @@ class RunSection:
 
     def __post_init__(self) -> None:
         name = self.name
-        ok = name is None or (name.strip() == name != "" and not {"/", "\0", "\n"} & set(name))
-        require(ok and name not in (".", ".."), "run.name", name, "valid: a directory name, without '/'")
+        ok = name is None or (name.strip() == name != "" and not {"/", "%", "\0", "\n"} & set(name))
+        require(ok and name not in (".", ".."), "run.name", name, "valid: a directory name, without '/' and '%'")
         self.root = str(Path(self.root).expanduser().absolute())
 
 

@@ -96,6 +96,15 @@ class JobView:
     start_time: float | None
     end_time: float | None
 
+    @property
+    def is_preempted(self) -> bool:
+        """Whether Slurm is taking this attempt's nodes away; the time of an earlier attempt's preemption stays."""
+        return self.preempt_time is not None and self.preempt_time >= (self.start_time or 0.0)
+
+    @property
+    def is_ending(self) -> bool:
+        return self.state in ("COMPLETING", "CANCELLED")
+
     def stop_cause(self, lead_s: float) -> Cause:
         """Why this job was signalled, from what Slurm says while the signal is fresh.
 
@@ -106,11 +115,13 @@ class JobView:
         Args:
             lead_s: the lead time that `--signal` was given, seconds.
         """
-        if self.preempt_time is not None and self.preempt_time >= (self.start_time or 0.0):
+        if self.state == "CANCELLED":
+            return "cancelled"
+        if self.is_preempted:
             return "preempted"
         if self.reason == "TimeLimit" or self.state == "TIMEOUT":
             return "time_limit"
-        if self.state in ("COMPLETING", "CANCELLED"):
+        if self.is_ending:
             return "cancelled"
         if self.end_time is not None and self.end_time - time.time() <= lead_s + 65.0:
             return "time_limit"

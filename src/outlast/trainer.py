@@ -64,6 +64,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         self.run, self.trainer = run, trainer
         self.checkpoint: Sealed | None = None
         self.pending_evaluation = False
+        self.save_at_epoch_end = False
         self.done = False
         self.rng_after_pending: dict[str, Any] | None = None
         self._evaluations = 0  # evaluate() calls itself for each of several datasets
@@ -104,12 +105,13 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         step, every = state.global_step, self.run.every_steps
         self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
+        epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
         if every and step % every == 0:
-            control.should_save = True
+            # An evaluation may follow at the end of the epoch: what is sealed at this step holds it too.
+            self.save_at_epoch_end, control.should_save = epoch_ends, control.should_save or not epoch_ends
         if self.run.should_stop(step):
             self.pending_evaluation = control.should_evaluate
             control.should_evaluate = False
-            epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
             control.should_save = not epoch_ends
 
     def on_epoch_end(
@@ -122,6 +124,8 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
             self.pending_evaluation |= control.should_evaluate
             control.should_evaluate = False
             control.should_save = True
+        elif self.save_at_epoch_end:
+            control.should_save, self.save_at_epoch_end = True, False
 
     def on_prediction_step(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any

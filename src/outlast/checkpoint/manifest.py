@@ -66,6 +66,11 @@ def seal(directory: Path, manifest: Manifest) -> None:
         manifest.files[path.relative_to(directory).as_posix()] = _flush_and_digest(path)
     for path in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
         flush_directory(path)
+    write_manifest(directory, manifest)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest as a whole and flush it."""
     write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=1))
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outlast.errors import CheckpointError, Exit
@@ -18,7 +18,7 @@ from outlast.ranks import Agreement
 from outlast.rundir import RunDirectory, flush_directory
 from outlast.storage import bytes_used
 
-from .manifest import MANIFEST, Manifest, flush_files, read_manifest, seal, verify
+from .manifest import MANIFEST, Manifest, flush_files, read_manifest, seal, verify, write_manifest
 from .retention import deletion_order
 
 PREFIX = "checkpoint-"
@@ -82,8 +82,7 @@ class CheckpointStore:
     def sweep(self) -> None:
         """Remove what an earlier attempt left half-written or half-deleted (rank 0, before anything is saved)."""
         for path in (self.staging, self.trash):
-            if path.exists():
-                shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # a network file system may keep a name for a moment
 
     def newest_verified(self) -> Sealed | None:
         """The newest checkpoint that verifies (rank 0). Newer ones that don't are moved to `quarantine/`."""
@@ -145,7 +144,7 @@ class CheckpointStore:
             if self._agreement.all_ok(problem is None):
                 problem = self._publish(staged, target, manifest) if self._agreement.rank == 0 else None
                 if self._agreement.all_ok(problem is None):
-                    return Sealed(target, read_manifest(target))
+                    return Sealed(target, manifest)  # on rank 0 with its files; a late reader may not see them yet
         if self._agreement.rank == 0:
             self.sweep()
         raise CheckpointError(problem or "another rank could not write it")
@@ -160,7 +159,7 @@ class CheckpointStore:
                 self.quarantine(target, "it stood, unsealed, where a new checkpoint was published")
             os.rename(staged, target)
             flush_directory(target.parent)
-            self.staging.rmdir()
+            shutil.rmtree(self.staging, ignore_errors=True)
         except OSError as error:
             return f"rank 0: {error}"
         return None
@@ -176,6 +175,9 @@ class CheckpointStore:
         sealed = self.sealed()
         need = max((checkpoint.bytes for checkpoint in sealed), default=0)
         order = deletion_order(sealed, self.best_step, keep_best=not for_emergency)
+        at_best = bytes_used(self._run.path) - sum(checkpoint.bytes for checkpoint in order) + need
+        if at_best > self._budget and not for_emergency:
+            return False  # deleting all that may go would not do: keep it
         while True:
             over_limit = self.limit is not None and len(sealed) >= max(self.limit, 1) and bool(order)
             over_budget = bytes_used(self._run.path) + need > self._budget
@@ -192,7 +194,13 @@ class CheckpointStore:
         self.trash.mkdir(exist_ok=True)
         os.rename(checkpoint.path, self.trash / checkpoint.path.name)
         self._record("deleted", checkpoint=checkpoint.path.name, reason=reason)
-        shutil.rmtree(self.trash)
+        shutil.rmtree(self.trash, ignore_errors=True)
+
+    def mark_pending(self, step: int) -> None:
+        """Note in a sealed checkpoint that the evaluation due at its step has not been made (rank 0)."""
+        manifest = read_manifest(self.path(step))
+        if not manifest.pending_evaluation:
+            write_manifest(self.path(step), replace(manifest, pending_evaluation=True))
 
 
 class OtherWorldSizeError(CheckpointError):
