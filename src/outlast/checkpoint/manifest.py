@@ -34,6 +34,12 @@ class Manifest:
     """When it was sealed, Unix seconds."""
     pending_evaluation: bool = False
     """An evaluation was due at this step and was cut short or not begun: it is run first on resume."""
+    light: bool = False
+    """Only what evaluation and deployment need is left: it can't be resumed from."""
+    best_step: int | None = None
+    """Step of the best checkpoint by the metric, as known when this one was sealed."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What the run was (see `origin.py`)."""
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`{relative path: {"bytes": int, "xxh3_128": hex digest}}`."""
