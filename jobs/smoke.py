@@ -52,6 +52,13 @@ def main(run: "Run", config: Config) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)
 
+    run.describe(
+        seed=config.seed,
+        global_batch=settings.per_device_train_batch_size
+        * settings.gradient_accumulation_steps
+        * run.agreement.world_size,
+        dataset=settings.dataset_size,
+    )
     checkpoint = run.resume_point()
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint.path))

@@ -77,8 +77,12 @@ class Config:
     @property
     def derived_name(self) -> str:
         """Name of a run that was given none: what it is, and eight digits of what decides its weights."""
-        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True, default=str).encode()).hexdigest()
-        return f"{self.job.name}-{self.model.kind}-{self.data.kind}-{digest[:8]}"
+        return f"{self.job.name}-{self.model.kind}-{self.data.kind}-{self.digest[:8]}"
+
+    @property
+    def digest(self) -> str:
+        """Of what decides the weights: 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True, default=str).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """The sections that decide the weights, as plain values."""

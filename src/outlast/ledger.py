@@ -7,6 +7,7 @@ Status, report, the requeue policy and the tests read this and nothing else.
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -46,8 +47,11 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, event: str, attempt: int, **values: Any) -> None:
+    def append(self, event: str, attempt: int, *, at: float | None = None, **values: Any) -> None:
         """Add one line and flush it to disk. A line torn by an earlier kill is closed first.
+
+        Args:
+            at: when it happened, Unix seconds; now, if left out.
 
         Raises:
             ValueError: an unknown event, or a field that it must have is missing.
@@ -55,7 +59,7 @@ class Ledger:
         missing = [name for name in EVENTS[event] if name not in values] if event in EVENTS else None
         if missing is None or missing:
             raise ValueError(f"ledger event {event!r}: " + (f"missing {missing}" if missing else "unknown"))
-        line = json.dumps({"time": time.time(), "attempt": attempt, "event": event, **values}) + "\n"
+        line = json.dumps({"time": at or time.time(), "attempt": attempt, "event": event, **values}) + "\n"
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(fd).st_size
@@ -82,6 +86,28 @@ class Ledger:
             if isinstance(event, dict) and {"time", "attempt", "event"} <= event.keys():
                 events.append(event)
         return events
+
+
+class Recorder:
+    """A :class:`Record` that a full disk does not stop: lines that can't be written wait for the next one.
+
+    Args:
+        say: prints a line in the log.
+    """
+
+    def __init__(self, ledger: Ledger, attempt: int, say: Callable[[str], None]) -> None:
+        self._ledger, self._attempt, self._say = ledger, attempt, say
+        self._waiting: list[tuple[str, float, dict[str, Any]]] = []
+
+    def __call__(self, event: str, **values: Any) -> None:
+        self._waiting.append((event, time.time(), values))
+        try:
+            while self._waiting:
+                name, at, fields = self._waiting[0]
+                self._ledger.append(name, self._attempt, at=at, **fields)
+                self._waiting.pop(0)
+        except OSError as error:
+            self._say(f"WARNING: the ledger can't be written: {error}; this waits: {json.dumps({event: values})}")
 
 
 @dataclass

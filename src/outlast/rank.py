@@ -47,6 +47,7 @@ def main(directory: str) -> dict[str, Any]:
     except AlreadyFinished as done:
         return {"step": done.step, "final": str(run_directory.final)}
     _log_by_attempt(run)
+    run.describe(config=config.digest[:16])
     try:
         job = importlib.import_module(f"outlast.jobs.{config.job.name}")
         job.main(run, config)

@@ -55,6 +55,16 @@ class Agreement:
         dist.broadcast_object_list(box, src=0, group=self._side_group())
         return box[0]
 
+    def from_all(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank, on every rank. Of plain Python types."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._side_group())
+        return values
+
     def close(self) -> None:
         """Leave the process groups, so that no communicator outlives an orderly exit."""
         if self.world_size > 1:

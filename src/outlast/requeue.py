@@ -96,10 +96,7 @@ class Departure:
         asking.join(timeout=2.0)  # the save must not wait for a controller that does not answer
         end = self._view.end_time if self._view else guard.end_time
         deadline_s = round(end - self.asked_at, 3) if end is not None else None
-        try:
-            self._record("signal", name=signal, step=step, deadline_s=deadline_s)
-        except OSError as error:  # a full disk: the save that follows makes room, and must not be prevented
-            self._say(f"WARNING: the ledger can't be written: {error}")
+        self._record("signal", name=signal, step=step, deadline_s=deadline_s)
         left = f" ({deadline_s:.0f} s left)" if deadline_s is not None else ""
         self._say(f"{signal}: saving step {step} and leaving{left}")
 

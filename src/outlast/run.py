@@ -1,7 +1,7 @@
 """One attempt at a run, from start to leave: what every training loop, Hugging Face's or one's own, calls.
 
-The way of a signal: `preemption.py` sets the flag; :meth:`Run.should_stop` lets all ranks agree at a step's end;
-:meth:`Run.checkpoint` has them save that step (`checkpoint/store.py`); :meth:`Run.leave` requeues the job
+The way of a signal: `preemption.py` sets the flag; :meth:`Run.step_done` lets all ranks agree at a step's end;
+:meth:`Run.checkpoint` has them save that step (`saving.py`, `checkpoint/store.py`); :meth:`Run.leave` requeues the job
 (`requeue.py`, `slurm.py`) and ends the process.
 """
 
@@ -10,26 +10,28 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from . import slurm
-from .checkpoint import CheckpointStore, Manifest, Sealed, versions
+from .checkpoint import CheckpointStore, Sealed, versions
 from .errors import CheckpointError, Exit, OutlastError, SlurmError
-from .ledger import Cause, Ledger, attempt_of, attempts, finished
+from .ledger import Cause, Ledger, Recorder, attempt_of, attempts, finished
 from .preemption import PreemptionGuard
 from .progress import ProgressWriter, read
 from .ranks import Agreement
 from .requeue import Departure
 from .rundir import RunDirectory, RunLock
+from .saving import Saver
 from .sections import CheckpointSection, PreemptionSection, StorageSection
 from .storage import bytes_used
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-STOP_NAMES = ("", "clock", "USR1", "USR2", "TERM")
+ASKED = ("", "save", "clock", "USR1", "USR2", "TERM")
+"""What a rank may ask for at a step's end; of several, the last in this order is what all do."""
 ATTEMPT_ENV = "OUTLAST_ATTEMPT"
 LOCK_FD_ENV = "OUTLAST_LOCK_FD"
 
@@ -45,22 +47,29 @@ class AlreadyFinished(SystemExit):
 def start(
     directory: str | Path,
     *,
+    every: int | str | None = None,
     every_steps: int | None = None,
+    milestone_every: int | None = None,
     budget_gb: float = 10.0,
     lead_s: int = 90,
     max_requeues: int = 1000,
+    allow: Sequence[str] = (),
 ) -> "Run":
     """Begin, or go on with, a run. Call it first: signals are caught from here on.
 
     Args:
         directory: the run directory; made if need be. On a cluster, on a file system that all nodes share.
-        every_steps: optimizer steps between periodic checkpoints; None leaves it to the loop (a Trainer's own
-            `save_steps`).
+        every: when to save: optimizer steps, a time (`"30min"`), or `"auto"`; None leaves it to the loop (a Trainer's
+            own `save_steps`).
+        every_steps: the same in steps.
+        milestone_every: optimizer steps between checkpoints that are kept, without what only a resume needs.
         budget_gb: what the run directory may take, in GB (10^9 bytes).
         lead_s: seconds before the job's time limit at which to save and leave if no signal has come.
         max_requeues: requeues after which the run gives up.
+        allow: what may differ from the run that made the checkpoint: `dataset`, `seed`, `global_batch`, ...
 
     Raises:
+        ConfigError: an argument is refused.
         AlreadyFinished: (a `SystemExit` with code 0) the run has finished before.
         RunBusyError: another attempt is alive on the directory.
     """
@@ -70,24 +79,32 @@ def start(
         RunDirectory(Path(directory).absolute()),
         guard,
         PreemptionSection(lead_s=lead_s, max_requeues=max_requeues),
-        CheckpointSection(every_steps=every_steps) if every_steps else None,
+        CheckpointSection(
+            every=every or "auto", every_steps=every_steps, milestone_every=milestone_every, allow=list(allow)
+        ),
         StorageSection(budget_gb=budget_gb),
+        loop_saves=every is None and every_steps is None,
     )
 
 
 class Run:
-    """The attempt that this process, as one rank, takes part in."""
+    """The attempt that this process, as one rank, takes part in.
+
+    Args:
+        loop_saves: when to save periodically is up to the training loop, whatever `checkpoint` says.
+    """
 
     def __init__(
         self,
         directory: RunDirectory,
         guard: PreemptionGuard,
         preemption: PreemptionSection,
-        checkpoint: CheckpointSection | None,
+        checkpoint: CheckpointSection,
         storage: StorageSection,
+        *,
+        loop_saves: bool = False,
     ) -> None:
         self.directory = directory
-        self.every_steps = checkpoint.every_steps if checkpoint else None
         self._preemption = preemption
         self._started = time.time()
         self._guard = guard
@@ -106,10 +123,13 @@ class Run:
             self._lock.acquire(f"job {self._job.job_id}" if self._job else "a training script", wait_s=60.0)
         job = (self._job.job_id, self._job.restart_count) if self._job else None
         self.attempt = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(self._ledger.read(), job)
-        self.store = CheckpointStore(directory, self.agreement, self.record, budget_bytes=storage.budget_bytes)
+        self._recorder = Recorder(self._ledger, self.attempt, self.say)
+        self.store = CheckpointStore(
+            directory, self.agreement, self.record, budget_bytes=storage.budget_bytes, say=self.say
+        )
+        self.store.retention.milestone_every = checkpoint.milestone_every
         self.progress = ProgressWriter(directory)
         self.progress.now.attempt, self.progress.now.budget_bytes = self.attempt, storage.budget_bytes
-        self._newest_step: int | None = None
         self._departure = Departure(
             self.record, self.say, self._ledger, self._job if self.rank == 0 else None, preemption
         )
@@ -117,6 +137,9 @@ class Run:
         if self.rank == 0:
             guard.on_signal = self._departure.ask_slurm
             self._open_attempt()
+        self._saver = Saver(
+            self.store, self.agreement, self.record, self.say, section=checkpoint, loop_saves=loop_saves
+        )
 
     @property
     def rank(self) -> int:
@@ -138,9 +161,18 @@ class Run:
             print(f"[outlast] {text}", flush=True)
 
     def record(self, event: str, **values: Any) -> None:
-        """Append a line to the ledger (rank 0 only)."""
+        """Append a line to the ledger (rank 0 only). On a full disk it is kept, and written with the next."""
         if self.rank == 0:
-            self._ledger.append(event, self.attempt, **values)
+            self._recorder(event, **values)
+
+    def describe(self, **origin: Any) -> None:
+        """Say what this run is, as far as a checkpoint depends on it; to be called before :meth:`resume_point`.
+
+        Args:
+            origin: any of `dataset`, `seed`, `global_batch`, `micro_batch`, `trainable`, `config`, as plain values;
+                `checkpoint/origin.py` has what follows if one of them differs on resume.
+        """
+        self._saver.origin |= {name: value for name, value in origin.items() if value is not None}
 
     def _open_attempt(self) -> None:
         before = attempts(self._ledger.read())
@@ -179,35 +211,19 @@ class Run:
         """The newest checkpoint that verifies, or None on a fresh run. All ranks call it together.
 
         Raises:
-            CheckpointError: the newest one was made by another number of ranks.
+            ResumeRefusedError: it was made by another run than this one; the message says what to do.
         """
-        step, problem = None, None
-        if self.rank == 0:
-            try:
-                newest = self.store.newest_verified()
-                step = newest.step if newest else None
-            except CheckpointError as error:
-                problem = error
-        step, problem_text, self.attempt = self.agreement.from_rank_0(
-            (step, str(problem) if problem else None, self.attempt)
-        )
-        if problem_text is not None:
-            raise problem or CheckpointError(problem_text)
-        self._newest_step = step
-        if step is None:
-            return None
-        found = next((c for c in self.store.sealed() if c.step == step), None)
-        if not self.agreement.all_ok(found is not None):
-            raise CheckpointError(f"checkpoint-{step} is not visible to every rank: is {self.directory.path} shared?")
-        return found
+        self.attempt = self.agreement.from_rank_0(self.attempt)
+        return self._saver.resume_point()
 
     def begin(self, step: int) -> None:
         """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together."""
         seconds = time.time() - self._started
-        if self._newest_step is not None:
-            name = self.store.path(self._newest_step).name
-            self.record("resumed", step=step, checkpoint=name, seconds=seconds)
+        if self._saver.newest_step is not None:
+            name, differences = self.store.path(self._saver.newest_step).name, self._saver.differences
+            self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences)
             self.say(f"resumed from {name} after {seconds:.1f} s")
+        self._saver.begin(self._ledger.read())
         self._guard.end_startup()
         self._update_progress(phase="training", step=step, force=True)
         if self.should_stop(step):
@@ -215,11 +231,21 @@ class Run:
 
     def should_stop(self, step: int) -> bool:
         """Whether any rank was asked to stop: one small reduction, at the same point on all ranks."""
-        if not self.stopping:
-            agreed = self.agreement.maximum(STOP_NAMES.index(self._guard.poll() or ""))
-            if agreed:
-                self._departure.announce(STOP_NAMES[agreed], self._guard, step)
-        return self.stopping
+        return self._agree(step, save=False) == "stop"
+
+    def step_done(self, step: int) -> Literal["go_on", "save", "stop"]:
+        """What all ranks do now that `step` optimizer steps are done: one small reduction."""
+        return self._agree(step, save=self.rank == 0 and self._saver.due(step))
+
+    def _agree(self, step: int, *, save: bool) -> Literal["go_on", "save", "stop"]:
+        if self.stopping:
+            return "stop"
+        asked = self._guard.poll() or ("save" if save else "")
+        agreed = ASKED[self.agreement.maximum(ASKED.index(asked))]
+        if agreed in ("", "save"):
+            return "save" if agreed else "go_on"
+        self._departure.announce(agreed, self._guard, step)
+        return "stop"
 
     def step_end(
         self, step: int, save: Callable[[Path], None], *, total: int | None = None, loss: float | None = None
@@ -232,11 +258,11 @@ class Run:
             loss: the last loss, for the progress bar.
         """
         self._update_progress(step=step, total_steps=total, loss=loss)
-        if self.should_stop(step):
+        verdict = self.step_done(step)
+        if verdict != "go_on":
             self.checkpoint(step, save)
+        if verdict == "stop":
             self.leave(step)
-        if self.every_steps and step % self.every_steps == 0:
-            self.checkpoint(step, save)
 
     def checkpoint(self, step: int, save: Callable[[Path], None], *, pending_evaluation: bool = False) -> Sealed | None:
         """Save `step` on all ranks: an emergency checkpoint if the run is stopping, else a periodic one.
@@ -245,38 +271,21 @@ class Run:
             The sealed checkpoint, or None if it could not be written (the ledger says why; what was there before
             stands). A step that has a sealed checkpoint already is not written again.
         """
-        if self._newest_step == step:
+        if self._saver.newest_step == step:
             if pending_evaluation and self.rank == 0:
                 self.store.mark_pending(step)
             self.agreement.barrier()
-            return Sealed(self.store.path(step), self._read_newest())
-        kind = "emergency" if self.stopping else "periodic"
-        began = time.time()
+            return self._saver.newest()
         self._update_progress(phase="saving", step=step, force=True)
-        fits = self.agreement.from_rank_0(self._make_room())
-        sealed, reason = None, "it would exceed storage.budget_gb, and no older checkpoint may be deleted"
-        if fits or self.stopping:
-            manifest = Manifest(
-                step=step,
-                kind=kind,
-                world_size=self.agreement.world_size,
-                time=began,
-                pending_evaluation=pending_evaluation,
-                versions=versions(),
-            )
-            try:
-                sealed = self.store.save(save, manifest)
-            except CheckpointError as error:
-                reason = str(error)
-        now = time.time()
-        if sealed is None:
-            self.record("checkpoint_failed", step=step, kind=kind, reason=reason)
-            self.say(f"WARNING: {kind} checkpoint of step {step} was not written: {reason}")
-        else:
-            self._newest_step = step
-            waited = now - (self._departure.asked_at if self.stopping else began)
-            self.record("checkpoint", step=step, kind=kind, bytes=sealed.bytes, stall_s=now - began, sealed_s=waited)
-            self.progress.now.checkpoint_step, self.progress.now.checkpoint_time = step, now
+        sealed = self._saver.save(
+            step,
+            save,
+            kind="emergency" if self.stopping else "periodic",
+            asked_at=self._departure.asked_at if self.stopping else None,
+            pending_evaluation=pending_evaluation,
+        )
+        if sealed is not None:
+            self.progress.now.checkpoint_step, self.progress.now.checkpoint_time = step, time.time()
         self._update_progress(phase="training", force=True)
         return sealed
 
@@ -302,13 +311,8 @@ class Run:
         Raises:
             CheckpointError: the model could not be written; the run is not finished.
         """
-        if save is not None:
-            began = time.time()
-            self._make_room()
-            manifest = Manifest(step=step, kind="final", world_size=self.agreement.world_size, time=began)
-            sealed = self.store.save(save, manifest)
-            spent = time.time() - began
-            self.record("checkpoint", step=step, kind="final", bytes=sealed.bytes, stall_s=spent, sealed_s=spent)
+        if save is not None and self._saver.save(step, save, kind="final") is None:
+            raise CheckpointError(f"the finished model could not be written to {self.final}; the same command resumes")
         self.agreement.barrier()
         if self.rank == 0:
             first = attempts(self._ledger.read())[0].started
@@ -355,16 +359,6 @@ class Run:
                 "attempt_ended", self.attempt, cause="failed", step=step, rank=self.rank, error=text[:2000]
             )
         return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
-
-    def _make_room(self) -> bool:
-        try:
-            return self.rank == 0 and self.store.make_room(for_emergency=self.stopping)
-        except OSError as error:
-            self.say(f"WARNING: could not make room: {error}")
-            return False
-
-    def _read_newest(self) -> Manifest:
-        return next(c.manifest for c in self.store.sealed() if c.step == self._newest_step)
 
     def _update_progress(self, *, force: bool = False, **values: Any) -> None:
         if self.rank == 0:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from .errors import RunBusyError
+from .errors import ConfigError, RunBusyError
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,16 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def staging(self) -> Path:
+        """Where a checkpoint is written before it is published; swept at start."""
+        return self.checkpoints / ".staging"
+
+    @property
+    def trash(self) -> Path:
+        """Where a checkpoint is moved before what is in it is deleted; swept at start."""
+        return self.checkpoints / ".deleted"
+
+    @property
     def quarantine(self) -> Path:
         return self.path / "quarantine"
 
@@ -67,7 +77,15 @@ class RunDirectory:
         return self.logs / f"attempt-{attempt:03d}.rank-{rank}.log"
 
     def create(self) -> None:
-        """Make the directory and those of its parts that every attempt needs."""
+        """Make the directory and those of its parts that every attempt needs.
+
+        Raises:
+            ConfigError: a part in which things are deleted is a symbolic link.
+        """
+        for path in (self.checkpoints, self.staging, self.trash, self.quarantine):
+            if path.is_symlink():
+                valid = "valid: a real directory, since nothing outside the run directory is ever deleted. "
+                raise ConfigError("run", str(path), valid + "Make the run directory itself the link, or set run.root.")
         for path in (self.checkpoints, self.logs):
             path.mkdir(parents=True, exist_ok=True)
 

@@ -5,6 +5,7 @@ that a value is refused where it is made.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from .errors import ConfigError
 
 SIGNALS = ("USR1", "USR2", "TERM")
 JOBS = ("sft", "smoke")
+DIFFERENCES = ("dataset", "seed", "global_batch", "trainable", "config")
+"""What a checkpoint may be allowed to differ in from the run that resumes it (`checkpoint.allow`)."""
 
 
 def require(ok: bool, key: str, value: Any, valid: str) -> None:
@@ -249,11 +252,58 @@ class PreemptionSection:
 
 @dataclass(kw_only=True)
 class CheckpointSection:
-    every_steps: int = 50
-    """Optimizer steps between periodic checkpoints."""
+    every: Any = "auto"
+    """When to save: `auto`, optimizer steps (500), or a time (`90s`, `30min`, `2h`). See `checkpoint/cadence.py`."""
+    every_steps: int | None = None
+    """`every` in steps, by its older name. It goes before `auto`, which is what `every` is if nothing is said."""
+    every_minutes: float | None = None
+    """`every` as a time in minutes; it goes before `auto` likewise."""
+    milestone_every: int | None = None
+    """Steps between milestones: checkpoints that are made whatever `every` says, and kept."""
+    mtbf_hours: float = 24.0
+    """Hours expected between failures of the run that come *without* notice; preemptions with notice don't count."""
+    allow: list[str] = field(default_factory=list)
+    """Differences between a checkpoint and the run (of `DIFFERENCES`) that are accepted on resume."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "valid: a positive integer")
+        steps, minutes, hours = self.every_steps, self.every_minutes, self.mtbf_hours
+        for name, value in (("every_steps", steps), ("milestone_every", self.milestone_every)):
+            require(value is None or value > 0, f"checkpoint.{name}", value, "valid: a positive integer, or null")
+        valid = "valid: a positive number of minutes, or null"
+        require(minutes is None or 0 < minutes < math.inf, "checkpoint.every_minutes", minutes, valid)
+        require(0 < hours < math.inf, "checkpoint.mtbf_hours", hours, "valid: a positive number of hours")
+        for name in self.allow:
+            if name not in DIFFERENCES:
+                raise ConfigError("checkpoint.allow", name, DIFFERENCES)
+        given = {"every": _interval(self.every), "every_steps": (steps, None)}
+        given["every_minutes"] = (None, None if minutes is None else minutes * 60)
+        given = {name: interval for name, interval in given.items() if interval != (None, None)}
+        first = next(iter(given), "every")
+        self._interval: tuple[int | None, float | None] = given.get(first, (None, None))
+        for name, interval in given.items():
+            other = f"checkpoint.{first} is {getattr(self, first)!r}; give one of the two"
+            require(interval == self._interval, f"checkpoint.{name}", getattr(self, name), other)
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps between periodic checkpoints; None if time decides (`seconds`, or the rule of `auto`)."""
+        return self._interval[0]
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds between periodic checkpoints, as configured; None if steps decide, or the rule of `auto`."""
+        return self._interval[1]
+
+
+def _interval(every: Any) -> tuple[int | None, float | None]:
+    """What `checkpoint.every` means: (steps, None), (None, seconds), or (None, None) for `auto`."""
+    if every == "auto":
+        return None, None
+    time = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)", every) if isinstance(every, str) else None
+    seconds = float(time[1]) * {"s": 1, "min": 60, "h": 3600}[time[2]] if time else None
+    ok = 0 < seconds < math.inf if seconds is not None else type(every) is int and every > 0
+    require(ok, "checkpoint.every", every, "valid: auto, a number of steps (500), or a time (90s, 30min, 2h)")
+    return (every, None) if seconds is None else (None, seconds)
 
 
 @dataclass(kw_only=True)

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
-from .checkpoint import Sealed
+from .checkpoint import Sealed, origin
+from .errors import CheckpointError, ConfigError
 from .preemption import shield_worker
 
 if TYPE_CHECKING:
@@ -70,8 +72,11 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         self._evaluations = 0  # evaluate() calls itself for each of several datasets
 
         args = trainer.args
+        if args.save_only_model:
+            valid = "valid: false; a checkpoint without the optimizer's state would silently restart it"
+            raise ConfigError("save_only_model", True, valid)
         args.output_dir = str(run.directory.checkpoints)
-        run.store.limit, args.save_total_limit = args.save_total_limit, None
+        run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
         self._save_checkpoint, self._evaluate = trainer._save_checkpoint, trainer.evaluate
         self._load_rng_state = trainer._load_rng_state
         trainer._save_checkpoint = self.save
@@ -82,6 +87,14 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         trainer.add_callback(self)
 
     def resume_from(self) -> Sealed | None:
+        args, trainer = self.trainer.args, self.trainer
+        self.run.describe(
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            global_batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            micro_batch=args.train_batch_size,
+            dataset=origin.dataset(trainer.train_dataset),
+            trainable=origin.trainable(trainer.model),
+        )
         self.checkpoint = self.run.resume_point()
         return self.checkpoint
 
@@ -103,13 +116,14 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
     ) -> None:
-        step, every = state.global_step, self.run.every_steps
+        step = state.global_step
         self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
         epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
-        if every and step % every == 0:
+        verdict = self.run.step_done(step)
+        if verdict == "save":
             # An evaluation may follow at the end of the epoch: what is sealed at this step holds it too.
             self.save_at_epoch_end, control.should_save = epoch_ends, control.should_save or not epoch_ends
-        if self.run.should_stop(step):
+        if verdict == "stop":
             self.pending_evaluation = control.should_evaluate
             control.should_evaluate = False
             control.should_save = not epoch_ends
@@ -149,7 +163,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
     def save(self, model: Any, trial: Any) -> None:
         """Instead of `Trainer._save_checkpoint`: the same files, through the store. Leaves if the run is stopping."""
         state = self.trainer.state
-        self.run.store.best_step = state.best_global_step
+        self.run.store.retention.best_step = state.best_global_step
         self.run.checkpoint(
             state.global_step,
             lambda staged: self._write(staged, model, trial),
@@ -202,7 +216,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         if state.best_global_step:
             path = self.run.store.path(state.best_global_step)
             state.best_model_checkpoint = str(path) if path.is_dir() else None
-            self.run.store.best_step = state.best_global_step
+            self.run.store.retention.best_step = state.best_global_step
 
     def _write(self, staged: Path, model: Any, trial: Any) -> None:
         trainer, state = self.trainer, self.trainer.state
@@ -213,6 +227,19 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
             state.best_model_checkpoint = str(self.run.store.path(state.best_global_step))
         if trainer.args.should_save:
             state.save_to_json(str(staged / "trainer_state.json"))
+        self._check_whole(staged)
+
+    def _check_whole(self, staged: Path) -> None:
+        """See that nothing is missing that the Trainer, on resume, would silently do without."""
+        args = self.trainer.args
+        rng = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
+        needed: dict[str, tuple[str, ...]] = {"state of the random numbers": (rng,)}
+        if args.should_save:
+            needed["optimizer's state"] = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+            needed["schedule"] = ("scheduler.pt", "global_step*")
+        for what, names in needed.items():
+            if not any(any(staged.glob(name)) for name in names):
+                raise CheckpointError(f"the {what} is missing: the Trainer has written none of {', '.join(names)}")
 
     def save_model(self, directory: Path) -> None:
         with self._quiet(directory):
@@ -220,8 +247,12 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def _quiet(self, output: Path) -> Iterator[None]:
-        """While the Trainer saves: `output` is its output directory, no model card, no question to the hub."""
+        """While the Trainer saves: `output` is its output directory, no model card, no question to the hub.
+
+        Nor a barrier of its own, which a rank that could not write (a full disk) would never reach.
+        """
         trainer, offline = self.trainer, os.environ.get("HF_HUB_OFFLINE")
+        strategy, trainer.args.save_strategy = trainer.args.save_strategy, SaveStrategy.NO
         trainer._get_output_dir = lambda trial: str(output)
         trainer.create_model_card = lambda *_, **__: None
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -229,6 +260,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
             yield
         finally:
             del trainer._get_output_dir, trainer.create_model_card
+            trainer.args.save_strategy = strategy
             os.environ.pop("HF_HUB_OFFLINE")
             if offline is not None:
                 os.environ["HF_HUB_OFFLINE"] = offline

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint import CheckpointStore, Manifest, verify
-from outlast.checkpoint.retention import deletion_order
-from outlast.checkpoint.store import OtherWorldSizeError
-from outlast.errors import CheckpointError
+from outlast.checkpoint import CheckpointStore, Manifest, SaveError, verify
+from outlast.checkpoint import store as store_module
+from outlast.errors import ConfigError
 from outlast.ranks import Agreement
 from outlast.rundir import RunDirectory
 
@@ -99,60 +98,152 @@ def test_a_failed_write_publishes_nothing(harness: Harness) -> None:
         (directory / "half").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(SaveError, match="No space left") as caught:
         harness.store.save(write, Manifest(step=20, kind="periodic", world_size=1, time=0.0))
+    assert caught.value.disk_full
     assert harness.steps() == [10]
     assert sorted(p.name for p in harness.run.checkpoints.iterdir()) == ["checkpoint-10"]
 
 
 def test_what_a_killed_attempt_left_is_swept(harness: Harness) -> None:
-    (harness.store.staging / "checkpoint-5").mkdir(parents=True)
-    (harness.store.trash / "checkpoint-3").mkdir(parents=True)
+    (harness.run.staging / "checkpoint-5").mkdir(parents=True)
+    (harness.run.trash / "checkpoint-3").mkdir(parents=True)
     harness.store.sweep()
     assert not list(harness.run.checkpoints.iterdir())
 
 
-def test_another_world_size_is_refused_not_put_aside(harness: Harness) -> None:
-    harness.save(10, world_size=2)
-    with pytest.raises(OtherWorldSizeError, match=r"made by 2 rank\(s\) and this attempt has 1"):
-        harness.store.newest_verified()
-    assert harness.steps() == [10]
-
-
 def test_the_budget_deletes_the_oldest_but_never_the_newest_or_the_best(tmp_path: Path) -> None:
-    harness = Harness(tmp_path / "run", budget=9_000)
-    for step in (10, 20, 30):
+    harness = Harness(tmp_path / "run", budget=8_800)
+    for step in (10, 20, 30, 40):
         harness.save(step)
-    harness.store.best_step = 10
-    assert harness.store.make_room(for_emergency=False)
-    assert harness.steps() == [10, 30]
-    assert harness.events[-1] == {"event": "deleted", "checkpoint": "checkpoint-20", "reason": "budget"}
+    harness.store.retention.best_step = 10
+    assert harness.store.make_room(emergency=False)
+    assert harness.steps() == [10, 30, 40]
+    assert [(e["event"], e["checkpoint"], e["reason"]) for e in harness.events] == [
+        ("lightened", "checkpoint-10", "budget"),
+        ("deleted", "checkpoint-20", "budget"),
+    ]
 
 
-def test_a_budget_that_holds_no_second_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("emergency", [False, True])
+def test_a_budget_that_holds_no_second_checkpoint(tmp_path: Path, emergency: bool) -> None:
     harness = Harness(tmp_path / "run", budget=3_000)
     harness.save(10)
-    assert not harness.store.make_room(for_emergency=False)
-    assert not harness.store.make_room(for_emergency=True)
+    assert not harness.store.make_room(emergency=emergency)
     assert harness.steps() == [10], "the last verified checkpoint is never the price"
 
 
-def test_save_total_limit_counts_the_one_in_flight(harness: Harness) -> None:
-    harness.store.limit = 2
-    for step in (10, 20, 30):
-        harness.store.make_room(for_emergency=False)
+def test_nothing_is_deleted_if_all_that_may_go_would_not_do(tmp_path: Path) -> None:
+    harness = Harness(tmp_path / "run", budget=5_000)
+    for step in (10, 20):
         harness.save(step)
+    (harness.run.path / "data").write_bytes(bytes(2_000))
+    assert not harness.store.make_room(emergency=True)
+    assert harness.steps() == [10, 20]
+
+
+def test_save_total_limit_holds_after_each_save(harness: Harness) -> None:
+    harness.store.retention.limit = 2
+    for step in (10, 20, 30):
+        harness.save(step)
+        harness.store.retire()
     assert harness.steps() == [20, 30]
+    assert harness.events == [{"event": "deleted", "checkpoint": "checkpoint-10", "reason": "save_total_limit"}]
 
 
-def test_deletion_order(harness: Harness) -> None:
+def test_limit_one_with_a_best_never_loses_the_newest(harness: Harness) -> None:
+    harness.store.retention.limit, harness.store.retention.best_step = 1, 10
+    for step in (10, 20, 30):
+        harness.save(step)
+        harness.store.retire()
+    assert harness.steps() == [10, 30]
+
+
+def test_a_light_milestone_keeps_its_weights_and_verifies_but_is_not_resumed_from(harness: Harness) -> None:
+    harness.store.retention.limit, harness.store.retention.milestone_every = 1, 20
     for step in (10, 20, 30, 40):
         harness.save(step)
-    sealed = harness.store.sealed()
-    assert [c.step for c in deletion_order(sealed, 20)] == [10, 30]
-    assert [c.step for c in deletion_order(sealed, 20, keep_best=False)] == [10, 30, 20]
-    assert [c.step for c in deletion_order(sealed, 40)] == [10, 20, 30]
-    assert deletion_order([], None) == []
+        harness.store.retire()
+    assert [(c.step, c.light) for c in harness.store.sealed()] == [(20, True), (40, False)]
+    assert verify(harness.store.path(20)).files.keys() == {"model.safetensors"}
+    assert not (harness.store.path(20) / "optimizer.pt").exists()
+    damage_flip(harness.store.path(40))
+    assert harness.store.newest_verified() is None
+
+
+def test_the_last_verified_goes_only_for_a_verified_successor(harness: Harness) -> None:
+    harness.store.retention.limit = 1
+    harness.save(10)
+    assert harness.store.newest_verified() is not None
+    harness.save(20)
+    damage_flip(harness.store.path(20))
+    harness.store.retire()
+    assert harness.steps() == [10], "20 was read back before 10 was let go"
+    assert [e["event"] for e in harness.events] == ["quarantined"]
+
+
+def test_what_is_in_quarantine_counts_and_goes_first_and_is_named(tmp_path: Path) -> None:
+    harness = Harness(tmp_path / "run", budget=7_000)
+    for step in (10, 20):
+        harness.save(step)
+    damage_flip(harness.store.path(20))
+    assert harness.store.newest_verified() is not None
+    harness.save(30)
+    assert harness.store.make_room(emergency=False)
+    assert harness.steps() == [10, 30]
+    assert harness.events[-1] == {"event": "deleted", "checkpoint": "quarantine/checkpoint-20", "reason": "budget"}
+
+
+def test_an_interrupted_deletion_is_finished(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.store.retention.limit = 1
+    for step in (10, 20):
+        harness.save(step)
+    monkeypatch.setattr(store_module.Remover, "_throw_away", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        harness.store.retire()
+    monkeypatch.undo()
+    assert harness.steps() == [20]
+    assert harness.store.path(10).is_dir()
+    harness.store.sweep()
+    assert not harness.store.path(10).exists()
+    assert not harness.run.quarantine.exists()
+
+
+def test_a_deletion_that_fails_is_reported_and_tried_again(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.store.retention.limit = 1
+    for step in (10, 20):
+        harness.save(step)
+
+    def refuse(path: Path) -> None:
+        raise OSError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr("outlast.checkpoint.removal.shutil.rmtree", refuse)
+    harness.store.retire()
+    failed = [e for e in harness.events if e["event"] == "delete_failed"]
+    assert len(failed) == 1
+    assert "Operation not permitted" in failed[0]["reason"]
+    monkeypatch.undo()
+    harness.save(30)
+    assert sorted(p.name for p in harness.run.checkpoints.iterdir()) == ["checkpoint-20", "checkpoint-30"]
+
+
+def test_a_symbolic_link_is_no_checkpoint_and_nothing_is_deleted_through_one(tmp_path: Path) -> None:
+    elsewhere = Harness(tmp_path / "elsewhere")
+    elsewhere.save(99)
+    harness = Harness(tmp_path / "run", budget=3_000)
+    harness.save(10)
+    (harness.run.checkpoints / "checkpoint-99").symlink_to(elsewhere.store.path(99))
+    newest = harness.store.newest_verified()
+    assert newest is not None
+    assert newest.step == 10
+    harness.store.make_room(emergency=True)
+    harness.store.sweep()
+    assert elsewhere.steps() == [99]
+    other = RunDirectory(tmp_path / "other")
+    other.path.mkdir()
+    other.checkpoints.symlink_to(elsewhere.run.checkpoints)
+    with pytest.raises(ConfigError, match="nothing outside the run directory is ever deleted"):
+        other.create()
 
 
 def test_the_manifest_lists_every_file(harness: Harness) -> None:

@@ -36,7 +36,8 @@ def mine(tmp_path: Path) -> Path:
 def test_the_defaults_compose_and_get_a_name() -> None:
     config = compose([])
     assert config.run.name == config.derived_name
-    assert config.trainer["eval_steps"] == config.checkpoint.every_steps == 50
+    assert config.checkpoint.every == "auto"
+    assert config.trainer["eval_steps"] == 50  # evaluations belong to steps, however saves are spaced
     assert "seed" not in config.trainer
     expected = build({"run": {"name": config.run.name}, "trainer": config.trainer})
     assert config == expected
@@ -52,7 +53,7 @@ def test_composing_twice_gives_the_same_and_leaves_nothing(tmp_path: Path, monke
 @pytest.mark.parametrize("text", ["experiment=demo", "+experiment=demo", "experiment=[demo]"])
 def test_an_experiment_is_a_whole_run(text: str) -> None:
     config = compose([text])
-    assert (config.run.name, config.checkpoint.every_steps, config.trainer["max_steps"]) == ("demo", 30, 90)
+    assert (config.run.name, config.checkpoint.steps, config.trainer["max_steps"]) == ("demo", 30, 90)
     assert config.trainer["eval_steps"] == 30
     assert compose([text, "trainer.max_steps=7", "job=sft"]).trainer["max_steps"] == 7
 
@@ -66,6 +67,8 @@ def test_values_and_groups_are_chosen_without_a_plus() -> None:
             "trainer.something_new=1",
             "cluster=slurm",
             "cluster.sbatch.reservation=r",
+            "checkpoint.every=30min",
+            "checkpoint.allow=[seed,config]",
             r"cluster.setup=['export A=\${HOME}']",
             "peft=none",
             "~trainer.step_s",
@@ -81,6 +84,7 @@ def test_values_and_groups_are_chosen_without_a_plus() -> None:
     assert tree["cluster"]["sbatch"] == {"reservation": "r"}
     assert tree["cluster"]["setup"] == ["export A=${HOME}"]
     assert tree["peft"] == {"kind": "none"}
+    assert (config.checkpoint.seconds, tree["checkpoint"]["allow"]) == (1800.0, ["seed", "config"])
 
 
 def test_the_devcluster_is_a_slurm_cluster() -> None:
@@ -155,7 +159,7 @@ def test_mistakes_in_the_users_own_files_name_the_file(mine: Path) -> None:
         "option": "# @package _global_\ndefaults:\n  - override /model: big\n",
         "group": "# @package _global_\ndefaults:\n  - override /nope: big\n",
         "missing": "# @package _global_\ntrainer: {extra: '???'}\n",
-        "key": "# @package _global_\ncheckpoint: {every: 3}\n",
+        "key": "# @package _global_\ncheckpoint: {evry: 3}\n",
         "header": "seed: 3\n",
         "other": "# @package _global_\ndefaults:\n  - nope\n",
     }
@@ -168,8 +172,7 @@ def test_mistakes_in_the_users_own_files_name_the_file(mine: Path) -> None:
     assert messages["option"] == "model: 'big' is refused; valid: pretrained, tiny"
     assert "nope" in messages["group"]
     assert messages["missing"].startswith("trainer.extra: '???'")
-    assert messages["key"].startswith("checkpoint: 'every'")
-    assert "every_steps" in messages["key"]
+    assert messages["key"].startswith("checkpoint: 'evry' is refused; did you mean every? valid: allow, every")
     assert messages["header"].endswith("must begin with the line '# @package _global_'")
     assert messages["other"].startswith("experiment: 'nope'")
 

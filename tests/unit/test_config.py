@@ -23,17 +23,21 @@ def test_an_empty_tree_gives_the_defaults() -> None:
     assert Path(config.run.root).is_absolute()
 
 
+def defaults_of(schema: type) -> dict[str, Any]:
+    return {
+        f.name: f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        for f in fields(schema)
+    }
+
+
 @pytest.mark.parametrize(("section", "option"), [(s, o) for s, options in SCHEMAS.items() for o in options])
 def test_each_group_option_is_a_file_with_the_keys_of_its_class(section: str, option: str) -> None:
     values = yaml.safe_load((CONF / section / f"{option}.yaml").read_text())
     schema = SCHEMAS[section][option]
     assert values.pop("kind") == option
     values.pop("defaults", None)
-    defaults = {
-        f.name: f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
-        for f in fields(schema)
-        if f.name != "kind"
-    }
+    defaults = defaults_of(schema)
+    defaults.pop("kind")
     if option == "devcluster":
         assert set(values) <= set(defaults)
     else:
@@ -49,7 +53,7 @@ def test_the_fixed_sections_of_the_yaml_hold_the_defaults_of_their_classes() -> 
         "storage": module.StorageSection,
     }
     for name, schema in classes.items():
-        assert tree.pop(name) == {f.name: f.default for f in fields(schema)}
+        assert tree.pop(name) == defaults_of(schema)
     assert tree.pop("seed") == 42
     assert list(tree) == ["defaults"]
 
@@ -90,6 +94,31 @@ def test_the_fixed_sections_of_the_yaml_hold_the_defaults_of_their_classes() -> 
         ({"checkpoint": {"every_steps": 0}}, "checkpoint.every_steps", "positive integer"),
         ({"checkpoint": {"every_steps": 1.5}}, "checkpoint.every_steps", "type int"),
         ({"checkpoint": {"every_steps": True}}, "checkpoint.every_steps", "type int"),
+        ({"checkpoint": {"every": 0}}, "checkpoint.every", "auto, a number of steps (500), or a time"),
+        ({"checkpoint": {"every": -3}}, "checkpoint.every", "auto, a number of steps"),
+        ({"checkpoint": {"every": True}}, "checkpoint.every", "auto, a number of steps"),
+        ({"checkpoint": {"every": 1.5}}, "checkpoint.every", "auto, a number of steps"),
+        ({"checkpoint": {"every": None}}, "checkpoint.every", "auto, a number of steps"),
+        ({"checkpoint": {"every": "Auto"}}, "checkpoint.every", "auto, a number of steps"),
+        ({"checkpoint": {"every": "0s"}}, "checkpoint.every", "a time (90s, 30min, 2h)"),
+        ({"checkpoint": {"every": "30 days"}}, "checkpoint.every", "a time (90s, 30min, 2h)"),
+        ({"checkpoint": {"every": "30min!"}}, "checkpoint.every", "a time (90s, 30min, 2h)"),
+        ({"checkpoint": {"every": "9" * 400 + "s"}}, "checkpoint.every", "a time (90s, 30min, 2h)"),
+        ({"checkpoint": {"every_minutes": 0}}, "checkpoint.every_minutes", "a positive number of minutes, or null"),
+        ({"checkpoint": {"every_minutes": float("inf")}}, "checkpoint.every_minutes", "a positive number of minutes"),
+        ({"checkpoint": {"milestone_every": 0}}, "checkpoint.milestone_every", "a positive integer, or null"),
+        ({"checkpoint": {"mtbf_hours": 0}}, "checkpoint.mtbf_hours", "a positive number of hours"),
+        ({"checkpoint": {"mtbf_hours": float("nan")}}, "checkpoint.mtbf_hours", "a positive number of hours"),
+        ({"checkpoint": {"allow": ["seed", "sed"]}}, "checkpoint.allow", "did you mean seed? valid: config, dataset"),
+        ({"checkpoint": {"allow": "seed"}}, "checkpoint.allow", "type list"),
+        (
+            {"checkpoint": {"every": 20, "every_steps": 30}},
+            "checkpoint.every_steps",
+            "checkpoint.every is 20; give one",
+        ),
+        ({"checkpoint": {"every": "2h", "every_steps": 30}}, "checkpoint.every_steps", "checkpoint.every is '2h'"),
+        ({"checkpoint": {"every": "2h", "every_minutes": 3}}, "checkpoint.every_minutes", "checkpoint.every is '2h'"),
+        ({"checkpoint": {"every_steps": 9, "every_minutes": 3}}, "checkpoint.every_minutes", "every_steps is 9"),
         ({"storage": {"budget_gb": float("inf")}}, "storage.budget_gb", "positive number"),
     ],
 )
@@ -101,6 +130,31 @@ def test_a_refusal_names_the_key_and_what_is_valid(tree: dict[str, Any], key: st
     assert str(refused.value).startswith(f"{key}: ")
     assert valid in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "seconds"),
+    [
+        ({}, None, None),
+        ({"every": "auto"}, None, None),
+        ({"every": 20}, 20, None),
+        ({"every": "90s"}, None, 90.0),
+        ({"every": "1.5min"}, None, 90.0),
+        ({"every": "2h"}, None, 7200.0),
+        ({"every_steps": 20}, 20, None),
+        ({"every": "auto", "every_steps": 20}, 20, None),
+        ({"every": 20, "every_steps": 20}, 20, None),
+        ({"every_minutes": 1.5}, None, 90.0),
+        ({"every": "30min", "every_minutes": 30}, None, 1800.0),
+    ],
+)
+def test_when_to_save_may_be_said_in_several_ways(
+    values: dict[str, Any], steps: int | None, seconds: float | None, tmp_path: Path
+) -> None:
+    config = build({"checkpoint": values})
+    (tmp_path / "config.yaml").write_text(dump(config))
+    for section in (config.checkpoint, load(tmp_path / "config.yaml").checkpoint):
+        assert (section.steps, section.seconds) == (steps, seconds)
 
 
 def test_what_is_dumped_is_what_is_loaded(tmp_path: Path) -> None:

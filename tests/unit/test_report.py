@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from outlast.checkpoint.cadence import optimum
 from outlast.errors import ConfigError
 from outlast.launcher import report
 from outlast.launcher.report import render, summarize
@@ -217,17 +218,33 @@ def test_the_metric_the_trainer_was_told_to_watch(run: RunDirectory) -> None:
     assert summarize(run)["best"]["step"] == 10
 
 
+def test_the_interval_of_checkpoints_is_explained(run: RunDirectory) -> None:
+    write(run, *PREEMPTED[:2])
+    assert summarize(run)["interval"] is None
+    assert "interval" not in show(summarize(run))
+    early = {"seconds": 60.0, "cost_s": 0.01, "mtbf_s": 86400.0}
+    late = {"seconds": optimum(30.0, 86400.0), "cost_s": 30.0, "mtbf_s": 86400.0}
+    write(run, (51.0, 1, "interval", early), *PREEMPTED[2:9], (101.0, 2, "interval", late))
+    summary = summarize(run)
+    words = "every 38 min: a save takes 30 s, and a failure without notice is expected every 24 h"
+    assert summary["interval"] == {**late, "explanation": words}
+    assert words in show(summary)
+
+
 def test_a_run_that_is_not_there(run: RunDirectory) -> None:
+    root = run.path.parent
     with pytest.raises(ConfigError, match=r"RUN: 'one' is refused; valid: a run under .*runs, which holds none"):
-        summarize(run)
+        report.main("one", root, as_json=True)
     write(run, PREEMPTED[0])
-    with pytest.raises(ConfigError, match=r"did you mean one\? valid: one"):
-        summarize(RunDirectory(run.path.parent / "onee"))
-    waiting = RunDirectory(run.path.parent / "waiting")
+    with pytest.raises(ConfigError, match=r"RUN: 'onee' is refused; did you mean one\? valid: one"):
+        report.main("onee", root, as_json=True)
+    with pytest.raises(ConfigError, match=r"valid: one"):
+        report.main(str(root), root, as_json=True)  # a directory, but not a run's
+    waiting = RunDirectory(root / "waiting")
     waiting.path.mkdir()
     waiting.config.write_text("seed: 1\n")
-    with pytest.raises(ConfigError, match="not started yet"):
-        summarize(waiting)
+    with pytest.raises(ConfigError, match="'waiting' is refused; it has not started yet"):
+        report.main("waiting", root, as_json=True)
 
 
 @pytest.mark.parametrize("name", ["one", "runs/one"])

@@ -1,6 +1,17 @@
-"""Checkpoints that are either sealed or not there: manifest, store, retention."""
+"""Checkpoints that are either sealed or not there: manifest, writer, store, retention."""
 
-from .manifest import MANIFEST, Manifest, read_manifest, seal, verify, versions
-from .store import CheckpointStore, Sealed
+from . import origin
+from .manifest import MANIFEST, Manifest, Sealed, read_manifest, verify, versions
+from .store import CheckpointStore, SaveError
 
-__all__ = ["MANIFEST", "CheckpointStore", "Manifest", "Sealed", "read_manifest", "seal", "verify", "versions"]
+__all__ = [
+    "MANIFEST",
+    "CheckpointStore",
+    "Manifest",
+    "SaveError",
+    "Sealed",
+    "origin",
+    "read_manifest",
+    "verify",
+    "versions",
+]

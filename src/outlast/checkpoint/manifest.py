@@ -7,6 +7,7 @@ resist somebody who forges one.
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from typing import Any
 import xxhash
 
 from outlast.errors import CheckpointError
-from outlast.rundir import flush_directory, write_atomically
+from outlast.rundir import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 CHUNK = 1 << 22
+FileEntry = dict[str, Any]
+"""`{"bytes": int, "xxh3_128": hex digest}`."""
+RESUME_ONLY = (
+    "optimizer.pt", "optimizer.bin", "optimizer_*/*", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*.pth",
+    "random_states_*.pkl", "sampler*.bin", "global_step*/*", "latest", "zero_to_fp32.py",
+)  # fmt: skip
+"""Files that only a resume needs, as the Trainer, accelerate and DeepSpeed name them."""
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 PACKAGES = ("outlast", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
 
 
@@ -41,14 +50,53 @@ class Manifest:
     origin: dict[str, Any] = field(default_factory=dict)
     """What the run was (see `origin.py`)."""
     versions: dict[str, str] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """`{relative path: {"bytes": int, "xxh3_128": hex digest}}`."""
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    """`{relative path: FileEntry}`."""
     format: int = FORMAT
 
     @property
     def bytes(self) -> int:
         """Size of the files, the manifest itself not counted."""
         return sum(int(entry["bytes"]) for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A sealed checkpoint on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def light(self) -> bool:
+        return self.manifest.light
+
+    @property
+    def bytes(self) -> int:
+        return self.manifest.bytes
+
+    @property
+    def resume_bytes(self) -> int:
+        """Bytes that only a resume needs."""
+        return sum(int(entry["bytes"]) for name, entry in self.manifest.files.items() if resume_only(name))
+
+    @property
+    def lightable(self) -> bool:
+        """Whether leaving out what only a resume needs would free something and leave the weights."""
+        return not self.light and self.resume_bytes > 0 and any(map(_is_weights, self.manifest.files))
+
+
+def resume_only(name: str) -> bool:
+    """Whether a file, by its path in the checkpoint, is needed to resume and for nothing else."""
+    return any(fnmatch(name, pattern) for pattern in RESUME_ONLY)
+
+
+def _is_weights(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in WEIGHTS) and not resume_only(name)
 
 
 def versions() -> dict[str, str]:
@@ -60,19 +108,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def seal(directory: Path, manifest: Manifest) -> None:
-    """Flush every file of `directory`, then write its manifest: from here on it counts.
-
-    Raises:
-        OSError: the disk refused; no manifest has been written.
-    """
-    for path in files_of(directory):
-        manifest.files[path.relative_to(directory).as_posix()] = _flush_and_digest(path)
-    for path in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
-        flush_directory(path)
-    write_manifest(directory, manifest)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -98,8 +133,11 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify(directory: Path) -> Manifest:
+def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
     """Compare every file with the manifest: presence, size, digest.
+
+    Args:
+        from_disk: see :func:`read_entry`.
 
     Raises:
         CheckpointError: the first difference, in words.
@@ -111,41 +149,31 @@ def verify(directory: Path) -> Manifest:
             size = path.stat().st_size
             if size != entry["bytes"]:
                 raise CheckpointError(f"{name} has {size} bytes, the manifest says {entry['bytes']}")
-            if _digest(path) != entry["xxh3_128"]:
+            if read_entry(path, from_disk=from_disk) != entry:
                 raise CheckpointError(f"{name} differs from what was written (xxh3-128)")
         except OSError as error:
             raise CheckpointError(f"{name} can't be read: {error.strerror}") from None
     return manifest
 
 
-def files_of(directory: Path) -> list[Path]:
-    """Its files, at any depth, but for a manifest; sorted."""
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
-def flush_files(directory: Path) -> None:
-    """Flush this rank's view of every file to disk. On a network file system only the writing node can."""
-    for path in files_of(directory):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _flush_and_digest(path: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        os.fsync(file.fileno())
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-        size = file.tell()
+def entry_of(size: int, digest: "xxhash.xxh3_128") -> FileEntry:
+    """What the manifest says of a file."""
     return {"bytes": size, "xxh3_128": digest.hexdigest()}
 
 
-def _digest(path: Path) -> str:
+def read_entry(path: Path, *, from_disk: bool = False) -> FileEntry:
+    """What the manifest would say of a file, by reading it.
+
+    Args:
+        from_disk: forget the kernel's copy first, so that the disk answers. Only for a file that has been flushed.
+
+    Raises:
+        OSError: it can't be read.
+    """
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
+        if from_disk:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
+        return entry_of(file.tell(), digest)

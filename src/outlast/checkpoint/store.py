@@ -5,39 +5,36 @@ seals it with a manifest and publishes it by a rename. Whatever is killed on the
 directory, which the next attempt sweeps, or a whole checkpoint.
 """
 
+import contextlib
+import errno
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from outlast.errors import CheckpointError, Exit
+from outlast.errors import CheckpointError
 from outlast.ledger import Record
 from outlast.ranks import Agreement
 from outlast.rundir import RunDirectory, flush_directory
 from outlast.storage import bytes_used
 
-from .manifest import MANIFEST, Manifest, flush_files, read_manifest, seal, verify, write_manifest
-from .retention import deletion_order
+from .manifest import Manifest, Sealed, read_manifest, verify, write_manifest
+from .removal import Remover
+from .retention import Removal, Retention, newest_full
+from .writer import Writer, adopt
 
 PREFIX = "checkpoint-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@dataclass(frozen=True)
-class Sealed:
-    """A sealed checkpoint on disk."""
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; `disk_full`: because a rank found no room for it."""
 
-    path: Path
-    manifest: Manifest
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def bytes(self) -> int:
-        return self.manifest.bytes
+    def __init__(self, reason: str, *, disk_full: bool = False) -> None:
+        super().__init__(reason)
+        self.disk_full = disk_full
 
 
 class CheckpointStore:
@@ -46,73 +43,92 @@ class CheckpointStore:
     Args:
         budget_bytes: what the run directory may take; checkpoints are deleted to stay below it.
         record: how deletions, quarantines and failed saves reach the ledger.
+        say: prints a line in the log.
     """
 
-    def __init__(self, run: RunDirectory, agreement: Agreement, record: Record, *, budget_bytes: int) -> None:
-        self._run, self._agreement, self._record = run, agreement, record
+    def __init__(
+        self,
+        run: RunDirectory,
+        agreement: Agreement,
+        record: Record,
+        *,
+        budget_bytes: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._run, self._agreement, self._record, self._say = run, agreement, record, say
         self._budget = budget_bytes
-        self.limit: int | None = None
-        """The largest number of checkpoints to keep (`save_total_limit`); None: as many as the budget holds."""
-        self.best_step: int | None = None
-        """Step of the best checkpoint by the metric; it is never deleted."""
-
-    @property
-    def staging(self) -> Path:
-        return self._run.checkpoints / ".staging"
-
-    @property
-    def trash(self) -> Path:
-        return self._run.checkpoints / ".deleted"
+        self._remover = Remover(run, record, say)
+        self._verified: set[int] = set()
+        self.retention = Retention()
 
     def path(self, step: int) -> Path:
         return self._run.checkpoints / f"{PREFIX}{step}"
 
     def sealed(self) -> list[Sealed]:
-        """The sealed checkpoints, oldest step first. Directories without a manifest are not checkpoints."""
+        """The sealed checkpoints, light ones too, oldest step first."""
         found = []
-        for entry in os.scandir(self._run.checkpoints):
-            number = entry.name.removeprefix(PREFIX)
-            if entry.name.startswith(PREFIX) and number.isdigit() and entry.is_dir(follow_symlinks=False):
-                try:
-                    found.append(Sealed(Path(entry.path), read_manifest(Path(entry.path))))
-                except CheckpointError:
-                    continue
+        for path in self._directories():
+            with contextlib.suppress(CheckpointError):
+                found.append(Sealed(path, read_manifest(path)))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def _directories(self) -> list[Path]:
+        """`checkpoint-<number>`, sealed or not. A symbolic link is none of ours."""
+        with os.scandir(self._run.checkpoints) as entries:
+            return [
+                Path(entry.path)
+                for entry in entries
+                if entry.name.startswith(PREFIX)
+                and entry.name.removeprefix(PREFIX).isdigit()
+                and entry.is_dir(follow_symlinks=False)
+            ]
 
     def sweep(self) -> None:
         """Remove what an earlier attempt left half-written or half-deleted (rank 0, before anything is saved)."""
-        for path in (self.staging, self.trash):
-            shutil.rmtree(path, ignore_errors=True)  # a network file system may keep a name for a moment
+        self._remover.remove_tree(self._run.staging)
+        self._remover.empty()
+
+    # Reading ----------------------------------------------------------------------------------------------------
 
     def newest_verified(self) -> Sealed | None:
-        """The newest checkpoint that verifies (rank 0). Newer ones that don't are moved to `quarantine/`."""
-        steps = []
-        for entry in os.scandir(self._run.checkpoints):
-            number = entry.name.removeprefix(PREFIX)
-            if entry.name.startswith(PREFIX) and number.isdigit():
-                steps.append(int(number))
-        for step in sorted(steps, reverse=True):
-            path = self.path(step)
+        """The newest checkpoint that can be resumed from and verifies (rank 0).
+
+        Those that were never sealed, and newer ones that don't verify, are moved to `quarantine/`.
+        """
+        for path in self._directories():
             try:
-                manifest = verify(path)
-                if manifest.world_size != self._agreement.world_size:
-                    raise OtherWorldSizeError(step, manifest.world_size, self._agreement.world_size)
-                return Sealed(path, manifest)
-            except OtherWorldSizeError:
-                raise
+                read_manifest(path)
             except CheckpointError as error:
                 self.quarantine(path, str(error))
+        for checkpoint in reversed(self.sealed()):
+            if checkpoint.light:
+                continue
+            try:
+                verify(checkpoint.path)
+            except CheckpointError as error:
+                self.quarantine(checkpoint.path, str(error))
+            else:
+                self._verified.add(checkpoint.step)
+                return checkpoint
         return None
 
     def quarantine(self, path: Path, reason: str) -> None:
-        """Put a checkpoint aside with the reason in words; nothing is lost."""
+        """Put a checkpoint aside with the reason in words; nothing is lost. It counts against the budget."""
         self._run.quarantine.mkdir(exist_ok=True)
         target, copies = self._run.quarantine / path.name, 1
         while target.exists():
             target, copies = self._run.quarantine / f"{path.name}.{copies}", copies + 1
-        os.rename(path, target)
+        # In this order: a kill in between is made good by the next attempt, which finds the checkpoint where it was.
         (self._run.quarantine / f"{target.name}.reason.txt").write_text(reason + "\n")
         self._record("quarantined", checkpoint=path.name, reason=reason)
+        self._say(f"WARNING: {path.name} is put aside in quarantine/: {reason}")
+        try:
+            os.chmod(path, 0o700)  # a directory that may not be written to can't be moved
+            os.rename(path, target)
+        except OSError as error:
+            self._say(f"WARNING: {path.name} could not be moved and stays where it is: {error}")
+
+    # Saving -----------------------------------------------------------------------------------------------------
 
     def save(self, write: Callable[[Path], None], manifest: Manifest) -> Sealed:
         """Write, seal and publish one checkpoint; all ranks call it together.
@@ -124,92 +140,137 @@ class CheckpointStore:
                 `final/`, the others as `checkpoints/checkpoint-<step>`.
 
         Raises:
-            CheckpointError: on every rank, if any rank could not write; nothing is published, nothing is left.
+            SaveError: on every rank, if any rank could not write; nothing is published, nothing is left.
         """
         target = self._run.final if manifest.kind == "final" else self.path(manifest.step)
-        staged = self.staging / target.name
-        problem = None
-        if self._agreement.rank == 0:
-            try:
+        staged = self._run.staging / target.name
+        writer = Writer(staged)
+
+        def stage() -> None:
+            if self._agreement.rank == 0:
                 self.sweep()
                 staged.mkdir(parents=True)
-            except OSError as error:
-                problem = f"rank 0: {error}"
-        if self._agreement.all_ok(problem is None):
-            try:
+
+        def fill() -> dict[str, Any]:
+            with writer.capture():
                 write(staged)
-                flush_files(staged)
-            except Exception as error:
-                problem = f"rank {self._agreement.rank}: {error}"
-            if self._agreement.all_ok(problem is None):
-                problem = self._publish(staged, target, manifest) if self._agreement.rank == 0 else None
-                if self._agreement.all_ok(problem is None):
-                    return Sealed(target, manifest)  # on rank 0 with its files; a late reader may not see them yet
-        if self._agreement.rank == 0:
-            self.sweep()
-        raise CheckpointError(problem or "another rank could not write it")
+            return writer.finish()
 
-    def _publish(self, staged: Path, target: Path, manifest: Manifest) -> str | None:
         try:
-            manifest.time = time.time()
-            seal(staged, manifest)
-            if target == self._run.final and target.exists():
-                shutil.rmtree(target)  # an attempt was killed between publishing it and saying "finished"
-            elif target.exists():
-                self.quarantine(target, "it stood, unsealed, where a new checkpoint was published")
-            os.rename(staged, target)
-            flush_directory(target.parent)
-            shutil.rmtree(self.staging, ignore_errors=True)
-        except OSError as error:
-            return f"rank 0: {error}"
-        return None
+            self._together(stage)
+            for entries in self._together(fill):
+                manifest.files |= entries
+            self._together(lambda: self._publish(staged, target, manifest) if self._agreement.rank == 0 else None)
+        except SaveError:
+            if self._agreement.rank == 0:
+                self.sweep()
+            raise
+        return Sealed(target, manifest)
 
-    def make_room(self, *, for_emergency: bool) -> bool:
-        """Delete, in retention order, until one more checkpoint fits (rank 0), before it is written.
+    def _together(self, act: Callable[[], Any]) -> list[Any]:
+        """What `act` returned on each rank, by rank; or SaveError, on every rank, naming the first that failed."""
+        value, problem = None, None
+        try:
+            value = act()
+        except Exception as error:
+            full = isinstance(error, OSError) and error.errno in FULL
+            # torch reports what its file refused as a RuntimeError of its own
+            full |= any(os.strerror(number) in str(error) for number in FULL)
+            problem = (f"rank {self._agreement.rank}: {error}", full)
+        answers = self._agreement.from_all((value, problem))
+        for _, problem in answers:
+            if problem is not None:
+                raise SaveError(problem[0], disk_full=any(p is not None and p[1] for _, p in answers))
+        return [value for value, _ in answers]
 
-        Its size is taken to be that of the largest sealed one; the first is written without a question.
-
-        Returns:
-            Whether it fits. For an emergency save the answer is not asked for: it goes first.
-        """
-        sealed = self.sealed()
-        need = max((checkpoint.bytes for checkpoint in sealed), default=0)
-        order = deletion_order(sealed, self.best_step, keep_best=not for_emergency)
-        at_best = bytes_used(self._run.path) - sum(checkpoint.bytes for checkpoint in order) + need
-        if at_best > self._budget and not for_emergency:
-            return False  # deleting all that may go would not do: keep it
-        while True:
-            over_limit = self.limit is not None and len(sealed) >= max(self.limit, 1) and bool(order)
-            over_budget = bytes_used(self._run.path) + need > self._budget
-            if not (over_limit or over_budget) or not order:
-                return not over_budget
-            victim = order.pop(0)
-            sealed.remove(victim)
-            self.delete(victim, "save_total_limit" if over_limit else "budget")
-
-    def delete(self, checkpoint: Sealed, reason: str) -> None:
-        """Delete a checkpoint, its manifest first, so that a half-deleted one is not taken for whole."""
-        (checkpoint.path / MANIFEST).unlink()
-        flush_directory(checkpoint.path)
-        self.trash.mkdir(exist_ok=True)
-        os.rename(checkpoint.path, self.trash / checkpoint.path.name)
-        self._record("deleted", checkpoint=checkpoint.path.name, reason=reason)
-        shutil.rmtree(self.trash, ignore_errors=True)
+    def _publish(self, staged: Path, target: Path, manifest: Manifest) -> None:
+        adopt(staged, manifest.files)
+        manifest.time = time.time()
+        write_manifest(staged, manifest)
+        flush_directory(staged.parent)
+        if target == self._run.final and target.exists():
+            shutil.rmtree(target)  # an attempt was killed between publishing it and saying "finished"
+        elif os.path.lexists(target):
+            self.quarantine(target, "it stood, unsealed, where a new checkpoint was published")
+        os.rename(staged, target)
+        flush_directory(target.parent)
+        self._remover.remove_tree(self._run.staging)
 
     def mark_pending(self, step: int) -> None:
         """Note in a sealed checkpoint that the evaluation due at its step has not been made (rank 0)."""
         manifest = read_manifest(self.path(step))
         if not manifest.pending_evaluation:
-            write_manifest(self.path(step), replace(manifest, pending_evaluation=True))
+            manifest.pending_evaluation = True
+            write_manifest(self.path(step), manifest)
 
+    # Making room ------------------------------------------------------------------------------------------------
 
-class OtherWorldSizeError(CheckpointError):
-    """The checkpoint was made by another number of ranks than is about to run."""
+    def make_room(self, *, emergency: bool) -> bool:
+        """Free bytes, in the order of `retention.py`, until one more checkpoint fits the budget (rank 0).
 
-    exit_code = Exit.REFUSED
+        Its size is taken to be that of the largest that is whole; the first is written without a question.
 
-    def __init__(self, step: int, made_with: int, now: int) -> None:
-        super().__init__(
-            f"checkpoint-{step} was made by {made_with} rank(s) and this attempt has {now}. "
-            f"Run it with parallel.nodes * parallel.ranks_per_node = {made_with}."
-        )
+        Returns:
+            Whether it fits. If all that may go would not do, a periodic save costs nothing that is there.
+        """
+        sealed = self.sealed()
+        need = max((c.bytes for c in sealed if not c.light), default=0)
+        freed = {}
+        for removal in self.retention.for_room(sealed, emergency=emergency):
+            checkpoint = removal.checkpoint
+            freed[checkpoint.step] = checkpoint.bytes if removal.action == "delete" else checkpoint.resume_bytes
+        if bytes_used(self._run.path) - sum(freed.values()) - bytes_used(self._run.quarantine) + need > self._budget:
+            return False
+        while bytes_used(self._run.path) + need > self._budget:
+            if not self.free_some(emergency=emergency, reason="budget"):
+                return False
+        return True
+
+    def free_some(self, *, emergency: bool, reason: str) -> bool:
+        """Delete what is in quarantine, oldest first; then take the next step of the retention order (rank 0).
+
+        Returns:
+            Whether bytes were freed.
+        """
+        aside = [p for p in self._run.quarantine.glob("*") if p.is_dir() and not p.is_symlink()]
+        for path in sorted(aside, key=lambda p: p.stat().st_mtime):
+            if self._remover.remove_tree(path):
+                self._record("deleted", checkpoint=f"quarantine/{path.name}", reason=reason)
+                return True
+        for removal in self.retention.for_room(self.sealed(), emergency=emergency):
+            if self._remove(removal, reason, hurry=emergency):
+                return True
+        return False
+
+    def retire(self) -> None:
+        """After a save: remove what `save_total_limit` and milestones leave no place for (rank 0)."""
+        for removal in self.retention.beyond_limit(self.sealed()):
+            self._remove(removal, "save_total_limit", hurry=False)
+
+    def _remove(self, removal: Removal, reason: str, *, hurry: bool) -> bool:
+        checkpoint = removal.checkpoint
+        if not self._may_go(checkpoint.step, hurry=hurry):
+            return False
+        self._verified.discard(checkpoint.step)
+        act = self._remover.delete if removal.action == "delete" else self._remover.lighten
+        return act(checkpoint, reason)
+
+    def _may_go(self, step: int, *, hurry: bool) -> bool:
+        """Whether a checkpoint that has been read back and found whole would still be left.
+
+        Until one has, in this attempt, the newest is read back, from the disk; in a hurry nothing is.
+        """
+        newest = newest_full(self.sealed())
+        if newest is None or newest.step == step:
+            return False
+        if self._verified - {step}:
+            return True
+        if hurry:
+            return step not in self._verified
+        try:
+            verify(newest.path, from_disk=True)
+        except CheckpointError as error:
+            self.quarantine(newest.path, str(error))
+            return False
+        self._verified.add(newest.step)
+        return True

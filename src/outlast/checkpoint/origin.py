@@ -1,0 +1,130 @@
+"""What a run is, as far as a checkpoint depends on it; and what follows if that has changed when it resumes.
+
+| differs | then | because |
+|---|---|---|
+| `world_size` | refused | per-rank files and the order of the data belong to it |
+| `global_batch` | refused | the step no longer says how many samples have been seen |
+| `dataset` | refused | the position in the data would point at other samples |
+| `seed` | refused | the order of the data after the resume would be another one |
+| `trainable` | refused | the optimizer's state belongs to other parameters |
+| `micro_batch` | adapted | the position is the same; sums are rounded in another order |
+| `config` | allowed | something else that decides the weights was changed, such as the learning rate |
+| a library's version | allowed | the weights may differ from those of a run that was not upgraded |
+
+What is refused can be accepted by name, but for `world_size`: `checkpoint.allow=[dataset]`. What is adapted or allowed
+is said in the log and in the ledger's `resumed` line.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from outlast.errors import CheckpointError, Exit
+
+if TYPE_CHECKING:
+    import torch
+
+REFUSED = {
+    "world_size": "run it with parallel.nodes * parallel.ranks_per_node = {made}",
+    "global_batch": "set per-device batch size * gradient accumulation * ranks to {made}",
+    "dataset": "give it the data that it was made with",
+    "seed": "set seed={made}",
+    "trainable": "give it the model and the adapters that it was made with",
+}
+"""What is refused, and what to do."""
+
+NOTED = {
+    "micro_batch": "the batch is split in another way: sums are rounded in another order",
+    "config": "the configuration has changed since",
+}
+"""What is adapted or allowed, in words."""
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
+SAMPLED_ROWS = 16
+
+
+class ResumeRefusedError(CheckpointError):
+    """The checkpoint was made by another run than is about to resume from it."""
+
+    exit_code = Exit.REFUSED
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a checkpoint's origin differs from the run at hand."""
+
+    refused: dict[str, str] = field(default_factory=dict)
+    """By name: what to do about it."""
+    noted: dict[str, str] = field(default_factory=dict)
+    """By name: what it means."""
+
+
+def compare(
+    made: dict[str, Any],
+    now: dict[str, Any],
+    *,
+    versions_made: dict[str, str],
+    versions_now: dict[str, str],
+    allow: Iterable[str] = (),
+) -> Comparison:
+    """Apply the rules of this module. What either side does not say is not compared.
+
+    Args:
+        made: the checkpoint's origin; now: that of the run at hand.
+        allow: names of differences that the user accepts.
+    """
+    refused, noted = {}, {}
+    for name, advice in REFUSED.items():
+        if name in made and name in now and made[name] != now[name]:
+            change = f"{name} is {now[name]}, it was {made[name]}"
+            if name in allow:
+                noted[name] = f"{change} (accepted by checkpoint.allow)"
+            else:
+                accept = "" if name == "world_size" else f", or accept it with checkpoint.allow=[{name}]"
+                refused[name] = f"{change}; {advice.format(made=made[name])}{accept}"
+    for name, meaning in NOTED.items():
+        if name in made and name in now and made[name] != now[name]:
+            noted[name] = f"{name} is {now[name]}, it was {made[name]}: {meaning}"
+    for name in LIBRARIES:
+        if name in versions_made and name in versions_now and versions_made[name] != versions_now[name]:
+            noted[name] = f"{name} is {versions_now[name]}, it was {versions_made[name]}: weights may differ a little"
+    return Comparison(refused, noted)
+
+
+def check(checkpoint: str, comparison: Comparison) -> None:
+    """Raise ResumeRefusedError if something is refused."""
+    if comparison.refused:
+        raise ResumeRefusedError(f"{checkpoint} can't be resumed from here: " + "; ".join(comparison.refused.values()))
+
+
+def trainable(model: "torch.nn.Module") -> str:
+    """Digest of names, shapes and types of the parameters that are trained."""
+    found = sorted((n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad)
+    return _digest(found)
+
+
+def dataset(data: Any) -> str | None:
+    """Digest of the length and of some rows, evenly spread, of a dataset that has both; None if it has not.
+
+    Reading a row must not draw random numbers: only plain sequences and `datasets.Dataset` are looked at. Of
+    tokenized rows the `input_ids` count, so that data read back from a cache is the same data.
+    """
+    if type(data).__module__.partition(".")[0] != "datasets" and not isinstance(data, list | tuple):
+        return None
+    if getattr(data, "format", {}).get("type") == "custom":
+        return None
+    try:
+        rows = len(data)
+        sampled = [data[i * (rows - 1) // (SAMPLED_ROWS - 1)] for i in range(SAMPLED_ROWS)] if rows else []
+    except TypeError:
+        return None  # a stream: it has no length
+    return _digest([rows, [row.get("input_ids", row) if isinstance(row, dict) else row for row in sampled]])
+
+
+def _digest(value: Any) -> str:
+    def plain(other: Any) -> Any:
+        return other.tolist() if hasattr(other, "tolist") else type(other).__name__
+
+    return hashlib.sha256(json.dumps(value, default=plain, sort_keys=True).encode()).hexdigest()[:16]

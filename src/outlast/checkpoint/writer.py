@@ -1,0 +1,220 @@
+"""The one writer: every file of a checkpoint goes through it, and is digested while it is written.
+
+A save calls code that outlast does not own: the Trainer, accelerate, PEFT, DeepSpeed, a user's own function. While
+:meth:`Writer.capture` is active, `torch.save` and safetensors' `save_file`, called by any of them with a path inside
+the staged directory, write here instead of to the file. What comes out is what they would have written: `optimizer.pt`
+is read by a plain `torch.load`, `model.safetensors` by a plain `from_pretrained`. The few files that a library writes
+by other means (JSON, a tokenizer) are read back once, when all ranks have written.
+"""
+
+import ctypes
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import xxhash
+
+from outlast.rundir import flush_directory
+
+from .manifest import FileEntry, entry_of, read_entry
+
+CHUNK = 1 << 22
+"""Bytes that are digested, then written, at a time: few enough to be in the CPU's cache for the second."""
+BUFFER = 1 << 20
+"""Pieces smaller than this are gathered: `torch.save` writes a header and a padding for each tensor."""
+WRITE_BACK = 1 << 26
+"""Bytes after which the kernel is asked to begin writing to disk, so that the flush at the end has little to do."""
+
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+class DigestingFile:
+    """A file, open for writing from start to end. Not on disk for certain before :meth:`Writer.finish`."""
+
+    def __init__(self, path: Path, done: Callable[[FileEntry, os.stat_result], None]) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._done = done
+        self._digest = xxhash.xxh3_128()
+        self._buffer = bytearray()
+        self._size = self._begun = 0
+        self.failure: OSError | None = None
+        """What the disk refused. `torch.save` turns it into an error of its own, which doesn't say why."""
+
+    def write(self, data: Any) -> int:
+        """Append any object with a buffer; as many bytes as it has."""
+        view = memoryview(data).cast("B")
+        if len(self._buffer) + len(view) <= BUFFER:
+            self._buffer += view
+            return len(view)
+        self.flush()
+        for start in range(0, len(view), CHUNK):
+            self._put(view[start : start + CHUNK])
+        return len(view)
+
+    def flush(self) -> None:
+        """Hand what is gathered to the kernel."""
+        if self._buffer:
+            gathered, self._buffer = self._buffer, bytearray()
+            self._put(memoryview(gathered))
+
+    def _put(self, view: memoryview) -> None:
+        self._digest.update(view)
+        self._size += len(view)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            self.failure = error
+            raise
+        if self._size - self._begun >= WRITE_BACK:
+            _begin_write_back(self._fd, self._begun, self._size - self._begun)
+            self._begun = self._size
+
+    def __enter__(self) -> "DigestingFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+                _begin_write_back(self._fd, self._begun, 0)
+                self._done(entry_of(self._size, self._digest), os.fstat(self._fd))
+        finally:
+            os.close(self._fd)
+
+
+class Writer:
+    """Writes the files of one checkpoint as one rank.
+
+    Args:
+        directory: the staged directory, which exists.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(os.path.abspath(directory))
+        self._written: dict[Path, tuple[FileEntry, os.stat_result]] = {}
+
+    def open(self, path: Path) -> DigestingFile:
+        """A new file at `path`, inside the directory; one that is there is replaced."""
+        return DigestingFile(path, lambda *written: self._written.__setitem__(path, written))
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Route `torch.save` and safetensors' files with a path in the directory through this writer."""
+        import safetensors.torch
+        import torch
+
+        save, serialize = torch.save, safetensors.torch.serialize_file
+        crc = torch.serialization.get_crc32_options()
+
+        def routed_save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+            path = self._mine(f)
+            if path is None:
+                save(obj, f, *args, **kwargs)
+            else:
+                with self.open(path) as file:
+                    try:
+                        save(obj, cast(IO[bytes], file), *args, **kwargs)
+                    except RuntimeError as error:
+                        raise file.failure or error from None
+
+        def routed_serialize(tensors: dict[str, Any], filename: Any, metadata: dict[str, str] | None = None) -> None:
+            path = self._mine(filename)
+            if path is None:
+                serialize(tensors, filename, metadata=metadata)
+            else:
+                with self.open(path) as file:
+                    _write_safetensors(file, tensors, metadata)
+
+        torch.save, safetensors.torch.serialize_file = routed_save, routed_serialize
+        # The digest stands in for the zip file's own checksums, which are slower than the disk; no reader needs them.
+        torch.serialization.set_crc32_options(False)
+        try:
+            yield
+        finally:
+            torch.save, safetensors.torch.serialize_file = save, serialize
+            torch.serialization.set_crc32_options(crc)
+
+    def finish(self) -> dict[str, FileEntry]:
+        """Flush what this rank wrote to disk, files and directories.
+
+        Returns:
+            `{relative path: entry}` of the files that were written through :meth:`open` and not touched since.
+        """
+        entries = {}
+        for path, (entry, then) in self._written.items():
+            now = path.stat() if path.exists() else None
+            if now and (now.st_ino, now.st_size, now.st_mtime_ns) == (then.st_ino, then.st_size, then.st_mtime_ns):
+                flush_file(path)
+                entries[path.relative_to(self.directory).as_posix()] = entry
+        for path in (self.directory, *(p for p in self.directory.rglob("*") if p.is_dir())):
+            flush_directory(path)
+        return entries
+
+    def _mine(self, f: Any) -> Path | None:
+        if not isinstance(f, str | os.PathLike):
+            return None
+        path = Path(os.path.abspath(os.fspath(f)))
+        return path if path.is_relative_to(self.directory) else None
+
+
+def adopt(directory: Path, entries: dict[str, FileEntry]) -> None:
+    """Add the files of `directory` that no writer has reported: flushed, and read back (rank 0, after all ranks)."""
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in entries:
+            flush_file(path)
+            entries[name] = read_entry(path)
+
+
+def flush_file(path: Path) -> None:
+    """Have the kernel write all of a file to disk, and wait for it."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _begin_write_back(fd: int, offset: int, count: int) -> None:
+    # A hint: where the C library or the file system lacks it, the flush at the end does all the work.
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Any:
+    return getattr(ctypes.CDLL(None), "sync_file_range", None)
+
+
+def _write_safetensors(file: DigestingFile, tensors: dict[str, Any], metadata: dict[str, str] | None) -> None:
+    """Write the safetensors format: length of the header, header, tensors one after the other.
+
+    Widest elements first, so that each tensor is aligned; by name among equals.
+
+    Args:
+        tensors: `{name: TensorSpec}`, with the address and length of each tensor's bytes.
+    """
+
+    def order(item: tuple[str, Any]) -> tuple[int, str, str]:
+        bits = re.search(r"\d+", item[1].dtype)
+        return -int(bits.group() if bits else 8), item[1].dtype, item[0]
+
+    ordered, header, offset = sorted(tensors.items(), key=order), {}, 0
+    for name, spec in ordered:
+        end = offset + spec.data_len
+        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    values = ({"__metadata__": metadata} if metadata is not None else {}) | header
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, spec in ordered:
+        if spec.data_len:
+            file.write((ctypes.c_char * spec.data_len).from_address(spec.data_ptr))

@@ -1,0 +1,187 @@
+"""When this attempt saves, and what happens when it does: room, the store, the ledger; and what it resumes from."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CheckpointStore, Manifest, SaveError, Sealed, origin, versions
+from .checkpoint.cadence import Cadence
+from .errors import CheckpointError
+from .ledger import Event, Record
+from .ranks import Agreement
+from .sections import CheckpointSection
+
+NO_ROOM = "it would exceed storage.budget_gb, and no older checkpoint may be deleted"
+
+
+class Saver:
+    """Saves and resumes for one attempt; all ranks call each method together, but for :meth:`due`.
+
+    Args:
+        say: prints a line in the log (rank 0 only).
+        section: when periodic saves are due, and what may differ on resume.
+        loop_saves: when to save is up to the training loop.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        agreement: Agreement,
+        record: Record,
+        say: Callable[[str], None],
+        *,
+        section: CheckpointSection,
+        loop_saves: bool,
+    ) -> None:
+        self._store, self._agreement, self._record, self._say = store, agreement, record, say
+        self._section, self._loop_saves = section, loop_saves
+        self._cadence: Cadence | None = None
+        self.origin: dict[str, Any] = {"world_size": agreement.world_size}
+        """What this run is, as far as a checkpoint depends on it."""
+        self.newest_step: int | None = None
+        """Step of the newest checkpoint that can be resumed from."""
+        self.differences: dict[str, str] = {}
+        """What of the origin has changed since that checkpoint, in words, by name."""
+
+    def begin(self, events: list[Event]) -> None:
+        """Training begins: the time to the first periodic save runs from here.
+
+        Args:
+            events: the run's ledger.
+        """
+        if not self._loop_saves:
+            self._cadence = Cadence(self._section, events, time.time())
+
+    def due(self, step: int) -> bool:
+        """Whether a periodic save is due after `step` (rank 0's answer counts)."""
+        return self._cadence is not None and self._cadence.due(step, time.time())
+
+    def resume_point(self) -> Sealed | None:
+        """The newest checkpoint that verifies, or None if there is none.
+
+        Raises:
+            ResumeRefusedError: it was made by another run than this one; nothing has been changed.
+            CheckpointError: a rank does not see it.
+        """
+        newest, problem, code = None, None, None
+        if self._agreement.rank == 0:
+            try:
+                newest = self._compared(self._store.newest_verified())
+            except CheckpointError as error:
+                problem, code = str(error), int(error.exit_code)
+        step, problem, code = self._agreement.from_rank_0((newest.step if newest else None, problem, code))
+        if problem is not None:
+            refused = code == origin.ResumeRefusedError.exit_code
+            raise (origin.ResumeRefusedError if refused else CheckpointError)(problem)
+        self.newest_step = step
+        if step is None:
+            return None
+        found = next((c for c in self._store.sealed() if c.step == step), None)
+        if not self._agreement.all_ok(found is not None):
+            where = self._store.path(step).parent.parent
+            raise CheckpointError(f"checkpoint-{step} is not visible to every rank: is {where} shared?")
+        return found
+
+    def _compared(self, newest: Sealed | None) -> Sealed | None:
+        if newest is not None:
+            made = {"world_size": newest.manifest.world_size, **newest.manifest.origin}
+            compared = origin.compare(
+                made,
+                self.origin,
+                versions_made=newest.manifest.versions,
+                versions_now=versions(),
+                allow=self._section.allow,
+            )
+            origin.check(newest.path.name, compared)
+            self.differences = compared.noted
+            for difference in compared.noted.values():
+                self._say(f"WARNING: resuming although {difference}")
+        return newest
+
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        *,
+        kind: str,
+        asked_at: float | None = None,
+        pending_evaluation: bool = False,
+    ) -> Sealed | None:
+        """Make one checkpoint.
+
+        An emergency save that finds the disk full makes room in the order of retention and tries again; a periodic
+        one deletes nothing for that.
+
+        Args:
+            kind: `periodic`, `emergency` or `final`.
+            asked_at: when it was asked for (the signal), if that was before this call; Unix seconds.
+
+        Returns:
+            The sealed checkpoint, or None if it could not be written: the ledger says why, and what was there stands.
+        """
+        began = time.time()
+        manifest = Manifest(
+            step=step,
+            kind=kind,
+            world_size=self._agreement.world_size,
+            time=began,
+            pending_evaluation=pending_evaluation,
+            best_step=self._store.retention.best_step,
+            origin=self.origin,
+            versions=versions(),
+        )
+        sealed, reason = None, NO_ROOM
+        may_write = self._on_rank_0(lambda: self._store.make_room(emergency=kind != "periodic"))
+        while may_write and sealed is None:
+            try:
+                sealed = self._store.save(write, manifest)
+            except SaveError as error:
+                reason = str(error)
+                may_write = (
+                    kind != "periodic"
+                    and error.disk_full
+                    and self._on_rank_0(lambda: self._store.free_some(emergency=True, reason="disk full"))
+                )
+        if sealed is None:
+            self._record("checkpoint_failed", step=step, kind=kind, reason=reason)
+            self._say(f"WARNING: {kind} checkpoint of step {step} was not written: {reason}")
+            return None
+        now = time.time()
+        self._record(
+            "checkpoint",
+            step=step,
+            kind=kind,
+            bytes=sealed.bytes,
+            stall_s=now - began,
+            sealed_s=now - (asked_at or began),
+        )
+        if kind != "final":
+            self.newest_step = step
+        if kind == "periodic" and self._agreement.rank == 0:
+            self._after_periodic(step, now - began, now)
+        return sealed
+
+    def _after_periodic(self, step: int, cost_s: float, now: float) -> None:
+        try:
+            self._store.retire()
+        except OSError as error:
+            self._say(f"WARNING: older checkpoints could not be looked through: {error}")
+        if self._cadence is not None:
+            self._cadence.saved(step, cost_s, now)
+            if changed := self._cadence.changed():
+                self._record("interval", **changed)
+                self._say(f"checkpoints: {self._cadence.explanation}")
+
+    def _on_rank_0(self, act: Callable[[], bool]) -> bool:
+        answer = False
+        if self._agreement.rank == 0:
+            try:
+                answer = act()
+            except OSError as error:
+                self._say(f"WARNING: could not make room: {error}")
+        return bool(self._agreement.from_rank_0(answer))
+
+    def newest(self) -> Sealed:
+        """The checkpoint of `newest_step`, from disk."""
+        return next(c for c in self._store.sealed() if c.step == self.newest_step)

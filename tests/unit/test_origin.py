@@ -1,0 +1,86 @@
+"""What may differ between a checkpoint and the run that resumes from it."""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from outlast.checkpoint import origin
+
+MADE = {
+    "world_size": 2,
+    "global_batch": 16,
+    "micro_batch": 4,
+    "dataset": "a",
+    "seed": 1,
+    "trainable": "t",
+    "config": "c",
+}
+
+
+def compare(now: dict[str, Any], **options: Any) -> origin.Comparison:
+    versions = {"versions_made": {"torch": "2.13.0"}, "versions_now": {"torch": "2.13.0"}}
+    return origin.compare(MADE, {**MADE, **now}, **{**versions, **options})
+
+
+def test_no_difference() -> None:
+    assert compare({}) == origin.Comparison({}, {})
+
+
+@pytest.mark.parametrize("name", ["world_size", "global_batch", "dataset", "seed", "trainable"])
+def test_refused_with_what_to_do(name: str) -> None:
+    found = compare({name: "other"})
+    assert list(found.refused) == [name]
+    assert f"{name} is other, it was {MADE[name]}" in found.refused[name]
+    assert ("checkpoint.allow" in found.refused[name]) == (name != "world_size")
+    with pytest.raises(origin.ResumeRefusedError, match="checkpoint-7 can't be resumed from here"):
+        origin.check("checkpoint-7", found)
+
+
+@pytest.mark.parametrize("name", ["global_batch", "dataset", "seed", "trainable"])
+def test_accepted_by_name(name: str) -> None:
+    found = compare({name: "other"}, allow=[name])
+    assert not found.refused
+    assert "accepted by checkpoint.allow" in found.noted[name]
+    origin.check("checkpoint-7", found)
+
+
+def test_adapted_and_allowed_are_noted() -> None:
+    found = compare({"micro_batch": 8, "config": "d"}, versions_now={"torch": "2.14.0"})
+    assert not found.refused
+    assert set(found.noted) == {"micro_batch", "config", "torch"}
+
+
+def test_what_one_side_does_not_say_is_not_compared() -> None:
+    assert origin.compare({}, MADE, versions_made={}, versions_now={"torch": "1"}) == origin.Comparison({}, {})
+
+
+def test_a_dataset_is_its_length_and_its_rows() -> None:
+    rows = [{"input_ids": [i, i + 1], "text": str(i)} for i in range(100)]
+    same = Dataset.from_list(rows)
+    assert origin.dataset(same) == origin.dataset(rows) == origin.dataset(same.select_columns("input_ids"))
+    assert origin.dataset(rows[:-1]) != origin.dataset(rows)
+    assert origin.dataset(list(reversed(rows))) != origin.dataset(rows)
+    assert origin.dataset([{"x": torch.ones(2)}]) != origin.dataset([{"x": torch.zeros(2)}])
+
+
+def test_a_dataset_that_could_draw_random_numbers_is_not_read() -> None:
+    class Augmented(torch.utils.data.Dataset[int]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> int:
+            raise AssertionError("read")
+
+    assert origin.dataset(Augmented()) is None
+    assert origin.dataset(Dataset.from_list([{"x": 1}]).with_transform(lambda row: row)) is None
+    assert origin.dataset(iter([1])) is None
+
+
+def test_trainable_is_names_shapes_and_types() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    whole = origin.trainable(model)
+    model[0].requires_grad_(False)
+    part = origin.trainable(model)
+    assert len({whole, part, origin.trainable(model.double())}) == 3
