@@ -18,7 +18,7 @@ from outlast.config import Config
 from outlast.errors import ConfigError
 
 HUB = "outlast trains without the hub; push the run's final/ directory when it has finished"
-SAVES = "outlast saves; use checkpoint.every_steps"
+SAVES = "outlast saves; use checkpoint.every"
 RANKS = "outlast sets up the ranks; choose with parallel="
 MODEL = "it belongs to the model: model.dtype, model.path, model.trust_remote_code"
 
@@ -126,7 +126,6 @@ def _arguments(config: Config, output_dir: Path, *, cuda: bool, bf16: bool) -> d
         "use_cpu": not cuda,
         # accelerate takes a backend to mean that there is a process group
         "ddp_backend": ("nccl" if cuda else "gloo") if config.parallel.world_size > 1 else None,
-        "save_total_limit": None,
         "disable_tqdm": values.get("disable_tqdm", True),
     }
 

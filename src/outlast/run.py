@@ -104,7 +104,7 @@ class Run:
         *,
         loop_saves: bool = False,
     ) -> None:
-        self.directory = directory
+        self.directory, self.loop_saves = directory, loop_saves
         self._preemption = preemption
         self._started = time.time()
         self._guard = guard
@@ -334,7 +334,13 @@ class Run:
         """
         from .trainer import train
 
-        output = train(self, trainer)
+        try:
+            output = train(self, trainer)
+        except Exception as error:
+            code = self.fail(error)
+            if self._guard.requested is not None:
+                _exit(code)  # on its way out: nothing may hold it up
+            raise
         self._guard.uninstall()
         return output
 

@@ -79,9 +79,13 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
         self._save_checkpoint, self._evaluate = trainer._save_checkpoint, trainer.evaluate
         self._load_rng_state = trainer._load_rng_state
+        self._determine_best = trainer._determine_best_metric
         trainer._save_checkpoint = self.save
         trainer.evaluate = self.evaluate
         trainer._load_rng_state = self.load_rng_state
+        trainer._determine_best_metric = self.determine_best
+        if not run.loop_saves:
+            args.save_strategy = SaveStrategy.NO
         for name in ("get_train_dataloader", "get_eval_dataloader"):
             setattr(trainer, name, _shield_loader(getattr(trainer, name)))
         trainer.add_callback(self)
@@ -199,6 +203,14 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         if self.rng_after_pending is not None:
             _set_random_state(self.rng_after_pending)
 
+    def determine_best(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Instead of `Trainer._determine_best_metric`: a new best is saved, whatever the interval between saves."""
+        state, new = self.trainer.state, bool(self._determine_best(metrics, trial))
+        if new and self.trainer.args.load_best_model_at_end:
+            state.best_global_step = state.global_step
+            self.trainer.control.should_save = True
+        return new
+
     # Inside -----------------------------------------------------------------------------------------------------
 
     def _evaluate_pending(self) -> None:
@@ -207,7 +219,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         self.run.say(f"step {state.global_step}: making up for the evaluation that was cut short")
         self._load_rng_state(str(self.checkpoint.path))
         metrics = trainer._evaluate(None, None)
-        trainer._determine_best_metric(metrics, None)
+        self.determine_best(metrics, None)
         self._point_at_best(state)
         self.rng_after_pending = _random_state()
 

@@ -172,7 +172,7 @@ def test_what_outlast_fills_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     args = made(tmp_path, save_total_limit=2, learning_rate="1e-4")
     assert (args.output_dir, args.seed, args.use_cpu, args.bf16) == (str(tmp_path / "out"), 42, True, False)
     assert (args.save_strategy, args.save_steps, args.eval_steps) == ("steps", 50, 50)
-    assert (args.save_total_limit, args.report_to, args.disable_tqdm, args.ddp_backend) == (None, [], True, None)
+    assert (args.save_total_limit, args.report_to, args.disable_tqdm, args.ddp_backend) == (2, [], True, None)
     assert args.learning_rate == 1e-4
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,140 @@
+"""Checkpoints of real training: when they are made, what becomes of them, who can read them, what resumes from them."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+
+from outlast.checkpoint import verify
+
+from ..conftest import SMOKE, Command, RunProbe, wait_for
+from .test_library import SCRIPT, run_script
+
+Start = Callable[..., Command]
+Probe = Callable[[str], RunProbe]
+
+SFT = [
+    "job=sft",
+    "model.vocab_size=300",
+    "model.hidden_size=16",
+    "model.layers=1",
+    "data.max_pairs=60",
+    "data.eval_fraction=0.2",
+    "parallel.cpus_per_rank=1",
+    "trainer.max_length=64",
+    "trainer.per_device_train_batch_size=2",
+    "trainer.eval_steps=6",
+    "trainer.max_steps=30",
+    "trainer.learning_rate=0.02",
+]
+PLAIN = """
+trainer.train(resume_from_checkpoint=sys.argv[3])
+trainer.save_model(sys.argv[4])
+"""
+
+
+def steps(run: RunProbe, state: str = "*") -> list[int]:
+    return sorted(int(p.name.split("-")[1]) for p in (run.path / "checkpoints").glob(f"checkpoint-{state}"))
+
+
+def test_plain_hugging_face_resumes_from_a_sealed_checkpoint(tmp_path: Path) -> None:
+    run = RunProbe(tmp_path / "r")
+    assert run_script(tmp_path, run.path, 50).returncode == 0
+    script = tmp_path / "plain.py"
+    text = SCRIPT.read_text().replace("run = outlast.start(sys.argv[1])", "").replace("import outlast", "")
+    script.write_text(text.replace("run.train(trainer)", PLAIN))
+    sealed = run.path / "checkpoints" / "checkpoint-30"
+    done = subprocess.run(
+        [sys.executable, str(script), "unused", "50", str(sealed), str(tmp_path / "out")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, plain = load_file(run.path / "final" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all((ours[name] == plain[name]).all() for name in plain)
+    verify(sealed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("range(80)", "range(81)"), "dataset is "),
+        (("per_device_train_batch_size=4", "per_device_train_batch_size=2"), "global_batch is 2, it was 4"),
+        (("use_cpu=True", "use_cpu=True, seed=7"), "seed is 7, it was 42; set seed=42"),
+        (("Dropout(0.2)", "Linear(16, 16)"), "trainable is "),
+        (("use_cpu=True", "use_cpu=True, save_only_model=True"), "silently restart"),
+    ],
+)
+def test_another_run_does_not_resume_from_it(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    run = RunProbe(tmp_path / "r")
+    assert run_script(tmp_path, run.path, 50, [13]).returncode == 75
+    other = tmp_path / "other.py"
+    other.write_text(SCRIPT.read_text().replace(*change))
+
+    def again(script: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), str(run.path), "50"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    refused = again(other)
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert run.causes() == ["preempted", "failed"]
+    assert steps(run) == [10, 13], "nothing was changed"
+    if "allow" in refused.stderr:
+        name = message.split()[0]
+        accepting = f"outlast.start(sys.argv[1], allow=[{name!r}])"
+        other.write_text(other.read_text().replace("outlast.start(sys.argv[1])", accepting))
+        if name != "trainable":
+            assert again(other).returncode == 0
+            assert name in run.events("resumed")[-1]["differences"]
+
+
+def test_by_time_two_ranks_save_the_same_steps_and_come_back_exactly(outlast: Start, probe: Probe) -> None:
+    base = [*SMOKE[:2], "checkpoint.every=1s", "parallel.ranks_per_node=2", "trainer.max_steps=60"]
+    twin = outlast("train", *base, "run.name=twin")
+    command, run = outlast("train", *base, "run.name=r", "trainer.step_s=0.08"), probe("r")
+    wait_for(lambda: run.events("checkpoint"), "the first save by time")
+    run.reach(run.events("checkpoint")[-1]["step"] + 3)
+    command.signal(signal.SIGUSR1)
+    assert command.wait() == 0, command.output
+    assert twin.wait() == 0, twin.output
+    periodic = [e for e in run.events("checkpoint") if e["kind"] == "periodic"]
+    assert len(periodic) >= 3
+    assert all(b["time"] - a["time"] > 0.9 for a, b in pairwise(periodic))
+    assert run.steps_repeated() == 0
+    assert run.weights() == probe("twin").weights()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT's own
+def test_milestones_become_light_and_load_and_each_new_best_is_saved(outlast: Start, probe: Probe) -> None:
+    command = outlast(
+        "train",
+        *SFT,
+        "run.name=r",
+        "checkpoint.every=1000",
+        "checkpoint.milestone_every=8",
+        "trainer.save_total_limit=1",
+    )
+    assert command.wait() == 0, command.output
+    run = probe("r")
+    metrics = {e["step"]: e["metrics"]["eval_loss"] for e in run.events("evaluated")}
+    best = min(metrics, key=lambda step: metrics[step])
+    light = [step for step in (8, 16) if step != best]
+    for step in light:
+        path = run.path / "checkpoints" / f"checkpoint-{step}"
+        assert verify(path).light
+        assert not list(path.glob("optimizer*"))
+        assert AutoPeftModelForCausalLM.from_pretrained(path) is not None
+    assert best in steps(run)
+    assert {e["checkpoint"] for e in run.events("lightened")} >= {f"checkpoint-{step}" for step in light}
+    kept = load_file(run.path / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    final = load_file(run.path / "final" / "adapter_model.safetensors")
+    assert all((kept[name] == final[name]).all() for name in final), "final/ is the best"
