@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 OVERRIDES = "a Hydra override: model=pretrained picks a group's file, seed=3 sets a key; trainer.* is TRL's SFTConfig"
+RUN = "a run's name under --root, or its directory"
+ROOT = "where the run directories are (default: runs)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,11 +49,20 @@ def parser() -> argparse.ArgumentParser:
     status = command(
         "status", "Runs: state, step, attempts, checkpoint age, bytes of budget", "outlast status --root runs"
     )
-    status.add_argument("--root", type=Path, default=Path("runs"), help="where the run directories are (default: runs)")
+    status.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
     status.add_argument("--json", action="store_true")
+    checkpoints = command(
+        "checkpoints", "A run's checkpoints: kind, state, metric, bytes, age", "outlast checkpoints first --verify"
+    )
+    checkpoints.add_argument("run", metavar="RUN", help=RUN)
+    checkpoints.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    checkpoints.add_argument(
+        "--verify", action="store_true", help="read every file and compare its digest; exit code 1 if one differs"
+    )
+    checkpoints.add_argument("--json", action="store_true")
     report = command("report", "What happened to a run: attempts, causes, steps lost, goodput", "outlast report first")
-    report.add_argument("run", metavar="RUN", help="a run's name under --root, or its directory")
-    report.add_argument("--root", type=Path, default=Path("runs"))
+    report.add_argument("run", metavar="RUN", help=RUN)
+    report.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
     report.add_argument("--json", action="store_true")
 
     dev = command(

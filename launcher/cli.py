@@ -34,6 +34,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from . import report
 
             return report.main(arguments.run, arguments.root, as_json=arguments.json)
+        case "checkpoints":
+            from . import checkpoints
+
+            return checkpoints.main(arguments.run, arguments.root, verify=arguments.verify, as_json=arguments.json)
         case "devcluster":
             return _devcluster(arguments)
     from . import plan as planning
@@ -78,6 +82,7 @@ def _print_plan(plan: "object", *, as_json: bool) -> int:
         print(json.dumps(values, indent=1))
         return Exit.DONE
     script = values.pop("script")
+    values["checkpoint"] = values["checkpoint"]["explanation"]
     for key, value in values.items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value or "none"
         print(f"{key:10} {shown}")

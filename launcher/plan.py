@@ -2,13 +2,16 @@
 
 import importlib
 import json
+import time
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from outlast.checkpoint import cadence
 from outlast.config import Config, dump, load
 from outlast.errors import ConfigError
+from outlast.ledger import Ledger
 from outlast.rundir import RunDirectory, write_atomically
 from outlast.sections import SlurmCluster
 
@@ -23,6 +26,8 @@ class Plan:
     """The batch script, as it will be submitted; None for `cluster=local`."""
     grace: dict[str, Any]
     storage: dict[str, Any]
+    checkpoint: dict[str, Any]
+    """When periodic checkpoints are made, and why then."""
     hazards: list[str] = field(default_factory=list)
 
     @property
@@ -75,8 +80,28 @@ def make(config: Config) -> Plan:
             "budget_gb": config.storage.budget_gb,
             "save_total_limit": config.trainer.get("save_total_limit"),
         },
+        checkpoint=_checkpoint(config),
         hazards=hazards,
     )
+
+
+def _checkpoint(config: Config) -> dict[str, Any]:
+    """When periodic checkpoints are made; for a run that has begun, by what its saves cost and how often it failed."""
+    section = config.checkpoint
+    try:
+        events = Ledger(RunDirectory(config.directory).ledger).read()
+    except OSError:
+        events = []  # `check_directory` says what is wrong with the place, before anything starts
+    pace = cadence.Cadence(section, events, time.time())
+    bounds = {"lower_s": cadence.LOWER_S, "largest_share": cadence.LARGEST_SHARE, "upper_s": cadence.UPPER_S}
+    return {
+        "every": section.steps or (section.seconds and f"{section.seconds:g}s") or "auto",
+        "mode": pace.mode,
+        "milestone_every": section.milestone_every,
+        "mtbf_hours": section.mtbf_hours,
+        "bounds": bounds if pace.mode == "auto" else None,
+        "explanation": pace.explanation,
+    }
 
 
 def check_directory(plan: Plan) -> None:

@@ -3,31 +3,29 @@
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from outlast import progress as progress_file
+from outlast.checkpoint import cadence
 from outlast.errors import ConfigError, Exit
-from outlast.ledger import Ledger, finished
+from outlast.ledger import Event, Ledger, finished
 from outlast.rundir import RunDirectory
 from outlast.storage import bytes_used
 
 from .attempts import attempt_rows
 from .progress_bar import duration, size
-from .runs import best_metric, budget_of, runs_under, settings_of, started_attempts, state_of
+from .runs import best_metric, budget_of, run_named, settings_of, started_attempts, state_of
 
 Summary = dict[str, Any]
 
 
 def main(name: str, root: Path, *, as_json: bool) -> int:
     """`outlast report RUN`: a name under `root`, or a run directory's path."""
-    path = root / name
-    if not path.is_dir() and Path(name).is_dir():
-        path = Path(name)
-    summary = summarize(RunDirectory(path.absolute()))
+    summary = summarize(run_named(name, root))
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
@@ -46,12 +44,12 @@ def summarize(run: RunDirectory) -> Summary:
     over the wall time.
 
     Raises:
-        ConfigError: there is no such run, or it has not started.
+        ConfigError: the run has not started.
     """
     events = Ledger(run.ledger).read()
     tries = started_attempts(events)
     if not tries:
-        _refuse(run)
+        raise ConfigError("RUN", run.path.name, "it has not started yet, so there is nothing to report")
     settings, state, done = settings_of(run), state_of(run, events), finished(events)
     rows = attempt_rows(run, tries, events)
     rows[-1]["killed"] &= state != "running"
@@ -88,6 +86,7 @@ def summarize(run: RunDirectory) -> Summary:
             "max_sealed_s": max((e["sealed_s"] for e in saved if e["sealed_s"] is not None), default=None),
             "bytes": sum(e["bytes"] for e in saved),
         },
+        "interval": _interval(events),
         "quarantined": [
             {"checkpoint": e["checkpoint"], "reason": e["reason"]} for e in events if e["event"] == "quarantined"
         ],
@@ -99,11 +98,13 @@ def summarize(run: RunDirectory) -> Summary:
     }
 
 
-def _refuse(run: RunDirectory) -> NoReturn:
-    names = [other.path.name for other in runs_under(run.path.parent) if other.ledger.is_file()]
-    if run.config.is_file() or run.ledger.is_file():
-        raise ConfigError("RUN", run.path.name, "it has not started yet, so there is nothing to report")
-    raise ConfigError("RUN", run.path.name, names or f"valid: a run under {run.path.parent}, which holds none yet")
+def _interval(events: list[Event]) -> Summary | None:
+    """The interval between periodic saves that `checkpoint.every=auto` came to last, and why."""
+    last = next((event for event in reversed(events) if event["event"] == "interval"), None)
+    if last is None:
+        return None
+    values = {name: last[name] for name in ("seconds", "cost_s", "mtbf_s")}
+    return {**values, "explanation": cadence.explain(**values)}
 
 
 def _total_steps(run: RunDirectory, trainer: Summary) -> int | None:
@@ -128,6 +129,8 @@ def render(summary: Summary, console: Console) -> None:
         "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
         "on disk": size(summary["bytes_used"], summary["budget_bytes"]),
     }
+    if summary["interval"]:
+        facts["interval"] = summary["interval"]["explanation"]
     if best := summary["best"]:
         facts["best"] = f"{best['name']} {best['value']:.4g} at step {best['step']}"
     grid = Table.grid(padding=(0, 2))

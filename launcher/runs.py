@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from outlast import progress as progress_file
+from outlast.errors import ConfigError
 from outlast.ledger import Attempt, Event, attempts, finished
 from outlast.rundir import RunDirectory
 
@@ -28,6 +29,22 @@ def runs_under(root: Path) -> list[RunDirectory]:
     """The run directories directly under `root`, by name."""
     runs = [RunDirectory(path) for path in sorted(root.iterdir())] if root.is_dir() else []
     return [run for run in runs if run.config.is_file() or run.ledger.is_file()]
+
+
+def run_named(name: str, root: Path) -> RunDirectory:
+    """The run that a command's RUN names: a name under `root`, or a run directory's path.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    path = root / name
+    if not path.is_dir() and Path(name).is_dir():
+        path = Path(name)
+    run = RunDirectory(path.absolute())
+    if run.config.is_file() or run.ledger.is_file():
+        return run
+    names = [other.path.name for other in runs_under(root)]
+    raise ConfigError("RUN", name, names or f"valid: a run under {root.absolute()}, which holds none yet")
 
 
 def state_of(run: RunDirectory, events: list[Event]) -> State:
@@ -93,19 +110,27 @@ def budget_of(settings: dict[str, dict[str, Any]]) -> int | None:
     return None if budget is None else int(float(budget) * 1e9)
 
 
-def best_metric(events: list[Event], trainer: dict[str, Any]) -> dict[str, Any] | None:
-    """The best evaluation, by the Trainer's own rule: `metric_for_best_model`, lower is better for a loss."""
-    wanted = str(trainer.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    greater = trainer.get("greater_is_better")
-    sign = 1 if (greater if greater is not None else not wanted.endswith("loss")) else -1
-    found = [
+def evaluations(events: list[Event], trainer: dict[str, Any]) -> list[dict[str, Any]]:
+    """All values of the metric that decides which checkpoint is the best: `name`, `value`, `step`."""
+    wanted = _deciding_metric(trainer)
+    return [
         {"name": name, "value": value, "step": event["step"]}
         for event in events
         if event["event"] == "evaluated"
         for name, value in event["metrics"].items()
         if name.removeprefix("eval_") == wanted and isinstance(value, int | float) and math.isfinite(value)
     ]
-    return max(found, key=lambda evaluation: sign * evaluation["value"], default=None)
+
+
+def best_metric(events: list[Event], trainer: dict[str, Any]) -> dict[str, Any] | None:
+    """The best evaluation, by the Trainer's own rule: `metric_for_best_model`, lower is better for a loss."""
+    greater = trainer.get("greater_is_better")
+    sign = 1 if (greater if greater is not None else not _deciding_metric(trainer).endswith("loss")) else -1
+    return max(evaluations(events, trainer), key=lambda evaluation: sign * evaluation["value"], default=None)
+
+
+def _deciding_metric(trainer: dict[str, Any]) -> str:
+    return str(trainer.get("metric_for_best_model") or "loss").removeprefix("eval_")
 
 
 def job_id_of(run: RunDirectory, newest: Attempt | None) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from . import slurm
-from .checkpoint import CheckpointStore, Sealed, versions
+from .checkpoint import CheckpointStore, Room, Sealed, versions
 from .errors import CheckpointError, Exit, OutlastError, SlurmError
 from .ledger import Cause, Ledger, Recorder, attempt_of, attempts, finished
 from .preemption import PreemptionGuard
@@ -124,9 +124,8 @@ class Run:
         job = (self._job.job_id, self._job.restart_count) if self._job else None
         self.attempt = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(self._ledger.read(), job)
         self._recorder = Recorder(self._ledger, self.attempt, self.say)
-        self.store = CheckpointStore(
-            directory, self.agreement, self.record, budget_bytes=storage.budget_bytes, say=self.say
-        )
+        room = Room(directory, lambda: storage.budget_bytes)
+        self.store = CheckpointStore(directory, self.agreement, self.record, room, say=self.say)
         self.store.retention.milestone_every = checkpoint.milestone_every
         self.progress = ProgressWriter(directory)
         self.progress.now.attempt, self.progress.now.budget_bytes = self.attempt, storage.budget_bytes

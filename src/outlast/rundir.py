@@ -70,6 +70,11 @@ class RunDirectory:
         return self.path / "prepared"
 
     @property
+    def reserve(self) -> Path:
+        """Bytes set aside for an emergency save (`storage.reserve`)."""
+        return self.path / ".reserve"
+
+    @property
     def lock(self) -> Path:
         return self.path / ".lock"
 

@@ -132,7 +132,7 @@ class Saver:
             versions=versions(),
         )
         sealed, reason = None, NO_ROOM
-        may_write = self._on_rank_0(lambda: self._store.make_room(emergency=kind != "periodic"))
+        may_write = self._on_rank_0(lambda: self._store.make_room(kind=kind))
         while may_write and sealed is None:
             try:
                 sealed = self._store.save(write, manifest)
@@ -155,20 +155,23 @@ class Saver:
             bytes=sealed.bytes,
             stall_s=now - began,
             sealed_s=now - (asked_at or began),
+            run_bytes=self._store.room.peak,
         )
         if kind != "final":
             self.newest_step = step
         if kind == "periodic" and self._agreement.rank == 0:
-            self._after_periodic(step, now - began, now)
+            self._after_periodic(step, began)
         return sealed
 
-    def _after_periodic(self, step: int, cost_s: float, now: float) -> None:
+    def _after_periodic(self, step: int, began: float) -> None:
         try:
             self._store.retire()
+            self._store.keep_reserve()
         except OSError as error:
             self._say(f"WARNING: older checkpoints could not be looked through: {error}")
         if self._cadence is not None:
-            self._cadence.saved(step, cost_s, now)
+            now = time.time()  # what was deleted to make place is part of what saving costs
+            self._cadence.saved(step, now - began, now)
             if changed := self._cadence.changed():
                 self._record("interval", **changed)
                 self._say(f"checkpoints: {self._cadence.explanation}")

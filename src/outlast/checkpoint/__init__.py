@@ -2,12 +2,14 @@
 
 from . import origin
 from .manifest import MANIFEST, Manifest, Sealed, read_manifest, verify, versions
+from .room import Room
 from .store import CheckpointStore, SaveError
 
 __all__ = [
     "MANIFEST",
     "CheckpointStore",
     "Manifest",
+    "Room",
     "SaveError",
     "Sealed",
     "origin",

@@ -104,7 +104,7 @@ class Cadence:
     def __init__(self, section: CheckpointSection, events: list[Event], now: float) -> None:
         self._section = section
         self._began = self._last = now
-        self._tried: tuple[int, float] | None = None
+        self._tried = (0, -math.inf)
         self._failures, self._trained_s = failures(attempts(events)), trained_s(events)
         self._costs: deque[float] = deque(maxlen=RECENT)
         self._told: float | None = None
@@ -158,8 +158,8 @@ class Cadence:
             return steps is not None and step % steps == 0
         if now - self._last < seconds:
             return False
-        retry_s = min(_lower(self.cost_s), seconds)
-        if self._tried is not None and step != self._tried[0] and now - self._tried[1] < retry_s:
+        tried_step, tried = self._tried
+        if step != tried_step and now - tried < min(_lower(self.cost_s), seconds):
             return False
         self._tried = step, now
         return True
@@ -167,7 +167,7 @@ class Cadence:
     def saved(self, step: int, cost_s: float, now: float) -> None:
         """Note that `step` was saved, with a stall of `cost_s` seconds; the interval starts anew."""
         self._costs.append(cost_s)
-        self._last, self._tried = now, None
+        self._last = now
         self.mtbf_s = self._estimate(now)
 
     def changed(self) -> dict[str, float] | None:

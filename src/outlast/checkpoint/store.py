@@ -23,6 +23,7 @@ from outlast.storage import bytes_used
 from .manifest import Manifest, Sealed, read_manifest, verify, write_manifest
 from .removal import Remover
 from .retention import Removal, Retention, newest_full
+from .room import Room
 from .writer import Writer, adopt
 
 PREFIX = "checkpoint-"
@@ -41,7 +42,7 @@ class CheckpointStore:
     """Checkpoints of one run.
 
     Args:
-        budget_bytes: what the run directory may take; checkpoints are deleted to stay below it.
+        room: the bytes of the run; checkpoints are deleted to stay within its budget.
         record: how deletions, quarantines and failed saves reach the ledger.
         say: prints a line in the log.
     """
@@ -51,12 +52,13 @@ class CheckpointStore:
         run: RunDirectory,
         agreement: Agreement,
         record: Record,
+        room: Room,
         *,
-        budget_bytes: int,
         say: Callable[[str], None] = print,
     ) -> None:
         self._run, self._agreement, self._record, self._say = run, agreement, record, say
-        self._budget = budget_bytes
+        self.room = room
+        self._bytes_by_rank: list[int] = []
         self._remover = Remover(run, record, say)
         self._verified: set[int] = set()
         self.retention = Retention()
@@ -144,28 +146,37 @@ class CheckpointStore:
         """
         target = self._run.final if manifest.kind == "final" else self.path(manifest.step)
         staged = self._run.staging / target.name
-        writer = Writer(staged)
+        manifest.files = {}
 
-        def stage() -> None:
+        def stage() -> int:
             if self._agreement.rank == 0:
                 self.sweep()
                 staged.mkdir(parents=True)
+            return self.room.free() if self._agreement.rank == 0 else 0
 
         def fill() -> dict[str, Any]:
+            writer = Writer(staged, self._allowance(free))
             with writer.capture():
                 write(staged)
             return writer.finish()
 
         try:
-            self._together(stage)
-            for entries in self._together(fill):
+            free = self._together(stage)[0]
+            written = self._together(fill)
+            for entries in written:
                 manifest.files |= entries
+            self._bytes_by_rank = [sum(int(e["bytes"]) for e in entries.values()) for entries in written]
             self._together(lambda: self._publish(staged, target, manifest) if self._agreement.rank == 0 else None)
         except SaveError:
             if self._agreement.rank == 0:
                 self.sweep()
             raise
         return Sealed(target, manifest)
+
+    def _allowance(self, free: int) -> int:
+        """What this rank may write of `free` bytes: what the others did not write the last time."""
+        others = sum(self._bytes_by_rank) - self._bytes_by_rank[self._agreement.rank] if self._bytes_by_rank else 0
+        return max(free - others, 0)
 
     def _together(self, act: Callable[[], Any]) -> list[Any]:
         """What `act` returned on each rank, by rank; or SaveError, on every rank, naming the first that failed."""
@@ -205,33 +216,39 @@ class CheckpointStore:
 
     # Making room ------------------------------------------------------------------------------------------------
 
-    def make_room(self, *, emergency: bool) -> bool:
-        """Free bytes, in the order of `retention.py`, until one more checkpoint fits the budget (rank 0).
+    def make_room(self, *, kind: str) -> bool:
+        """Free bytes, in the order of `retention.py`, until the next save fits the budget (rank 0).
 
-        Its size is taken to be that of the largest that is whole; the first is written without a question.
+        Args:
+            kind: `periodic`, `emergency` or `final`; the last two go before the best checkpoint.
 
         Returns:
-            Whether it fits. If all that may go would not do, a periodic save costs nothing that is there.
+            Whether it fits. If all that may go would not do, nothing is touched.
         """
-        sealed = self.sealed()
-        need = max((c.bytes for c in sealed if not c.light), default=0)
-        freed = {}
+        sealed, emergency = self.sealed(), kind != "periodic"
+        need, freed = self.room.need(sealed, final=kind == "final"), {}
         for removal in self.retention.for_room(sealed, emergency=emergency):
             checkpoint = removal.checkpoint
             freed[checkpoint.step] = checkpoint.bytes if removal.action == "delete" else checkpoint.resume_bytes
-        if bytes_used(self._run.path) - sum(freed.values()) - bytes_used(self._run.quarantine) + need > self._budget:
+        aside = bytes_used(self._run.quarantine) + (self.room.reserved() if emergency else 0)
+        if self.room.free() + sum(freed.values()) + aside < need:
             return False
-        while bytes_used(self._run.path) + need > self._budget:
+        while self.room.free() < need:
             if not self.free_some(emergency=emergency, reason="budget"):
                 return False
         return True
 
     def free_some(self, *, emergency: bool, reason: str) -> bool:
-        """Delete what is in quarantine, oldest first; then take the next step of the retention order (rank 0).
+        """Take the next step that frees bytes (rank 0), if there is one left.
+
+        For an emergency save, the reserve; what is in quarantine, oldest first; then the order of `retention.py`.
 
         Returns:
             Whether bytes were freed.
         """
+        if emergency and self.room.give_up_reserve():
+            self._record("deleted", checkpoint="reserve", reason=reason)
+            return True
         aside = [p for p in self._run.quarantine.glob("*") if p.is_dir() and not p.is_symlink()]
         for path in sorted(aside, key=lambda p: p.stat().st_mtime):
             if self._remover.remove_tree(path):
@@ -241,6 +258,11 @@ class CheckpointStore:
             if self._remove(removal, reason, hurry=emergency):
                 return True
         return False
+
+    def keep_reserve(self) -> None:
+        """Set bytes aside for an emergency save, if `storage.reserve` asks for that (rank 0)."""
+        if problem := self.room.keep_reserve(self.sealed()):
+            self._say(f"no reserve for an emergency save: {problem}")
 
     def retire(self) -> None:
         """After a save: remove what `save_total_limit` and milestones leave no place for (rank 0)."""

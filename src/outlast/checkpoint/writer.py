@@ -8,6 +8,7 @@ by other means (JSON, a tokenizer) are read back once, when all ranks have writt
 """
 
 import ctypes
+import errno
 import functools
 import json
 import os
@@ -36,9 +37,11 @@ _SYNC_FILE_RANGE_WRITE = 2
 class DigestingFile:
     """A file, open for writing from start to end. Not on disk for certain before :meth:`Writer.finish`."""
 
-    def __init__(self, path: Path, done: Callable[[FileEntry, os.stat_result], None]) -> None:
+    def __init__(
+        self, path: Path, spend: Callable[[int], None], done: Callable[[FileEntry, os.stat_result], None]
+    ) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self._done = done
+        self._spend, self._done = spend, done
         self._digest = xxhash.xxh3_128()
         self._buffer = bytearray()
         self._size = self._begun = 0
@@ -66,6 +69,7 @@ class DigestingFile:
         self._digest.update(view)
         self._size += len(view)
         try:
+            self._spend(len(view))
             while view:
                 view = view[os.write(self._fd, view) :]
         except OSError as error:
@@ -93,15 +97,23 @@ class Writer:
 
     Args:
         directory: the staged directory, which exists.
+        allowance: bytes that this rank may write; None: any number. One more is refused as a full disk would (EDQUOT).
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, allowance: int | None = None) -> None:
         self.directory = Path(os.path.abspath(directory))
+        self._allowance = allowance
         self._written: dict[Path, tuple[FileEntry, os.stat_result]] = {}
 
     def open(self, path: Path) -> DigestingFile:
         """A new file at `path`, inside the directory; one that is there is replaced."""
-        return DigestingFile(path, lambda *written: self._written.__setitem__(path, written))
+        return DigestingFile(path, self._spend, lambda *written: self._written.__setitem__(path, written))
+
+    def _spend(self, count: int) -> None:
+        if self._allowance is not None:
+            self._allowance -= count
+            if self._allowance < 0:
+                raise OSError(errno.EDQUOT, "storage.budget_gb does not allow more bytes")
 
     @contextmanager
     def capture(self) -> Iterator[None]:
