@@ -1,6 +1,8 @@
 """The writer: digests of what was written, in files that the libraries' own readers read."""
 
+import contextlib
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from outlast.checkpoint.direct import ALIGN, IN_FLIGHT, PIECE
 from outlast.checkpoint.manifest import read_entry
-from outlast.checkpoint.writer import BUFFER, CHUNK, Writer, adopt
+from outlast.checkpoint.writer import CHUNK, Writer, adopt
 
 TENSORS = {
     "weight": torch.arange(12.0).reshape(3, 4),
@@ -46,7 +49,9 @@ def test_what_goes_through_is_digested_and_read_by_the_libraries(tmp_path: Path)
         assert torch.equal(again["exp_avg"], state["exp_avg"])
 
 
-@pytest.mark.parametrize("size", [0, 1, BUFFER, BUFFER + 1, CHUNK - 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize(
+    "size", [0, 1, CHUNK - 1, ALIGN, PIECE - 8, PIECE - 7, PIECE, 2 * PIECE - 8, (IN_FLIGHT + 3) * PIECE + 5]
+)
 def test_pieces_of_any_size(tmp_path: Path, size: int) -> None:
     data = bytes(range(256)) * (size // 256 + 1)
     writer = Writer(tmp_path)
@@ -87,10 +92,35 @@ def test_files_written_by_other_means_or_changed_afterwards_are_read_back(tmp_pa
 
 
 @pytest.mark.usefixtures("limited")
-def test_what_the_disk_refuses_is_told_in_its_own_words(tmp_path: Path) -> None:
-    writer = Writer(tmp_path)
+@pytest.mark.parametrize("numbers", [1_000_000, 20_000_000], ids=["in one piece", "by the thread"])
+def test_what_the_disk_refuses_is_told_in_its_own_words(tmp_path: Path, numbers: int) -> None:
+    writer, before = Writer(tmp_path), set(threading.enumerate())
     with writer.capture(), pytest.raises(OSError, match="File too large"):
-        torch.save(torch.zeros(1_000_000), tmp_path / "optimizer.pt")
+        torch.save(torch.zeros(numbers), tmp_path / "optimizer.pt")
     with writer.capture(), pytest.raises(OSError, match="File too large"):
-        save_file({"w": torch.zeros(1_000_000)}, tmp_path / "model.safetensors")
+        save_file({"w": torch.zeros(numbers)}, tmp_path / "model.safetensors")
     assert writer.finish() == {}
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("numbers", [1_000_000, 20_000_000])
+def test_no_more_than_allowed(tmp_path: Path, numbers: int) -> None:
+    writer = Writer(tmp_path, allowance=4 * numbers - 1)
+    with writer.capture(), pytest.raises(OSError, match=r"storage\.budget_gb does not allow"):
+        torch.save(torch.zeros(numbers), tmp_path / "optimizer.pt")
+    assert (tmp_path / "optimizer.pt").stat().st_size < 4 * numbers
+    with Writer(tmp_path, allowance=10_000_000).capture():
+        torch.save(torch.zeros(1_000), tmp_path / "optimizer.pt")
+
+
+def test_many_files_at_once(tmp_path: Path) -> None:
+    writer, data = Writer(tmp_path), bytes(range(256)) * (PIECE // 128)
+    files = [writer.open(tmp_path / str(i)) for i in range(8)]
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            stack.enter_context(file)
+        for start in range(0, len(data), 100_000):
+            for file in files:
+                file.write(memoryview(data)[start : start + 100_000])
+    assert all((tmp_path / str(i)).read_bytes() == data for i in range(8))
+    assert len(writer.finish()) == 8

@@ -87,7 +87,7 @@ class Sealed:
     @property
     def lightable(self) -> bool:
         """Whether leaving out what only a resume needs would free something and leave the weights."""
-        return not self.light and self.resume_bytes > 0 and any(map(_is_weights, self.manifest.files))
+        return not self.light and self.resume_bytes > 0 and any(map(is_weights, self.manifest.files))
 
 
 def resume_only(name: str) -> bool:
@@ -95,7 +95,8 @@ def resume_only(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in RESUME_ONLY)
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file, by its path in the checkpoint, holds the model's or the adapter's weights."""
     return any(fnmatch(name, pattern) for pattern in WEIGHTS) and not resume_only(name)
 
 

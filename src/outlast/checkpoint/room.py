@@ -22,13 +22,20 @@ class Room:
         budget: gives the bytes that the run directory may take; asked each time, since the cells of a sweep share one.
         estimate: bytes of one checkpoint and of the finished model, for saves before the first is measured; 0: unknown.
         reserve: keep a file of the size of one checkpoint, to be given up when an emergency save needs it.
+        peak: the most that earlier attempts saw in use, bytes.
     """
 
     def __init__(
-        self, run: RunDirectory, budget: Callable[[], int], *, estimate: tuple[int, int] = (0, 0), reserve: bool = False
+        self,
+        run: RunDirectory,
+        budget: Callable[[], int],
+        *,
+        estimate: tuple[int, int] = (0, 0),
+        reserve: bool = False,
+        peak: int = 0,
     ) -> None:
-        self._run, self._budget, self._estimate, self._reserve = run, budget, estimate, reserve
-        self.peak = 0
+        self._run, self.budget, self._estimate, self._reserve = run, budget, estimate, reserve
+        self.peak = peak
         """The most that was seen in use, bytes."""
 
     def used(self) -> int:
@@ -39,7 +46,7 @@ class Room:
 
     def free(self) -> int:
         """Bytes that may still be written, the margin left out. Negative if too many are in use."""
-        budget = self._budget()
+        budget = self.budget()
         return budget - max(MARGIN, int(budget * MARGIN_SHARE)) - self.used()
 
     def need(self, sealed: Sequence[Sealed], *, final: bool = False) -> int:

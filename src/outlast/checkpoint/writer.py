@@ -9,11 +9,11 @@ by other means (JSON, a tokenizer) are read back once, when all ranks have writt
 
 import ctypes
 import errno
-import functools
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -22,16 +22,13 @@ import xxhash
 
 from outlast.rundir import flush_directory
 
+from .direct import DirectFile
 from .manifest import FileEntry, entry_of, read_entry
 
-CHUNK = 1 << 22
-"""Bytes that are digested, then written, at a time: few enough to be in the CPU's cache for the second."""
-BUFFER = 1 << 20
-"""Pieces smaller than this are gathered: `torch.save` writes a header and a padding for each tensor."""
-WRITE_BACK = 1 << 26
-"""Bytes after which the kernel is asked to begin writing to disk, so that the flush at the end has little to do."""
-
-_SYNC_FILE_RANGE_WRITE = 2
+CHUNK = 1 << 20
+"""Bytes that are digested, then copied, at a time: few enough to be in the CPU's cache for the second."""
+FLUSHERS = 4
+"""Threads that flush small files: a file system joins what is flushed at the same time into one commit."""
 
 
 class DigestingFile:
@@ -40,44 +37,30 @@ class DigestingFile:
     def __init__(
         self, path: Path, spend: Callable[[int], None], done: Callable[[FileEntry, os.stat_result], None]
     ) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._file = DirectFile(path)
         self._spend, self._done = spend, done
         self._digest = xxhash.xxh3_128()
-        self._buffer = bytearray()
-        self._size = self._begun = 0
+        self._size = 0
         self.failure: OSError | None = None
         """What the disk refused. `torch.save` turns it into an error of its own, which doesn't say why."""
 
     def write(self, data: Any) -> int:
         """Append any object with a buffer; as many bytes as it has."""
         view = memoryview(data).cast("B")
-        if len(self._buffer) + len(view) <= BUFFER:
-            self._buffer += view
-            return len(view)
-        self.flush()
-        for start in range(0, len(view), CHUNK):
-            self._put(view[start : start + CHUNK])
-        return len(view)
-
-    def flush(self) -> None:
-        """Hand what is gathered to the kernel."""
-        if self._buffer:
-            gathered, self._buffer = self._buffer, bytearray()
-            self._put(memoryview(gathered))
-
-    def _put(self, view: memoryview) -> None:
-        self._digest.update(view)
-        self._size += len(view)
         try:
             self._spend(len(view))
-            while view:
-                view = view[os.write(self._fd, view) :]
+            for start in range(0, len(view), CHUNK):
+                part = view[start : start + CHUNK]
+                self._digest.update(part)
+                self._file.write(part)
         except OSError as error:
             self.failure = error
             raise
-        if self._size - self._begun >= WRITE_BACK:
-            _begin_write_back(self._fd, self._begun, self._size - self._begun)
-            self._begun = self._size
+        self._size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing to do before the end; `torch.save` asks for it."""
 
     def __enter__(self) -> "DigestingFile":
         return self
@@ -85,11 +68,10 @@ class DigestingFile:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self.flush()
-                _begin_write_back(self._fd, self._begun, 0)
-                self._done(entry_of(self._size, self._digest), os.fstat(self._fd))
+                self._file.flush()
+                self._done(entry_of(self._size, self._digest), os.fstat(self._file.fd))
         finally:
-            os.close(self._fd)
+            self._file.close()
 
 
 class Writer:
@@ -158,12 +140,13 @@ class Writer:
         Returns:
             `{relative path: entry}` of the files that were written through :meth:`open` and not touched since.
         """
-        entries = {}
+        entries, whole = {}, []
         for path, (entry, then) in self._written.items():
             now = path.stat() if path.exists() else None
             if now and (now.st_ino, now.st_size, now.st_mtime_ns) == (then.st_ino, then.st_size, then.st_mtime_ns):
-                flush_file(path)
+                whole.append(path)
                 entries[path.relative_to(self.directory).as_posix()] = entry
+        flush_files(whole)
         for path in (self.directory, *(p for p in self.directory.rglob("*") if p.is_dir())):
             flush_directory(path)
         return entries
@@ -177,32 +160,24 @@ class Writer:
 
 def adopt(directory: Path, entries: dict[str, FileEntry]) -> None:
     """Add the files of `directory` that no writer has reported: flushed, and read back (rank 0, after all ranks)."""
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in entries:
-            flush_file(path)
-            entries[name] = read_entry(path)
+    names = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    others = {name: path for name, path in sorted(names.items()) if name not in entries}
+    flush_files(list(others.values()))
+    entries |= {name: read_entry(path) for name, path in others.items()}
 
 
-def flush_file(path: Path) -> None:
-    """Have the kernel write all of a file to disk, and wait for it."""
+def flush_files(paths: list[Path]) -> None:
+    """Have the kernel write all of these files to disk, and wait for it."""
+    with ThreadPoolExecutor(FLUSHERS) as flushers:
+        list(flushers.map(_flush_file, paths))
+
+
+def _flush_file(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _begin_write_back(fd: int, offset: int, count: int) -> None:
-    # A hint: where the C library or the file system lacks it, the flush at the end does all the work.
-    call = _sync_file_range()
-    if call is not None:
-        call(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
-
-
-@functools.cache
-def _sync_file_range() -> Any:
-    return getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 def _write_safetensors(file: DigestingFile, tensors: dict[str, Any], metadata: dict[str, str] | None) -> None:

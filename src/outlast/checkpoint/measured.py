@@ -1,0 +1,47 @@
+"""What a sealed checkpoint really takes, part by part, and what of it is frozen weights that need not be there."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .manifest import Manifest, is_weights, resume_only
+
+if TYPE_CHECKING:
+    import torch
+
+NAMED = 3
+"""How many tensors a message names."""
+
+
+def parts_of(manifest: Manifest) -> dict[str, int]:
+    """Bytes of a checkpoint's `weights`, `optimizer` (optimizer states, and ZeRO's shards), and the `rest`."""
+    parts = {"weights": 0, "optimizer": 0, "rest": 0}
+    for name, entry in manifest.files.items():
+        part = "weights" if is_weights(name) else "rest"
+        if resume_only(name) and name.startswith(("optimizer", "global_step")):
+            part = "optimizer"
+        parts[part] += int(entry["bytes"])
+    return parts
+
+
+def frozen_weights(directory: Path, model: "torch.nn.Module") -> dict[str, int]:
+    """Tensors in the safetensors files of a checkpoint that training never changes: `{name: bytes}`.
+
+    PEFT's own models save their adapters alone; layers injected by hand, or an embedding that PEFT saves "to be sure",
+    bring the frozen base weights into each checkpoint.
+    """
+    from safetensors import safe_open
+
+    frozen = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if not p.requires_grad}
+    found: dict[str, int] = {}
+    for path in sorted(directory.glob("*.safetensors")) if frozen else ():
+        with safe_open(path, framework="pt") as file:
+            found |= {name: frozen[name] for name in file.keys() if name in frozen}  # noqa: SIM118 (no mapping)
+    return found
+
+
+def named(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,80 @@
+"""The share of a cell in its sweep's budget."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from outlast.cells import Cell, Manifest
+from outlast.ledger import Ledger
+from outlast.rundir import RunDirectory
+from outlast.sections import StorageSection
+from outlast.share import Share
+from outlast.storage import bytes_used
+
+GB = 1_000_000_000
+
+
+def sweep_of(path: Path, count: int) -> list[RunDirectory]:
+    cells = [Cell(index=i, name=f"c{i}", directory=f"c{i}", overrides=[], config_digest="") for i in range(count)]
+    path.mkdir()
+    Manifest(name=path.name, cells=cells).write(path)
+    runs = [RunDirectory(path / cell.directory) for cell in cells]
+    for run in runs:
+        run.create()
+    return runs
+
+
+def use(run: RunDirectory, size: int) -> None:
+    (run.path / "data").write_bytes(b"")
+    with open(run.path / "data", "wb") as file:
+        file.truncate(size)  # a sparse file: its size counts
+
+
+def finish(run: RunDirectory) -> None:
+    Ledger(run.ledger).append("finished", 1, step=1, seconds=1.0)
+
+
+def test_outside_a_sweep_the_budget_is_the_runs_own(tmp_path: Path) -> None:
+    assert Share(RunDirectory(tmp_path / "run"), StorageSection(budget_gb=3, sweep_budget_gb=1))() == 3 * GB
+    (run, *_) = sweep_of(tmp_path / "sweep", 2)
+    assert Share(run, StorageSection(budget_gb=3))() == 3 * GB
+
+
+def test_an_even_share_at_first_and_what_finished_cells_leave_later(tmp_path: Path) -> None:
+    runs = sweep_of(tmp_path / "sweep", 4)
+    share = Share(runs[0], StorageSection(budget_gb=10, sweep_budget_gb=8))
+    assert share() == pytest.approx(2 * GB, rel=1e-6)
+    use(runs[3], GB // 2)
+    assert share() == pytest.approx(2 * GB, rel=1e-6), "a cell that may go on keeps its share"
+    finish(runs[3])
+    assert share() == pytest.approx(2.5 * GB, rel=1e-6)
+    for run in runs[1:3]:
+        finish(run)
+    assert share() == pytest.approx(7.5 * GB, rel=1e-6)
+    assert Share(runs[0], StorageSection(budget_gb=3, sweep_budget_gb=8))() == 3 * GB
+
+
+def test_what_the_cells_share_is_taken_off(tmp_path: Path) -> None:
+    runs = sweep_of(tmp_path / "sweep", 2)
+    code = tmp_path / "sweep" / "code"
+    code.mkdir()
+    (code / "big").write_bytes(bytes(1_000_000))
+    assert Share(runs[0], StorageSection(sweep_budget_gb=0.003))() == pytest.approx(1_000_000, rel=0.001)
+
+
+def test_the_sum_never_exceeds_the_budget_in_whatever_order_cells_look_and_finish(tmp_path: Path) -> None:
+    seed = random.randrange(10_000)
+    dice = random.Random(seed)
+    runs = sweep_of(tmp_path / "sweep", 6)
+    storage = StorageSection(budget_gb=100, sweep_budget_gb=6)
+    shares = {run.path: Share(run, storage) for run in runs}
+    going = list(runs)
+    while going:
+        run = dice.choice(going)
+        allowed = shares[run.path]() if dice.random() < 0.5 else shares[run.path]._last or 0  # a look out of date
+        use(run, int(allowed * dice.random()))
+        if dice.random() < 0.3:
+            finish(run)
+            going.remove(run)
+        assert bytes_used(tmp_path / "sweep") <= 6 * GB, f"seed {seed}"
