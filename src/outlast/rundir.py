@@ -182,6 +182,12 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
         flush_directory(path.parent)
 
 
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed writers of `path` have left beside it. Nobody may be writing it meanwhile."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 def flush_directory(path: Path) -> None:
     """Flush a directory's entries to disk, so that a rename or a new name in it survives a power loss."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

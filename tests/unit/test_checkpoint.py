@@ -110,8 +110,13 @@ def test_a_failed_write_publishes_nothing(harness: Harness) -> None:
 def test_what_a_killed_attempt_left_is_swept(harness: Harness) -> None:
     (harness.run.staging / "checkpoint-5").mkdir(parents=True)
     (harness.run.trash / "checkpoint-3").mkdir(parents=True)
+    (harness.run.path / ".progress.json.1.tmp").touch()
+    harness.save(10)
+    (harness.store.path(10) / ".manifest.json.1.tmp").touch()
     harness.store.sweep()
-    assert not list(harness.run.checkpoints.iterdir())
+    assert sorted(p.name for p in harness.run.path.rglob("*")) == [
+        "checkpoint-10", "checkpoints", "logs", "manifest.json", "model.safetensors", "optimizer.pt"
+    ]  # fmt: skip
 
 
 def test_the_budget_deletes_the_oldest_but_never_the_newest_or_the_best(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 from outlast.errors import CheckpointError
 from outlast.ledger import Record
 from outlast.ranks import Agreement
-from outlast.rundir import RunDirectory, flush_directory
+from outlast.rundir import RunDirectory, flush_directory, remove_temporaries
 from outlast.storage import bytes_used
 
-from .manifest import Manifest, Sealed, read_manifest, verify, write_manifest
+from .manifest import MANIFEST, Manifest, Sealed, read_manifest, verify, write_manifest
 from .removal import Remover
 from .retention import Removal, Retention, newest_full
 from .room import Room
@@ -89,6 +89,9 @@ class CheckpointStore:
         """Remove what an earlier attempt left half-written or half-deleted (rank 0, before anything is saved)."""
         self._remover.remove_tree(self._run.staging)
         self._remover.empty()
+        with contextlib.suppress(OSError):
+            for written in (self._run.progress, *(path / MANIFEST for path in self._directories())):
+                remove_temporaries(written)
 
     # Reading ----------------------------------------------------------------------------------------------------
 
