@@ -14,12 +14,31 @@ from . import data, models, prepared, trainer_args
 
 if TYPE_CHECKING:
     from outlast import Run
+    from outlast.budget import Footprint
 
 
 def check(config: Config) -> None:
     """Refuse, before anything starts, what this job would not accept (ConfigError)."""
     trainer_args.check(config)
     data.check(config)
+
+
+def footprint(config: Config) -> "Footprint":
+    """What the run will write, in bytes, estimated without training libraries' models being allocated.
+
+    Raises:
+        Exception: the model's configuration or tokenizer can't be read.
+    """
+    from . import footprint
+
+    return footprint.footprint(config)
+
+
+def changes(config: Config) -> list[tuple[str, Config]]:
+    """What could be changed so that less is written: as it would be typed, and the configuration with it."""
+    from . import footprint
+
+    return footprint.changes(config)
 
 
 def main(run: "Run", config: Config) -> None:

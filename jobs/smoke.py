@@ -13,6 +13,7 @@ from outlast.config import Config, section
 
 if TYPE_CHECKING:
     from outlast import Run
+    from outlast.budget import Footprint
 
 
 @dataclass(kw_only=True)
@@ -32,6 +33,24 @@ class SmokeTrainer:
 def check(config: Config) -> None:
     """Refuse, before anything starts, what this job would not accept (ConfigError)."""
     section("trainer", SmokeTrainer, config.trainer)
+
+
+def footprint(config: Config) -> "Footprint":
+    """What the run will write, in bytes: what `accelerator.save_state` and `save_model` make of a model this small."""
+    from outlast.budget import Footprint
+
+    settings: SmokeTrainer = section("trainer", SmokeTrainer, config.trainer)
+    ranks, width = config.parallel.world_size, settings.hidden_size
+    weights = 4 * (18 * width + 1) + 320  # 32-bit, and a header
+    parts = {"weights": weights, "manifest": 900 + 130 * (2 + ranks)}
+    optimizer = {"optimizer": 8 * (18 * width + 1) + 4_200, "random states": 14_600 * ranks}
+    fixed = {"records and logs": 65_536 + 16_384 * ranks + settings.max_steps}
+    return Footprint(checkpoint=parts | optimizer, final=parts, fixed=fixed)
+
+
+def changes(config: Config) -> list[tuple[str, Config]]:
+    """What could be changed so that less is written: nothing that matters."""
+    return []
 
 
 def main(run: "Run", config: Config) -> None:

@@ -4,7 +4,10 @@ import argparse
 from pathlib import Path
 
 OVERRIDES = "a Hydra override: model=pretrained picks a group's file, seed=3 sets a key; trainer.* is TRL's SFTConfig"
+SWEEP = "a sweep, as one job array: seed=1,2 and trainer.learning_rate=1e-4,3e-4 make four cells; range(1,4), glob(*)"
 RUN = "a run's name under --root, or its directory"
+RUNS = "runs, sweeps or SWEEP/CELL under --root, or their directories"
+RESOURCES = "cluster.time_min=240 changes a resource (cluster.*, preemption.*, storage.*, checkpoint.*, parallel.nodes)"
 ROOT = "where the run directories are (default: runs)"
 
 
@@ -29,28 +32,67 @@ def parser() -> argparse.ArgumentParser:
             "--config-dir", type=Path, metavar="DIR", help="a directory of your own groups and experiments"
         )
 
+    def sweep(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("-m", "--multirun", action="store_true", help=SWEEP)
+
     train = command(
         "train",
         "Plan a run, then train here (cluster=local) or submit it",
         "outlast train run.name=first trainer.max_steps=200",
     )
     overrides(train)
+    sweep(train)
+    train.add_argument("--wait", action="store_true", help="come back when it has ended, and say what came of it")
+    train.add_argument("--json", action="store_true", help="wait, and print state and metric of each cell as JSON")
     plan = command(
         "plan", "Print what train would decide; start nothing", "outlast plan cluster=slurm parallel.nodes=2"
     )
     overrides(plan)
+    sweep(plan)
     plan.add_argument("--json", action="store_true")
     prepare = command(
         "prepare", "Make the run directory and print its path (for batch scripts)", "outlast prepare run.name=first"
     )
     overrides(prepare)
+    sweep(prepare)
+    prepare.add_argument("--cell", type=int, default=0, metavar="N", help="of a sweep (-m): this cell, from 0")
     prepare.add_argument("--prologue", action="store_true", help="print a batch script's first lines")
 
     status = command(
-        "status", "Runs: state, step, attempts, checkpoint age, bytes of budget", "outlast status --root runs"
+        "status",
+        "Runs: state, step, attempts, checkpoint age, bytes of budget",
+        "outlast status --state failed,running",
     )
+    status.add_argument("runs", nargs="*", metavar="RUN", help=f"{RUNS} (default: all)")
     status.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
-    status.add_argument("--json", action="store_true")
+    status.add_argument("--state", metavar="STATE,…", help="only runs in these states, such as failed,running")
+    shown_as = status.add_mutually_exclusive_group()
+    shown_as.add_argument(
+        "--watch", nargs="?", type=float, const=5.0, metavar="S", help="show it anew every S seconds (default: 5)"
+    )
+    shown_as.add_argument("--json", action="store_true")
+    logs = command("logs", "What a run's ranks print", "outlast logs first --follow")
+    logs.add_argument("run", metavar="RUN", help=RUN)
+    logs.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    logs.add_argument(
+        "-f", "--follow", action="store_true", help="go on with what is added, into the next attempts too"
+    )
+    logs.add_argument("--attempt", type=int, metavar="N", help="of this attempt (default: the newest)")
+    logs.add_argument("--rank", type=int, metavar="R", help="of this rank (default: the one that failed, or 0)")
+    logs.add_argument("--job", action="store_true", help="the batch job's own log")
+    logs.add_argument("-n", type=int, default=100, dest="lines", metavar="LINES", help="the last LINES (100); 0: all")
+    cancel = command(
+        "cancel", "Save, stop and stay stopped; take out of the queue", "outlast cancel first lr-sweep/lr=0.1"
+    )
+    cancel.add_argument("runs", nargs="*", metavar="RUN", help=RUNS)
+    cancel.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    cancel.add_argument("--all", action="store_true", help="every run under --root; asks first")
+    cancel.add_argument("--yes", action="store_true", help="with --all: don't ask")
+    resume = command(
+        "resume", "Submit again (or go on with, here) what is unfinished", "outlast resume first cluster.time_min=240"
+    )
+    resume.add_argument("runs", nargs="+", metavar="RUN|OVERRIDE", help=f"{RUNS}; {RESOURCES}")
+    resume.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
     checkpoints = command(
         "checkpoints", "A run's checkpoints: kind, state, metric, bytes, age", "outlast checkpoints first --verify"
     )

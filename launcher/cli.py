@@ -7,7 +7,6 @@ import sys
 from dataclasses import asdict
 
 from outlast.errors import Exit, OutlastError
-from outlast.ledger import Ledger, finished
 
 from .arguments import parser
 
@@ -29,7 +28,22 @@ def _run(arguments: argparse.Namespace) -> int:
         case "status":
             from . import status
 
-            return status.main(arguments.root, as_json=arguments.json)
+            states = status.states_named(arguments.state) if arguments.state else None
+            shown = {"states": states, "watch_s": arguments.watch, "as_json": arguments.json}
+            return status.main(arguments.runs, arguments.root, **shown)
+        case "logs":
+            from . import logs
+
+            chosen = {"attempt": arguments.attempt, "rank": arguments.rank, "job": arguments.job}
+            return logs.main(arguments.run, arguments.root, **chosen, follow=arguments.follow, lines=arguments.lines)
+        case "cancel":
+            from . import cancel
+
+            return cancel.main(arguments.runs, arguments.root, everything=arguments.all, sure=arguments.yes)
+        case "resume":
+            from . import resume
+
+            return resume.main(arguments.runs, arguments.root)
         case "report":
             from . import report
 
@@ -40,54 +54,31 @@ def _run(arguments: argparse.Namespace) -> int:
             return checkpoints.main(arguments.run, arguments.root, verify=arguments.verify, as_json=arguments.json)
         case "devcluster":
             return _devcluster(arguments)
+        case "prepare":
+            return _prepare(arguments)
+    from . import train
+
+    chosen = {"as_json": arguments.json}
+    if arguments.command == "plan":
+        return train.plan(arguments.overrides, arguments.config_dir, sweep=arguments.multirun, **chosen)
+    command = train.train_sweep if arguments.multirun else train.train
+    return command(arguments.overrides, arguments.config_dir, waiting=arguments.wait, **chosen)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
     from . import plan as planning
     from .compose import compose
 
-    if arguments.command == "prepare" and arguments.prologue:
+    if arguments.prologue:
         print(f". {shlex.quote(str(planning.shell_file('prologue.sh')))}; python={shlex.quote(sys.executable)}")
-        return Exit.DONE
-    plan = planning.make(compose(arguments.overrides, config_dir=arguments.config_dir))
-    match arguments.command:
-        case "plan":
-            return _print_plan(plan, as_json=arguments.json)
-        case "prepare":
-            print(planning.freeze(plan).path)
-            return Exit.DONE
-    planning.check_directory(plan)
-    run = plan.directory
-    if done := finished(Ledger(run.ledger).read()):
-        print(f"{run.path} has finished already, at step {done['step']}; its model is in {run.final}")
-        return Exit.DONE
-    if plan.config.cluster.kind == "local":
-        from . import local
+    elif arguments.multirun:
+        from . import sweep
 
-        return local.train(plan)
-    from .submit import submit
-
-    job = submit(plan)
-    name, root = plan.config.run.name, plan.config.run.root
-    print(f"job {job.job_id} is in the queue already" if job.again else f"submitted job {job.job_id}")
-    print(f"  run     {plan.directory.path}\n  log     {job.log}")
-    print(f"  status  outlast status --root {root}\n  report  outlast report {name} --root {root}")
-    print(f"  cancel  scancel {job.job_id}")
-    return Exit.DONE
-
-
-def _print_plan(plan: "object", *, as_json: bool) -> int:
-    from .plan import Plan
-
-    assert isinstance(plan, Plan)
-    values = plan.as_dict()
-    if as_json:
-        print(json.dumps(values, indent=1))
-        return Exit.DONE
-    script = values.pop("script")
-    values["checkpoint"] = values["checkpoint"]["explanation"]
-    for key, value in values.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value or "none"
-        print(f"{key:10} {shown}")
-    if script:
-        print("script\n" + "\n".join(f"    {line}" for line in script.splitlines()))
+        cells = sweep.make(arguments.overrides, config_dir=arguments.config_dir)
+        print(sweep.prepare(cells, arguments.cell).path)
+    else:
+        plan = planning.make(compose(arguments.overrides, config_dir=arguments.config_dir))
+        print(planning.freeze(plan).path)
     return Exit.DONE
 
 

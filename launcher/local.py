@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
 from rich.console import Console
 
@@ -22,7 +23,7 @@ from outlast import slurm
 from outlast.errors import Exit
 from outlast.ledger import Ledger, attempts, finished, next_attempt
 from outlast.preemption import signals_blocked
-from outlast.progress import read
+from outlast.progress import Progress, read
 from outlast.run import ATTEMPT_ENV, LOCK_FD_ENV
 from outlast.rundir import RunDirectory, RunLock
 from outlast.sections import LocalCluster
@@ -35,6 +36,14 @@ STRAGGLER_S = 10.0
 """How long the other ranks may outlive the first that left: an orderly leave takes milliseconds."""
 
 
+class Shown(Protocol):
+    """Where an attempt's progress goes: a progress bar, or a line in the table of a sweep."""
+
+    def update(self, progress: Progress | None, note: str | None = None) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
 class Launcher:
     """Runs one run to its end, or to the point where it was told to stop."""
 
@@ -45,18 +54,34 @@ class Launcher:
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.stop_requested = threading.Event()
 
-    def main(self) -> int:
-        """Returns the exit code of the command."""
+    def main(self, shown: Shown) -> int:
+        """Returns the exit code of the command.
+
+        Raises:
+            RunBusyError: the run directory is in use.
+        """
         make_directory(self.run)
         lock = RunLock(self.run)
         lock.acquire("outlast train")
-        freeze(self.plan)  # not before: a command that is refused changes nothing
-        assert lock.fd is not None
-        with ProgressBar(self.run.path.name, Console(highlight=False)) as bar, self._signals():
-            code = self._attempts(lock.fd, bar)
-        return code
+        try:
+            freeze(self.plan)  # not before: a command that is refused changes nothing
+            assert lock.fd is not None
+            return self._attempts(lock.fd, shown)
+        finally:
+            lock.release()
 
-    def _attempts(self, lock_fd: int, bar: ProgressBar) -> int:
+    def stop(self) -> None:
+        """Save and leave."""
+        self.stop_requested.set()
+        self.send(signal.SIGTERM)
+
+    def send(self, number: int) -> None:
+        """Signal every rank."""
+        for process in self.ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _attempts(self, lock_fd: int, bar: Shown) -> int:
         assert isinstance(self.config.cluster, LocalCluster)
         if attempts(self.ledger.read()):
             bar.note(f"resuming {self.run.path}")
@@ -85,12 +110,12 @@ class Launcher:
             if self.stop_requested.wait(self.config.cluster.requeue_delay_s):
                 return Exit.RESUME_ME
 
-    def _attempt(self, number: int, lock_fd: int, bar: ProgressBar) -> int:
+    def _attempt(self, number: int, lock_fd: int, bar: Shown) -> int:
         """Start the ranks, wait until the last has gone, and return what the first to leave said."""
         with signals_blocked():  # held back in the ranks until their guards are in place
             self.ranks = [self._start(rank, number, lock_fd) for rank in range(self.config.parallel.world_size)]
         if self.stop_requested.is_set():
-            self._send(signal.SIGTERM)
+            self.send(signal.SIGTERM)
         first_code, deadline = None, 0.0
         while any(process.poll() is None for process in self.ranks):
             if first_code is None and (gone := [p.returncode for p in self.ranks if p.returncode is not None]):
@@ -140,7 +165,7 @@ class Launcher:
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes on what it means
             )
 
-    def _explain(self, code: int, number: int, bar: ProgressBar) -> None:
+    def _explain(self, code: int, number: int, bar: Shown) -> None:
         failed = next((i for i, process in enumerate(self.ranks) if process.returncode == code), 0)
         log = self.run.log(number, failed)
         lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
@@ -149,33 +174,24 @@ class Launcher:
         if code != Exit.REFUSED:
             bar.note("The same command again resumes from the newest checkpoint.")
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """INT and TERM: save and leave. USR1 and USR2: a preemption, saved and resumed within this command."""
-        asked = {number: signal.getsignal(number) for number in (*_STOP, *_PREEMPT)}
-        for number in asked:
-            signal.signal(number, self._on_signal)
-        try:
-            yield
-        finally:
-            for number, handler in asked.items():
-                signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number in _STOP:
-            self.stop_requested.set()
-            self._send(signal.SIGTERM)
+@contextmanager
+def passing_on_signals(stop: Callable[[], None], send: Callable[[int], None]) -> Iterator[None]:
+    """INT and TERM: save and leave. USR1 and USR2: a preemption, saved and resumed within this command."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            stop()
         else:
-            self._send(number)
+            send(number)
 
-    def _send(self, number: int) -> None:
-        for process in self.ranks:
-            if process.poll() is None:
-                process.send_signal(number)
-
-
-_STOP = (signal.SIGINT, signal.SIGTERM)
-_PREEMPT = (signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _free_port() -> int:
@@ -185,8 +201,11 @@ def _free_port() -> int:
         return port
 
 
-def train(plan: Plan) -> int:
+def train(plan: Plan, console: Console | None = None) -> int:
     """Run `plan` here, in the foreground.
+
+    Args:
+        console: where the progress is shown; standard output, if left out.
 
     Returns:
         The command's exit code.
@@ -194,4 +213,9 @@ def train(plan: Plan) -> int:
     Raises:
         RunBusyError: the run directory is in use.
     """
-    return Launcher(plan).main()
+    launcher = Launcher(plan)
+    with (
+        ProgressBar(launcher.run.path.name, console or Console(highlight=False)) as bar,
+        passing_on_signals(launcher.stop, launcher.send),
+    ):
+        return launcher.main(bar)

@@ -15,6 +15,8 @@ from outlast.ledger import Ledger
 from outlast.rundir import RunDirectory, write_atomically
 from outlast.sections import SlurmCluster
 
+from . import storage
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,8 +42,11 @@ class Plan:
         return {"run": str(self.directory.path), **values}
 
 
-def make(config: Config) -> Plan:
+def make(config: Config, *, with_script: bool = True) -> Plan:
     """Check the configuration with the job that will get it, and decide.
+
+    Args:
+        with_script: the cells of a sweep share one, which is made for the sweep.
 
     Raises:
         ConfigError: a value that the job, or the cluster, would not accept.
@@ -56,15 +61,18 @@ def make(config: Config) -> Plan:
     parallel, cluster, hazards, script = config.parallel, config.cluster, [], None
     grace: dict[str, Any] = {"signals": ["TERM", "USR1", "USR2"]}
     if isinstance(cluster, SlurmCluster):
-        from .submit import batch_script
-
         lead_s, limit_s = config.preemption.lead_s, cluster.time_min * 60
         if lead_s >= limit_s:
             raise ConfigError("preemption.lead_s", lead_s, f"valid: less than the time limit ({limit_s} s)")
         grace |= {"signal": config.preemption.signal, "lead_s": lead_s, "time_limit_s": limit_s}
         if lead_s * 4 > limit_s:
             hazards.append(f"each attempt stops {lead_s} s before its time limit of {limit_s} s: much of it is lost")
-        script = batch_script(config)
+        if with_script:
+            from .batch import batch_script
+            from .submit import target_of
+
+            script = batch_script(config, target_of(config))
+    stored, storage_hazards = storage.decide(config, job, own_code=with_script)
     return Plan(
         config=config,
         resources={
@@ -76,12 +84,9 @@ def make(config: Config) -> Plan:
         },
         script=script,
         grace=grace,
-        storage={
-            "budget_gb": config.storage.budget_gb,
-            "save_total_limit": config.trainer.get("save_total_limit"),
-        },
+        storage=stored,
         checkpoint=_checkpoint(config),
-        hazards=hazards,
+        hazards=[*hazards, *storage_hazards],
     )
 
 
@@ -126,8 +131,13 @@ def check_directory(plan: Plan) -> None:
             raise ConfigError(
                 "run.name", run.path.name, f"that run is another one: {changes}. Choose another run.name."
             )
-    elif run.path.is_dir() and {p.name for p in run.path.iterdir()} - {run.lock.name, "checkpoints", "logs"}:
+    elif run.path.is_dir() and {p.name for p in run.path.iterdir() if p.name[0] != "."} - _BEFORE_A_RUN:
         raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
+
+
+_BEFORE_A_RUN = {"checkpoints", "logs", "plan.json", "cancelled.json"}
+"""What a directory may hold before it is a run's, besides locks and temporary files: a submission was cut short, a
+cell was cancelled unbegun."""
 
 
 def freeze(plan: Plan) -> RunDirectory:

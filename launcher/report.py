@@ -92,6 +92,7 @@ def summarize(run: RunDirectory) -> Summary:
         ],
         "deleted": sum(event["event"] == "deleted" for event in events),
         "bytes_used": bytes_used(run.path),
+        "bytes_peak": max((e["run_bytes"] for e in saved if "run_bytes" in e), default=None),
         "budget_bytes": budget_of(settings),
         "best": best_metric(events, settings["trainer"]),
         "attempts": rows,
@@ -127,7 +128,8 @@ def render(summary: Summary, console: Console) -> None:
         "checkpoints": f"{saves['count']} ({saves['periodic']} periodic, {saves['emergency']} emergency, "
         f"{saves['final']} final), {size(saves['bytes'])} written{stall}",
         "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
-        "on disk": size(summary["bytes_used"], summary["budget_bytes"]),
+        "on disk": size(summary["bytes_used"], summary["budget_bytes"])
+        + (f", {size(summary['bytes_peak'])} at most" if summary["bytes_peak"] else ""),
     }
     if summary["interval"]:
         facts["interval"] = summary["interval"]["explanation"]

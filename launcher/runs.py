@@ -1,63 +1,119 @@
 """One run, read back: its state by ledger, lock and disk, and the little of its configuration that a reader needs."""
 
-import contextlib
 import fcntl
 import json
 import math
+import re
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
 from outlast import progress as progress_file
+from outlast.cells import MANIFEST
 from outlast.errors import ConfigError
 from outlast.ledger import Attempt, Event, attempts, finished
 from outlast.rundir import RunDirectory
+
+from .submissions import cancelled_at, submission_of, sweep_at
 
 State = Literal[
     "not_started", "queued", "running", "preempted", "interrupted", "stopped_unexpectedly",
     "failed", "cancelled", "gave_up", "finished",
 ]  # fmt: skip
 
+STATES: tuple[State, ...] = get_args(State)
+
 FRESH_S = 60.0
 """Age up to which `progress.json` counts as a sign of life, where the lock can't tell (another host holds it)."""
 
 
 def runs_under(root: Path) -> list[RunDirectory]:
-    """The run directories directly under `root`, by name."""
-    runs = [RunDirectory(path) for path in sorted(root.iterdir())] if root.is_dir() else []
-    return [run for run in runs if run.config.is_file() or run.ledger.is_file()]
+    """The runs under `root`, by name: the run directories in it, and the cells of the sweeps in it."""
+    found = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        found += [RunDirectory(path)] if _is_run(path) else cells_of(path)
+    return found
+
+
+def cells_of(directory: Path) -> list[RunDirectory]:
+    """The cells of a sweep's directory, in the order of their indices; none if it is not one."""
+    sweep = sweep_at(directory)
+    return [RunDirectory(directory / name) for name in sweep.cells] if sweep else []
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or (path / "ledger.jsonl").is_file()
+
+
+def _is_cell(path: Path) -> bool:
+    """Whether a sweep names it among its cells, be it begun or not."""
+    sweep = sweep_at(path.parent)
+    return sweep is not None and path.name in sweep.cells
+
+
+def name_of(run: RunDirectory) -> str:
+    """What a user calls it: its name, for a cell `SWEEP/CELL`."""
+    return f"{run.path.parent.name}/{run.path.name}" if sweep_at(run.path.parent) else run.path.name
 
 
 def run_named(name: str, root: Path) -> RunDirectory:
-    """The run that a command's RUN names: a name under `root`, or a run directory's path.
+    """The run that a command's RUN names: a name or `SWEEP/CELL` under `root`, or a run directory's path.
 
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: there is no such run, or it is a whole sweep.
     """
-    path = root / name
-    if not path.is_dir() and Path(name).is_dir():
-        path = Path(name)
-    run = RunDirectory(path.absolute())
-    if run.config.is_file() or run.ledger.is_file():
-        return run
-    names = [other.path.name for other in runs_under(root)]
+    path = _directory(name, root)
+    if _is_run(path) or _is_cell(path):
+        return RunDirectory(path)
+    if cells := cells_of(path):
+        raise ConfigError("RUN", name, [name_of(cell) for cell in cells[:12]] + ["…"] * (len(cells) > 12))
+    names = [name_of(other) for other in runs_under(root)]
     raise ConfigError("RUN", name, names or f"valid: a run under {root.absolute()}, which holds none yet")
 
 
+def runs_named(names: Sequence[str], root: Path) -> list[RunDirectory]:
+    """The runs that `RUN|SWEEP|SWEEP/CELL…` name, each once; a sweep stands for all of its cells.
+
+    Raises:
+        ConfigError: there is no such run or sweep.
+    """
+    found: dict[Path, RunDirectory] = {}
+    for name in names:
+        for run in cells_of(_directory(name, root)) or [run_named(name, root)]:
+            found.setdefault(run.path, run)
+    return list(found.values())
+
+
+def is_named(name: str, root: Path) -> bool:
+    """Whether there is a run or a sweep of that name."""
+    path = _directory(name, root)
+    return _is_run(path) or _is_cell(path) or (path / MANIFEST).is_file()
+
+
+def _directory(name: str, root: Path) -> Path:
+    path = root / name
+    return (Path(name) if not path.is_dir() and Path(name).is_dir() else path).absolute()
+
+
 def state_of(run: RunDirectory, events: list[Event]) -> State:
-    """The state of a run by ledger, lock and `progress.json`."""
+    """The state of a run by ledger, lock and `progress.json`, by its submission, and by whether it was cancelled."""
     if finished(events):
         return "finished"
     held, tries = is_locked(run), started_attempts(events)
     if held:
         return "running"
-    resubmitted = _submitted_time(run) > max((event["time"] for event in events), default=0.0)
-    if not tries or resubmitted:
+    submission, cancelled = submission_of(run), cancelled_at(run) or 0.0
+    submitted, newest = submission.time if submission else 0.0, tries[-1] if tries else None
+    began = newest.started["time"] if newest and newest.started else 0.0
+    if cancelled > max(submitted, began) and (newest is None or newest.ended or newest.requeued):
+        return "cancelled"
+    resubmitted = submitted > max((event["time"] for event in events), default=0.0)
+    if newest is None or resubmitted:
         return "queued" if resubmitted else "not_started"
-    newest = tries[-1]
     if any(event["event"] == "gave_up" and event["attempt"] >= newest.number for event in events):
         return "gave_up"
     if newest.requeued is not None:
@@ -69,6 +125,8 @@ def state_of(run: RunDirectory, events: list[Event]) -> State:
     match newest.ended["cause"]:
         case "failed" | "cancelled" | "finished" as cause:
             return cause  # type: ignore[no-any-return]
+        case "out_of_memory":
+            return "failed"
         case _:
             return "interrupted" if job_id_of(run, newest) is None else "preempted"
 
@@ -95,13 +153,25 @@ def is_locked(run: RunDirectory) -> bool | None:
 
 
 def settings_of(run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """The sections of `config.yaml` as they stand, unchecked: a run stays readable when its data has moved."""
+    """Two sections of `config.yaml` as they stand, unchecked: a run stays readable when its data has moved.
+
+    Only these two are parsed, which takes a third of the time: it is done for a thousand runs at once.
+    """
     try:
-        tree = yaml.load(run.config.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, yaml.YAMLError):
+        text = run.config.read_text(errors="replace")
+    except OSError:
+        text = ""
+    return {name: _section(text, name) for name in ("storage", "trainer")}
+
+
+def _section(text: str, name: str) -> dict[str, Any]:
+    found = re.search(rf"^{name}:.*\n?(?:[ #].*\n?|\n)*", text, re.MULTILINE)
+    try:
+        tree = yaml.load(found[0], Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if found else None
+    except yaml.YAMLError:
         tree = None
-    sections = tree if isinstance(tree, dict) else {}
-    return {name: dict(sections.get(name) or {}) for name in ("storage", "trainer")}
+    section = tree.get(name) if isinstance(tree, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def budget_of(settings: dict[str, dict[str, Any]]) -> int | None:
@@ -135,16 +205,8 @@ def _deciding_metric(trainer: dict[str, Any]) -> str:
 
 def job_id_of(run: RunDirectory, newest: Attempt | None) -> str | None:
     """The job that was named last: by the submission, by the newest attempt, or by its requeue."""
+    submission = submission_of(run)
+    if submission is not None and (newest is None or submission.time > newest.last_time):
+        return submission.job_id
     event = newest and (newest.requeued or newest.started)
-    job_id = event["job_id"] if event else None
-    if newest is None or _submitted_time(run) > newest.last_time:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            job_id = json.loads((run.path / "submitted.json").read_text())["job_id"]
-    return None if job_id is None else str(job_id)
-
-
-def _submitted_time(run: RunDirectory) -> float:
-    try:
-        return (run.path / "submitted.json").stat().st_mtime
-    except OSError:
-        return 0.0
+    return None if not event or event["job_id"] is None else str(event["job_id"])

@@ -1,151 +1,106 @@
-"""`cluster=slurm` and `cluster=devcluster`: one job through submitit, submitted once, and then left alone.
-
-submitit writes the batch script, pickles the call and starts one `srun` task per rank. Its own signal handling is
-bypassed: the rank's guard takes the signals over before they are let through (`prologue.sh`), so that submitit's
-handler, which would save on rank 0 alone, is never reached.
-"""
+"""`cluster=slurm` and `cluster=devcluster`: one job, submitted once, and then left alone."""
 
 import json
 import os
-import shlex
-import sys
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from outlast import rank, slurm
+from outlast import submission
 from outlast.config import Config
-from outlast.errors import ConfigError, SlurmError
+from outlast.errors import SlurmError
 from outlast.rundir import RunDirectory, write_atomically
 from outlast.sections import SlurmCluster
+from outlast.submission import Submission
 
-from . import devcluster
-from .plan import Plan, freeze, shell_file
+from . import slurm_queue, snapshot
+from .batch import Target, batch_script, use_cluster
+from .plan import Plan, freeze, make_directory
+from .slurm_queue import JobKey, JobState
+from .submissions import submission_of
 
-if TYPE_CHECKING:
-    from submitit import SlurmExecutor
-
-ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "STOPPED")
-OWNED = ("requeue", "open-mode", "signal", "output", "error", "nodes", "ntasks-per-node", "cpus-per-task", "array")
+SCRIPT = "job.sbatch"
+"""The batch script as it was submitted, in the run directory."""
 
 
 @dataclass(frozen=True)
-class Submitted:
+class SubmittedJob:
     """A job in the queue."""
 
     job_id: str
-    cluster: str
     log: str
-    slurm_conf: str | None
-    time: float
     again: bool = False
     """Whether it was there before: the same command again submits nothing."""
 
 
-def use_cluster(config: Config) -> None:
-    """Point Slurm's commands at the cluster that `config` names."""
-    if config.cluster.kind == "devcluster":
-        os.environ.update(devcluster.env(devcluster.default_directory()))
+def target_of(config: Config) -> Target:
+    """What the batch script of a single run runs."""
+    return Target(name=config.run.name or "", directory=config.directory, code=config.directory / "code")
 
 
-def batch_script(config: Config) -> str:
-    """The batch script that would be submitted."""
-    executor = _executor(config)
-    return str(executor._make_submission_file_text(executor._submitit_command_str, "plan"))
-
-
-def submit(plan: Plan) -> Submitted:
+def submit(plan: Plan) -> SubmittedJob:
     """Submit the run, or find it in the queue.
 
     Raises:
+        ConfigError: the directory holds another run, or the code can't be frozen.
         SlurmError: Slurm does not answer, or refuses the job.
     """
     use_cluster(plan.config)
-    run = plan.directory
+    run, target = plan.directory, target_of(plan.config)
     record = run.path / "submitted.json"
-    before = _read(record)
-    same_cluster = before is not None and before.slurm_conf == os.environ.get("SLURM_CONF")
-    if before is not None and same_cluster and slurm.queue_states([before.job_id]).get(before.job_id) in ACTIVE:
-        return Submitted(**{**asdict(before), "again": True})
-    freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
-    job = _submit(plan.config, run)
-    submitted = Submitted(
-        job_id=job,
-        cluster=plan.config.cluster.kind,
-        log=str(run.logs / f"{job}_0_log.out"),
-        slurm_conf=os.environ.get("SLURM_CONF"),
-        time=time.time(),
-    )
-    write_atomically(record, json.dumps(asdict(submitted)))
-    return submitted
-
-
-def _submit(config: Config, run: RunDirectory) -> str:
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    try:
-        job = _executor(config).submit(rank.main, str(run.path))
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise SlurmError(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}") from None
-    return str(job.job_id)
-
-
-def _read(record: Path) -> Submitted | None:
-    try:
-        return Submitted(**json.loads(record.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _executor(config: Config) -> "SlurmExecutor":
-    from submitit import SlurmExecutor
-
-    cluster, parallel, preemption = config.cluster, config.parallel, config.preemption
-    assert isinstance(cluster, SlurmCluster)
-    for flag in cluster.sbatch:
-        if flag.replace("_", "-") in OWNED:
-            raise ConfigError(f"cluster.sbatch.{flag}", cluster.sbatch[flag], "outlast sets this flag itself")
-    use_cluster(config)
-    hold = '"${OUTLAST_HOLD[@]}"'
-    try:
-        executor = SlurmExecutor(
-            folder=RunDirectory(config.directory).logs, python=f"{hold} {shlex.quote(sys.executable)}"
+    make_directory(run)
+    with submission.submission_lock(run.path) as lock:
+        job_id, state = in_queue([run]).get(run.path, ("", None))
+        if state is not None and state.active:
+            return SubmittedJob(job_id, str(target.log).replace("%j", job_id), again=True)
+        freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
+        take_code(plan.config, target)
+        write_atomically(run.path / SCRIPT, batch_script(plan.config, target))
+        done = submission.submit(
+            Submission(
+                token=submission.new_token(),
+                cluster=plan.config.cluster.kind,
+                slurm_conf=os.environ.get("SLURM_CONF"),
+                log=str(target.log),
+            ),
+            run.path / SCRIPT,
+            [],
+            lock,
+            lambda entry: write_atomically(record, json.dumps(asdict(entry))),
         )
-    except RuntimeError:
-        raise SlurmError("there is no Slurm on this machine (no `srun` on the PATH)") from None
-    optional = {
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "mem": f"{int(cluster.mem_gb * 1000)}M" if cluster.mem_gb else None,
-        "constraint": cluster.constraint,
-        "nodelist": cluster.nodelist,
-        "exclude": cluster.exclude,
-        "gpus_per_node": parallel.gpus_per_rank * parallel.ranks_per_node or None,
-    }
-    executor.update_parameters(
-        **{name: value for name, value in optional.items() if value is not None},
-        job_name=config.run.name,
-        time=cluster.time_min,
-        nodes=parallel.nodes,
-        ntasks_per_node=parallel.ranks_per_node,
-        cpus_per_task=parallel.cpus_per_rank,
-        stderr_to_stdout=True,
-        setup=[
-            *cluster.setup,
-            f"export OMP_NUM_THREADS={parallel.cpus_per_rank}",
-            f". {_quoted(shell_file('prologue.sh'))}",
-        ],
-        srun_args=["--kill-on-bad-exit=1"],
-        additional_parameters={
-            "requeue": True,
-            "signal": f"{preemption.signal}@{preemption.lead_s}",
-            **cluster.sbatch,
-        },
-    )
-    return executor
+    assert done.job_id is not None
+    return SubmittedJob(done.job_id, done.log)
 
 
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+def take_code(config: Config, target: Target) -> None:
+    """Freeze the code of the job."""
+    assert isinstance(config.cluster, SlurmCluster)
+    snapshot.take(target.code, Path.cwd(), limit_mb=config.cluster.code_limit_mb)
+
+
+def in_queue(runs: Sequence[RunDirectory]) -> dict[Path, tuple[str, JobState]]:
+    """What Slurm says of the newest job of each run, by the run's path: the job's id and its state.
+
+    A job whose launcher was killed before it had the id is found by its comment. A run that was never submitted, and
+    one whose job Slurm no longer has, is absent.
+
+    Raises:
+        SlurmError: Slurm does not answer. A cluster whose configuration is gone (a devcluster that is down) is none.
+    """
+    submissions = {run.path: entry for run in runs if (entry := submission_of(run)) is not None}
+    confs = {path: entry.submission.slurm_conf for path, entry in submissions.items()}
+    newest = {p: e for p, e in submissions.items() if (conf := confs[p]) is None or os.path.exists(conf)}
+    if not newest:
+        return {}
+    wanted = [JobKey(confs[path], entry.job_id) for path, entry in newest.items() if entry.job_id is not None]
+    owners = {os.stat(path).st_uid for path in newest} | {os.getuid()}
+    answer = slurm_queue.ask(wanted, owners, {confs[path] for path in newest})
+    for reason in answer.silent.values():
+        raise SlurmError(f"{reason}. Nothing was submitted: what is in the queue is not known")
+    found = {}
+    for path, entry in newest.items():
+        job_id = entry.job_id or entry.job_id_in(answer.tokens.get((confs[path], entry.submission.comment)))
+        state = answer.jobs.get(JobKey(confs[path], job_id)) if job_id is not None else None
+        if job_id is not None and state is not None:
+            found[path] = (job_id, state)
+    return found

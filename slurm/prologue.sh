@@ -1,5 +1,6 @@
 # Sourced by every job's batch script, before `srun`. Site settings (modules, environment) go into a file of your own,
-# named by OUTLAST_SITE_PROLOGUE.
+# named by OUTLAST_SITE_PROLOGUE. A script that sources this runs `outlast.settle` when its ranks are gone: see
+# train.sbatch.
 
 # A signal to the batch shell must not end it while its ranks are saving.
 trap : TERM USR1 USR2
@@ -14,3 +15,6 @@ OUTLAST_HOLD=(env)
 if env --block-signal=TERM,USR1,USR2 true 2>/dev/null; then
     OUTLAST_HOLD=(env --block-signal=TERM,USR1,USR2)
 fi
+
+# Ranks that can't know why they were signalled leave it to `outlast.settle`.
+export OUTLAST_SETTLES=1

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure"]
+Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "out_of_memory"]
 Event = dict[str, Any]
 
 EVENTS: dict[str, tuple[str, ...]] = {
@@ -22,6 +22,8 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "evaluated": ("step", "metrics"),
     "checkpoint": ("step", "kind", "bytes", "stall_s", "sealed_s"),
     "checkpoint_failed": ("step", "kind", "reason"),
+    "measured": ("bytes", "save_total_limit", "off"),
+    "frozen_weights": ("bytes", "tensors"),
     "quarantined": ("checkpoint", "reason"),
     "deleted": ("checkpoint", "reason"),
     "delete_failed": ("checkpoint", "reason"),

@@ -32,6 +32,8 @@ class Progress:
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None
     bytes_used: int = 0
+    bytes_peak: int = 0
+    """The most that was seen in use, over all attempts."""
     budget_bytes: int | None = None
     time: float = 0.0
 

@@ -1,9 +1,10 @@
-"""What runs in every rank's process: `python -m outlast.rank RUN_DIR`, or :func:`main` called by submitit.
+"""What runs in every rank's process: `python -m outlast.rank RUN_DIR`, or `--sweep SWEEP_DIR` as a task of an array.
 
 Catches signals first of all, reads the frozen configuration, runs the job that it names, and turns the outcome into
 the exit code.
 """
 
+import argparse
 import ctypes
 import importlib
 import os
@@ -11,9 +12,9 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 from . import slurm
+from .cells import cell_directory
 from .config import load
 from .errors import OutlastError
 from .ledger import Ledger, finished
@@ -25,12 +26,11 @@ PARENT_ENV = "OUTLAST_PARENT"
 _PR_SET_PDEATHSIG = 1
 
 
-def main(directory: str) -> dict[str, Any]:
-    """Run one attempt, as one rank.
+def main(arguments: argparse.Namespace) -> None:
+    """Run one attempt, as one rank. An attempt that leaves early ends the process with exit code 75.
 
-    Returns:
-        What submitit hands to `job.result()`: `{"step": ..., "final": ...}`. An attempt that leaves early does not
-        return: the process ends with exit code 75 and writes no result.
+    Args:
+        arguments: as `target_arguments` reads them.
 
     Raises:
         Exception: whatever the job raised, after it has been noted in the ledger.
@@ -38,14 +38,14 @@ def main(directory: str) -> dict[str, Any]:
     guard = PreemptionGuard()
     guard.install()
     _die_with_parent()
-    run_directory = RunDirectory(Path(directory))
+    run_directory = target_of(arguments)
     config = load(run_directory.config)
     os.environ.setdefault("OMP_NUM_THREADS", str(config.parallel.cpus_per_rank))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         run = Run(run_directory, guard, config.preemption, config.checkpoint, config.storage)
-    except AlreadyFinished as done:
-        return {"step": done.step, "final": str(run_directory.final)}
+    except AlreadyFinished:
+        return
     _log_by_attempt(run)
     run.describe(config=config.digest[:16])
     try:
@@ -58,9 +58,28 @@ def main(directory: str) -> dict[str, Any]:
         code = run.fail(error)
         sys.stderr.flush()
         if guard.requested is not None:
-            os._exit(code)  # on its way out: nothing may hold it up, and submitit must not take it for a result
+            os._exit(code)  # on its way out: nothing may hold it up
         raise
-    return {"step": run.progress.now.step, "final": str(run.final)}
+
+
+def target_arguments(program: str) -> argparse.ArgumentParser:
+    """The command line that names a run: its directory, or its sweep's and the array task around this process."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", allow_abbrev=False)
+    parser.add_argument("directory", nargs="?", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--sweep", type=Path, metavar="SWEEP_DIR", help="the cell is that of this array task")
+    parser.add_argument("--offset", type=int, default=0, help="a cell's index less its task in the array")
+    return parser
+
+
+def target_of(arguments: argparse.Namespace) -> RunDirectory:
+    """The run that :func:`target_arguments` name.
+
+    Raises:
+        OutlastError: none is named, or the sweep has no such cell.
+    """
+    if (arguments.directory is None) == (arguments.sweep is None):
+        raise OutlastError("valid: RUN_DIR, or --sweep SWEEP_DIR (started by `outlast train`)")
+    return RunDirectory(arguments.directory or cell_directory(arguments.sweep, arguments.offset))
 
 
 def _log_by_attempt(run: Run) -> None:
@@ -87,13 +106,8 @@ def _die_with_parent() -> None:
 
 
 def _command() -> int:
-    if len(sys.argv) != 2:
-        print(
-            "usage: python -m outlast.rank RUN_DIR (one process per rank; started by `outlast train`)", file=sys.stderr
-        )
-        return 2
     try:
-        main(sys.argv[1])
+        main(target_arguments("outlast.rank").parse_args())
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return error.exit_code

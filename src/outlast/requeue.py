@@ -1,160 +1,109 @@
-"""The requeue policy, and what rank 0 does by it when an attempt ends early."""
+"""The requeue policy: what follows an attempt that has ended, by its cause and by how often that has happened.
 
-import threading
-import time
-from collections.abc import Callable
+It is asked three times: by rank 0 when the ranks leave (`departure.py`), by the batch script when they are gone
+(`settle.py`), and by an attempt that starts after one that nobody could settle (`predecessor.py`).
+"""
+
 from dataclasses import dataclass
 from typing import Literal
 
-from . import slurm
-from .errors import Exit, SlurmError
-from .ledger import Cause, Event, Ledger, Record, attempts
-from .preemption import PreemptionGuard
+from .errors import Exit
+from .ledger import Attempt, Cause, Event, attempts
 from .sections import PreemptionSection
 
 PATIENCE = 3
 """Restarts in a row without one new step, after which a run gives up."""
+CRASHES = ("failed", "out_of_memory")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`requeue`: start again. `stop`: saved, and left to the user. `give_up`: restarting does not help."""
+    """What follows: `again` is an attempt that starts without a user's doing."""
 
-    action: Literal["requeue", "stop", "give_up"]
+    action: Literal["again", "finish", "stop", "fail", "give_up"]
     reason: str
 
+    @property
+    def exit_code(self) -> Exit:
+        """Of the job, should it still be asked for one."""
+        return _EXITS[self.action]
 
-def decide(cause: Cause, events: list[Event], max_requeues: int) -> Decision:
-    """What follows an attempt that ended with `cause`.
 
-    | cause | then |
-    |---|---|
-    | preempted, time_limit, node_failure | requeue, unless one of the two limits below is reached |
-    | cancelled | stop: somebody wanted that |
-    | failed, finished | stop |
+_EXITS = {
+    "again": Exit.RESUME_ME,
+    "finish": Exit.DONE,
+    "stop": Exit.RESUME_ME,
+    "fail": Exit.FAILED,
+    "give_up": Exit.GAVE_UP,
+}
+
+
+def decide(cause: Cause, events: list[Event], limits: PreemptionSection) -> Decision:
+    """What follows an attempt that ended with `cause`. The first line that applies holds.
+
+    | cause | and | then | exit code |
+    |---|---|---|---|
+    | finished, also in the grace period | | finish | 0 |
+    | cancelled | | stop: somebody wanted that | 75 |
+    | failed, out_of_memory | outlast itself refused to go on, so another attempt would be refused too | fail | 1 |
+    | failed, out_of_memory | more than `max_crashes` in a row, without a new checkpoint in between | fail | 1 |
+    | any other, and those two | `max_requeues` reached, over the whole life of the run | give up | 93 |
+    | | `PATIENCE` restarts in a row have saved no new step | give up | 93 |
+    | | | again: requeue the job, or retry | 75 |
 
     Args:
         events: the run's ledger, the `attempt_ended` of this attempt included.
-        max_requeues: requeues that the run is allowed over its whole life.
     """
-    if cause not in ("preempted", "time_limit", "node_failure"):
+    if cause == "finished":
+        return Decision("finish", cause)
+    if cause == "cancelled":
         return Decision("stop", cause)
+    chain = since_submission(events)
+    if cause in CRASHES:
+        ended = chain[-1].ended if chain else None
+        text = describe(ended or {"cause": cause})
+        if ended and ended.get("refused"):
+            return Decision("fail", text)
+        crashes = crashes_in_a_row(chain)
+        if crashes > limits.max_crashes:
+            times = "" if crashes == 1 else f", {crashes} times in a row without a new checkpoint"
+            return Decision("fail", f"{text}{times}; preemption.max_crashes is {limits.max_crashes}")
     requeues = sum(event["event"] == "requeued" for event in events)
-    if requeues >= max_requeues:
-        return Decision("give_up", f"{requeues} requeues; preemption.max_requeues is {max_requeues}")
-    steps = [attempt.saved_step for attempt in attempts(events)]
+    if requeues >= limits.max_requeues:
+        return Decision("give_up", f"{requeues} requeues; preemption.max_requeues is {limits.max_requeues}")
+    steps = [attempt.saved_step for attempt in chain]
     if len(steps) > PATIENCE and max(steps[-PATIENCE:]) <= steps[-PATIENCE - 1]:
         return Decision(
             "give_up", f"no progress in {PATIENCE} restarts: none saved a step after {steps[-PATIENCE - 1]}"
         )
-    return Decision("requeue", cause)
+    return Decision("again", cause)
 
 
-class Departure:
-    """Why this attempt stops, until when it may go on, and what follows; rank 0 writes it down and acts.
+def since_submission(events: list[Event]) -> list[Attempt]:
+    """The attempts since a user submitted the run: each but the first follows from a requeue of the one before.
 
-    Args:
-        record: appends to the ledger (on rank 0; elsewhere it does nothing).
-        say: prints a line in the log (likewise).
-        job: the Slurm job around this process, or None.
+    A user who submits a run again that had failed or given up gets all the patience there is.
     """
+    chain: list[Attempt] = []
+    for attempt in reversed(attempts(events)):
+        if chain and attempt.requeued is None:
+            break
+        chain.append(attempt)
+    return chain[::-1]
 
-    def __init__(
-        self,
-        record: Record,
-        say: Callable[[str], None],
-        ledger: Ledger,
-        job: slurm.SlurmJob | None,
-        preemption: PreemptionSection,
-    ) -> None:
-        self._record, self._say, self._ledger, self._job = record, say, ledger, job
-        self._preemption = preemption
-        self._view: slurm.JobView | None = None
-        self._asking = threading.Lock()
-        self._requeueing = threading.Lock()
-        self._code: Exit | None = None
-        self.signal: str | None = None
-        """Name of the signal that the ranks agreed on; None while they train."""
-        self.asked_at = 0.0
-        """When it came, Unix seconds."""
 
-    def ask_slurm(self) -> None:
-        """Ask, while the signal is fresh, why it came and how long there is. Runs beside the training step."""
-        if self._job is not None:
-            with self._asking:
-                if self._view is None:
-                    try:
-                        self._view = slurm.show_job(self._job.job_id, timeout_s=10.0)
-                    except SlurmError as error:
-                        self._say(f"Slurm did not say why: {error}")
+def crashes_in_a_row(chain: list[Attempt]) -> int:
+    """Crashes since an attempt last saved a step further than all before it; its own counts."""
+    furthest, count = 0, 0
+    for attempt in chain:
+        if attempt.saved_step > furthest:
+            furthest, count = attempt.saved_step, 0
+        count += attempt.ended is not None and attempt.ended["cause"] in CRASHES
+    return count
 
-    def announce(self, signal: str, guard: PreemptionGuard, step: int) -> None:
-        """The ranks have agreed to stop after `step`."""
-        self.signal, self.asked_at = signal, guard.requested_at or time.time()
-        asking = threading.Thread(target=self.ask_slurm, daemon=True)
-        asking.start()
-        asking.join(timeout=2.0)  # the save must not wait for a controller that does not answer
-        end = self._view.end_time if self._view else guard.end_time
-        deadline_s = round(end - self.asked_at, 3) if end is not None else None
-        self._record("signal", name=signal, step=step, deadline_s=deadline_s)
-        left = f" ({deadline_s:.0f} s left)" if deadline_s is not None else ""
-        self._say(f"{signal}: saving step {step} and leaving{left}")
 
-    def cause(self) -> Cause:
-        """Why, by what Slurm said; without an answer, by what the signal alone can tell."""
-        if self._job is None:
-            return "preempted"
-        self.ask_slurm()
-        if self._view is None:
-            return "time_limit" if self.signal == "clock" else "preempted"
-        return self._view.stop_cause(self._preemption.lead_s)
-
-    def requeue(self, step: int) -> Exit:
-        """Say why the attempt ended and, by the policy, have Slurm start the next one, on rank 0.
-
-        Once: a requeue makes Slurm end the other ranks, and what this rank then raises ends here a second time.
-
-        Returns:
-            The exit code for all ranks.
-        """
-        with self._requeueing:
-            if self._code is None:
-                self._code = self._requeue(step)
-            return self._code
-
-    def _requeue(self, step: int) -> Exit:
-        cause, ours = self.cause(), True
-        if self._job is not None and cause == "preempted":
-            cause, ours = self._still_preempted()
-        self._record("attempt_ended", cause=cause, step=step)
-        decision = decide(cause, self._ledger.read(), self._preemption.max_requeues)
-        if decision.action == "give_up":
-            self._record("gave_up", reason=decision.reason)
-            self._say(f"giving up: {decision.reason}")
-            return Exit.GAVE_UP
-        if decision.action == "requeue" and self._job is not None and not ours:
-            self._record("requeued", cause=cause, job_id=self._job.job_id, by="slurm")
-        elif decision.action == "requeue" and self._job is not None:
-            try:
-                lifted = slurm.requeue(self._job.job_id, self._preemption.requeue_delay_s)
-            except SlurmError as error:
-                self._say(f"could not requeue: {error}. The same command again resumes from step {step}.")
-            else:
-                self._record("requeued", cause=cause, job_id=self._job.job_id, hold_lifted=lifted)
-                self._say(f"requeued job {self._job.job_id} ({cause})")
-        return Exit.RESUME_ME
-
-    def _still_preempted(self) -> tuple[Cause, bool]:
-        """What became of the job during the save, and whether requeueing it is still ours to do.
-
-        A job that is completing by now was either cancelled meanwhile, and must stay so, or has used up its grace
-        period, and Slurm requeues it.
-        """
-        assert self._job is not None
-        try:
-            now = slurm.show_job(self._job.job_id, timeout_s=5.0)
-        except SlurmError:
-            return "preempted", True
-        if not now.is_ending:
-            return "preempted", True
-        return ("preempted", False) if now.is_preempted else ("cancelled", False)
+def describe(ended: Event) -> str:
+    """How an attempt ended, in words."""
+    words = str(ended["cause"]).replace("_", " ")
+    more = ended.get("error") or ended.get("detail")
+    return f"{words} ({more})" if more else words

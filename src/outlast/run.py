@@ -2,7 +2,7 @@
 
 The way of a signal: `preemption.py` sets the flag; :meth:`Run.step_done` lets all ranks agree at a step's end;
 :meth:`Run.checkpoint` has them save that step (`saving.py`, `checkpoint/store.py`); :meth:`Run.leave` requeues the job
-(`requeue.py`, `slurm.py`) and ends the process.
+(`departure.py`, `requeue.py`, `slurm.py`) and ends the process.
 """
 
 import os
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from . import slurm
-from .checkpoint import CheckpointStore, Room, Sealed, versions
-from .errors import CheckpointError, Exit, OutlastError, SlurmError
-from .ledger import Cause, Ledger, Recorder, attempt_of, attempts, finished
+from .checkpoint import Sealed, versions
+from .departure import Departure
+from .errors import CheckpointError, Exit, SlurmError
+from .ledger import Ledger, Recorder, attempt_of, attempts, finished
+from .predecessor import settle_predecessor
 from .preemption import PreemptionGuard
-from .progress import ProgressWriter, read
+from .progress import ProgressWriter
 from .ranks import Agreement
-from .requeue import Departure
 from .rundir import RunDirectory, RunLock
 from .saving import Saver
 from .sections import CheckpointSection, PreemptionSection, StorageSection
-from .storage import bytes_used
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -124,11 +124,12 @@ class Run:
         job = (self._job.job_id, self._job.restart_count) if self._job else None
         self.attempt = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(self._ledger.read(), job)
         self._recorder = Recorder(self._ledger, self.attempt, self.say)
-        room = Room(directory, lambda: storage.budget_bytes)
-        self.store = CheckpointStore(directory, self.agreement, self.record, room, say=self.say)
-        self.store.retention.milestone_every = checkpoint.milestone_every
+        self._saver = Saver(
+            directory, self.agreement, self.record, self.say, section=checkpoint, storage=storage, loop_saves=loop_saves
+        )
+        self.store = self._saver.store
         self.progress = ProgressWriter(directory)
-        self.progress.now.attempt, self.progress.now.budget_bytes = self.attempt, storage.budget_bytes
+        self.progress.now.attempt = self.attempt
         self._departure = Departure(
             self.record, self.say, self._ledger, self._job if self.rank == 0 else None, preemption
         )
@@ -136,9 +137,6 @@ class Run:
         if self.rank == 0:
             guard.on_signal = self._departure.ask_slurm
             self._open_attempt()
-        self._saver = Saver(
-            self.store, self.agreement, self.record, self.say, section=checkpoint, loop_saves=loop_saves
-        )
 
     @property
     def rank(self) -> int:
@@ -174,12 +172,11 @@ class Run:
         self._saver.origin |= {name: value for name, value in origin.items() if value is not None}
 
     def _open_attempt(self) -> None:
-        before = attempts(self._ledger.read())
-        if before and before[-1].ended is None and before[-1].number != self.attempt:
-            last = read(self.directory)
-            step = last.step if last and last.attempt == before[-1].number else before[-1].last_step
-            cause: Cause = "node_failure" if self._job and self._job.restart_count else "failed"
-            self._ledger.append("attempt_ended", before[-1].number, cause=cause, step=step, detail="killed")
+        decision = settle_predecessor(self.directory, self.attempt, self._job, self._preemption)
+        if decision is not None and decision.action in ("give_up", "fail"):  # Slurm's own restart; ours would not be
+            self.record("gave_up", reason=decision.reason)
+            self.say(f"giving up: {decision.reason}")
+            raise SystemExit(int(Exit.GAVE_UP))
         self.store.sweep()
         job = self._job
         hosts = slurm.hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
@@ -350,25 +347,13 @@ class Run:
             The exit code. An error raised while the job is being taken away (a worker killed, a peer gone) counts as
             the preemption that caused it: the last sealed checkpoint stands, and the job is requeued.
         """
-        step = self.progress.now.step
-        if self._guard.requested is not None and not isinstance(error, OutlastError) and self.rank == 0:
-            self.say(f"{type(error).__name__} while leaving: {error}")
-            self._departure.announce(self._guard.requested, self._guard, step)
-            return self._departure.requeue(step)
-        if self._guard.requested is not None and self.rank != 0:
-            return Exit.RESUME_ME  # rank 0 speaks for all
-        ended = {e["attempt"] for e in self._ledger.read() if e["event"] == "attempt_ended"}
-        if self.attempt not in ended:
-            text = f"{type(error).__name__}: {error}"
-            self._ledger.append(
-                "attempt_ended", self.attempt, cause="failed", step=step, rank=self.rank, error=text[:2000]
-            )
-        return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
+        return self._departure.fail(error, self._guard, self.rank, self.attempt, self.progress.now.step)
 
     def _update_progress(self, *, force: bool = False, **values: Any) -> None:
         if self.rank == 0:
             if force:
-                values["bytes_used"] = bytes_used(self.directory.path)
+                room = self.store.room
+                values |= {"bytes_used": room.used(), "bytes_peak": room.peak, "budget_bytes": room.budget()}
             self.progress.update(force=force, **values)
 
     def _leave_in_startup(self, name: str) -> None:
@@ -379,6 +364,9 @@ class Run:
         """
         if self.rank == 0:
             step = max((checkpoint.step for checkpoint in self.store.sealed()), default=0)
+            if self.agreement.world_size > 1 and self._departure.left_to_settle():
+                self._departure.announce(name, self._guard, step, unexplained=True)
+                _exit(Exit.DONE)  # all ranks do: another code, then, is that of one that has died
             self._departure.announce(name, self._guard, step)
             _exit(self._departure.requeue(step))
         threading.Thread(target=self._follow_rank_0, daemon=True).start()
@@ -387,9 +375,9 @@ class Run:
         # Not before the requeue: srun ends the whole step, rank 0 included, when one rank leaves early.
         last = ("requeued", "gave_up") if self._job else ("attempt_ended",)
         while not self.stopping:
-            events = self._ledger.read()
-            if any(e["attempt"] == self.attempt and e["event"] in last for e in events):
-                _exit(Exit.RESUME_ME)
+            for event in self._ledger.read():
+                if event["attempt"] == self.attempt and (event["event"] in last or event.get("unexplained")):
+                    _exit(Exit.DONE if event.get("unexplained") else Exit.RESUME_ME)
             time.sleep(0.2)
 
 

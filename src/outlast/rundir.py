@@ -165,6 +165,14 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     return holder.get("host") == socket.gethostname() and not psutil.pid_exists(int(holder.get("pid", 0) or 0))
 
 
+def cancelled_after(run: Path, moment: float) -> bool:
+    """Whether a user has cancelled the run in directory `run` since then (Unix seconds); see `outlast cancel`."""
+    try:
+        return float(json.loads((run / "cancelled.json").read_text())["time"]) > moment
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
     """Replace `path` as a whole: a reader sees the old text or the new one, never a part.
 

@@ -1,16 +1,21 @@
 """When this attempt saves, and what happens when it does: room, the store, the ledger; and what it resumes from."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointStore, Manifest, SaveError, Sealed, origin, versions
+from .budget import Footprint, gb, verdict
+from .checkpoint import CheckpointStore, Manifest, Room, SaveError, Sealed, origin, versions
 from .checkpoint.cadence import Cadence
 from .errors import CheckpointError
 from .ledger import Event, Record
+from .progress import read
 from .ranks import Agreement
-from .sections import CheckpointSection
+from .rundir import RunDirectory
+from .sections import CheckpointSection, StorageSection
+from .share import Share
 
 NO_ROOM = "it would exceed storage.budget_gb, and no older checkpoint may be deleted"
 
@@ -21,22 +26,35 @@ class Saver:
     Args:
         say: prints a line in the log (rank 0 only).
         section: when periodic saves are due, and what may differ on resume.
+        storage: what the run directory may take.
         loop_saves: when to save is up to the training loop.
     """
 
     def __init__(
         self,
-        store: CheckpointStore,
+        run: RunDirectory,
         agreement: Agreement,
         record: Record,
         say: Callable[[str], None],
         *,
         section: CheckpointSection,
+        storage: StorageSection,
         loop_saves: bool,
     ) -> None:
-        self._store, self._agreement, self._record, self._say = store, agreement, record, say
+        self._agreement, self._record, self._say = agreement, record, say
         self._section, self._loop_saves = section, loop_saves
         self._cadence: Cadence | None = None
+        self._footprint, self._reserve, self._measured = _planned(run), storage.reserve, False
+        before, estimate = read(run), self._footprint or Footprint()
+        room = Room(
+            run,
+            Share(run, storage),
+            estimate=(estimate.checkpoint_bytes, estimate.final_bytes),
+            reserve=storage.reserve,
+            peak=before.bytes_peak if before else 0,
+        )
+        self.store = CheckpointStore(run, agreement, record, room, say=say)
+        self.store.retention.milestone_every = section.milestone_every
         self.origin: dict[str, Any] = {"world_size": agreement.world_size}
         """What this run is, as far as a checkpoint depends on it."""
         self.newest_step: int | None = None
@@ -50,8 +68,15 @@ class Saver:
         Args:
             events: the run's ledger.
         """
+        self._asked_limit = self.store.retention.limit
         if not self._loop_saves:
             self._cadence = Cadence(self._section, events, time.time())
+        if self._agreement.rank == 0:
+            whole = [c for c in self.store.sealed() if not c.light]
+            if whole:
+                self._measure(whole[-1], say=False)
+            elif self._footprint is not None:
+                self._limit(self._footprint)
 
     def due(self, step: int) -> bool:
         """Whether a periodic save is due after `step` (rank 0's answer counts)."""
@@ -67,7 +92,7 @@ class Saver:
         newest, problem, code = None, None, None
         if self._agreement.rank == 0:
             try:
-                newest = self._compared(self._store.newest_verified())
+                newest = self._compared(self.store.newest_verified())
             except CheckpointError as error:
                 problem, code = str(error), int(error.exit_code)
         step, problem, code = self._agreement.from_rank_0((newest.step if newest else None, problem, code))
@@ -77,9 +102,9 @@ class Saver:
         self.newest_step = step
         if step is None:
             return None
-        found = next((c for c in self._store.sealed() if c.step == step), None)
+        found = next((c for c in self.store.sealed() if c.step == step), None)
         if not self._agreement.all_ok(found is not None):
-            where = self._store.path(step).parent.parent
+            where = self.store.path(step).parent.parent
             raise CheckpointError(f"checkpoint-{step} is not visible to every rank: is {where} shared?")
         return found
 
@@ -127,21 +152,21 @@ class Saver:
             world_size=self._agreement.world_size,
             time=began,
             pending_evaluation=pending_evaluation,
-            best_step=self._store.retention.best_step,
+            best_step=self.store.retention.best_step,
             origin=self.origin,
             versions=versions(),
         )
         sealed, reason = None, NO_ROOM
-        may_write = self._on_rank_0(lambda: self._store.make_room(kind=kind))
+        may_write = self._on_rank_0(lambda: self.store.make_room(kind=kind))
         while may_write and sealed is None:
             try:
-                sealed = self._store.save(write, manifest)
+                sealed = self.store.save(write, manifest)
             except SaveError as error:
                 reason = str(error)
                 may_write = (
                     kind != "periodic"
                     and error.disk_full
-                    and self._on_rank_0(lambda: self._store.free_some(emergency=True, reason="disk full"))
+                    and self._on_rank_0(lambda: self.store.free_some(emergency=True, reason="disk full"))
                 )
         if sealed is None:
             self._record("checkpoint_failed", step=step, kind=kind, reason=reason)
@@ -155,18 +180,46 @@ class Saver:
             bytes=sealed.bytes,
             stall_s=now - began,
             sealed_s=now - (asked_at or began),
-            run_bytes=self._store.room.peak,
+            run_bytes=self.store.room.peak,
         )
         if kind != "final":
             self.newest_step = step
+            if self._agreement.rank == 0 and not self._measured:
+                self._measure(sealed, say=True)
         if kind == "periodic" and self._agreement.rank == 0:
             self._after_periodic(step, began)
         return sealed
 
+    def _measure(self, sealed: Sealed, *, say: bool) -> None:
+        """Put what a checkpoint really takes in the place of the estimate."""
+        self._measured = True
+        files = {name: int(entry["bytes"]) for name, entry in sealed.manifest.files.items()}
+        model = {"weights": sealed.bytes - sealed.resume_bytes}
+        estimate = self._footprint or Footprint(final=model, fixed={"what is there": self.store.room.beside()})
+        real = estimate.measured(files)
+        limit = self._limit(real)
+        if not say:
+            return
+        off = estimate.deviations(files) if self._footprint else {}
+        self._record("measured", bytes=real.checkpoint_bytes, save_total_limit=limit, off=off)
+        for part, (expected, found) in off.items():
+            self._say(f"WARNING: {part} of a checkpoint takes {gb(found)}; the plan expected {gb(expected)}")
+
+    def _limit(self, footprint: Footprint) -> int:
+        """Keep no more checkpoints than the budget has room for, with one in flight and the finished model."""
+        budget = self.store.room.budget()
+        found = verdict(footprint, budget, save_total_limit=self._asked_limit, reserve=self._reserve)
+        if not found.fits:
+            self._say(f"WARNING: storage.budget_gb is too small by what was measured: it needs {found.arithmetic}")
+        elif found.lowered:
+            self._say(f"save_total_limit is {found.save_total_limit}: more do not fit into {gb(budget)}")
+        self.store.retention.limit = max(found.save_total_limit, 1)
+        return self.store.retention.limit
+
     def _after_periodic(self, step: int, began: float) -> None:
         try:
-            self._store.retire()
-            self._store.keep_reserve()
+            self.store.retire()
+            self.store.keep_reserve()
         except OSError as error:
             self._say(f"WARNING: older checkpoints could not be looked through: {error}")
         if self._cadence is not None:
@@ -187,4 +240,12 @@ class Saver:
 
     def newest(self) -> Sealed:
         """The checkpoint of `newest_step`, from disk."""
-        return next(c for c in self._store.sealed() if c.step == self.newest_step)
+        return next(c for c in self.store.sealed() if c.step == self.newest_step)
+
+
+def _planned(run: RunDirectory) -> Footprint | None:
+    """What the plan expects the run to take; None for a run without a plan (a user's own script)."""
+    try:
+        return Footprint.from_dict(json.loads(run.plan.read_text())["storage"]["parts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -194,10 +194,13 @@ class LocalCluster:
     kind: str = "local"
     requeue_delay_s: float = 1.0
     """Seconds between an attempt that was preempted and the next."""
+    parallel_cells: int = 1
+    """Cells of a sweep that run at a time."""
 
     def __post_init__(self) -> None:
         valid = "valid: seconds, 0 or more"
         require(self.requeue_delay_s >= 0, "cluster.requeue_delay_s", self.requeue_delay_s, valid)
+        require(self.parallel_cells > 0, "cluster.parallel_cells", self.parallel_cells, "valid: a positive integer")
 
 
 @dataclass(kw_only=True)
@@ -217,9 +220,19 @@ class SlurmCluster:
     setup: list[str] = field(default_factory=list)
     """Shell lines that the batch script runs before `srun` (modules, environment)."""
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """Any other `sbatch` flag, without the dashes: `+cluster.sbatch.reservation=x`."""
+    """Any other `sbatch` flag, without the dashes: `cluster.sbatch.reservation=x`."""
+    srun: dict[str, Any] = field(default_factory=dict)
+    """Any further `srun` flag, likewise: `cluster.srun.cpu-bind=cores`."""
+    code_limit_mb: float = 100.0
+    """MB (10^6 bytes) that the files of your project may take, which are copied when the run is submitted."""
+    array_parallelism: int | None = None
+    """Cells of a sweep that run at a time; None: as many as Slurm has room for."""
 
     def __post_init__(self) -> None:
+        cells, valid = self.array_parallelism, "valid: a positive integer, or null"
+        require(cells is None or cells > 0, "cluster.array_parallelism", cells, valid)
+        limit, valid = self.code_limit_mb, "valid: a positive number of MB"
+        require(0 < limit < math.inf, "cluster.code_limit_mb", limit, valid)
         require(self.time_min > 0, "cluster.time_min", self.time_min, "valid: minutes, 1 or more")
         require(
             self.mem_gb is None or 0 < self.mem_gb < math.inf, "cluster.mem_gb", self.mem_gb, "valid: a positive number"
@@ -236,6 +249,8 @@ class PreemptionSection:
     """Seconds from the requeue to the next start: how far Slurm's requeue hold is brought forward."""
     max_requeues: int = 1000
     """Requeues after which the run gives up (exit code 93)."""
+    max_crashes: int = 2
+    """Crashes in a row, without a new checkpoint in between, that are tried again; one more, and the run has failed."""
 
     def __post_init__(self) -> None:
         if self.signal not in SIGNALS:
@@ -248,6 +263,7 @@ class PreemptionSection:
             "valid: seconds, 1 or more",
         )
         require(self.max_requeues >= 0, "preemption.max_requeues", self.max_requeues, "valid: 0 or more")
+        require(self.max_crashes >= 0, "preemption.max_crashes", self.max_crashes, "valid: 0 or more")
 
 
 @dataclass(kw_only=True)
@@ -310,10 +326,21 @@ def _interval(every: Any) -> tuple[int | None, float | None]:
 class StorageSection:
     budget_gb: float = 10.0
     """Bytes that the run directory may take, in GB (10^9 bytes)."""
+    sweep_budget_gb: float | None = None
+    """Bytes that all cells of a sweep may take together, in GB; what finished cells don't use goes to the others."""
+    reserve: bool = False
+    """Keep a file of the size of one checkpoint inside the budget, given up when an emergency save needs the room."""
 
     def __post_init__(self) -> None:
-        require(0 < self.budget_gb < math.inf, "storage.budget_gb", self.budget_gb, "valid: a positive number of GB")
+        valid = "valid: a positive number of GB"
+        require(0 < self.budget_gb < math.inf, "storage.budget_gb", self.budget_gb, valid)
+        sweep = self.sweep_budget_gb
+        require(sweep is None or 0 < sweep < math.inf, "storage.sweep_budget_gb", sweep, f"{valid}, or null")
 
     @property
     def budget_bytes(self) -> int:
         return int(self.budget_gb * 1e9)
+
+    @property
+    def sweep_budget_bytes(self) -> int | None:
+        return None if self.sweep_budget_gb is None else int(self.sweep_budget_gb * 1e9)

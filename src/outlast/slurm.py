@@ -7,8 +7,11 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
+from typing import Literal
 
 from .errors import SlurmError
 from .ledger import Cause
@@ -86,6 +89,19 @@ def address_of(node: str) -> str:
     return address
 
 
+STATE_CAUSES: dict[str, Cause] = {
+    "PREEMPTED": "preempted",
+    "NODE_FAIL": "node_failure",
+    "BOOT_FAIL": "node_failure",
+    "TIMEOUT": "time_limit",
+    "DEADLINE": "time_limit",
+    "OUT_OF_MEMORY": "out_of_memory",
+    "CANCELLED": "cancelled",
+    "FAILED": "failed",
+}
+"""States in which a job may have ended, and what they mean for a run."""
+
+
 @dataclass(frozen=True)
 class JobView:
     """What Slurm says of a job at one moment. Times are Unix seconds."""
@@ -95,6 +111,8 @@ class JobView:
     preempt_time: float | None
     start_time: float | None
     end_time: float | None
+    restarts: int = 0
+    """How often Slurm has put the job back into the queue; it counts at that moment, not at the next start."""
 
     @property
     def is_preempted(self) -> bool:
@@ -103,29 +121,35 @@ class JobView:
 
     @property
     def is_ending(self) -> bool:
-        return self.state in ("COMPLETING", "CANCELLED")
+        return self.state == "COMPLETING" or self.state in STATE_CAUSES
 
-    def stop_cause(self, lead_s: float) -> Cause:
+    def stop_cause(self, job: SlurmJob, lead_s: float) -> Cause | None:
         """Why this job was signalled, from what Slurm says while the signal is fresh.
 
-        A preempted job is still RUNNING and has a `PreemptTime`; one that was cancelled is COMPLETING without one; one
-        at its time limit says so, or is within `--signal`'s lead (which may come 60 s early) of its end. What is left
-        is a signal that somebody sent on purpose, and that means the same as a preemption.
+        A preempted job is still RUNNING and has a `PreemptTime`, or, without a grace period, is COMPLETING with one;
+        a cancelled one is COMPLETING without. One that Slurm has put back into the queue itself lost a node, or had no
+        grace period. At its time limit it says so, or is within `--signal`'s lead (which may come 60 s early) of it.
 
         Args:
             lead_s: the lead time that `--signal` was given, seconds.
+
+        Returns:
+            None: the job goes on, as far as Slurm is concerned. A signal that somebody sent on purpose, or one from
+            `srun`, which ends the other ranks when one has died.
         """
-        if self.state == "CANCELLED":
-            return "cancelled"
-        if self.is_preempted:
+        if self.restarts > job.restart_count:
+            return restart_cause(job)
+        if self.is_preempted and self.state != "CANCELLED":
             return "preempted"
-        if self.reason == "TimeLimit" or self.state == "TIMEOUT":
+        if self.reason == "TimeLimit":
             return "time_limit"
+        if self.state in STATE_CAUSES:
+            return STATE_CAUSES[self.state]
         if self.is_ending:
             return "cancelled"
         if self.end_time is not None and self.end_time - time.time() <= lead_s + 65.0:
             return "time_limit"
-        return "preempted"
+        return None
 
 
 def show_job(job_id: str, timeout_s: float = 20.0) -> JobView:
@@ -141,47 +165,118 @@ def show_job(job_id: str, timeout_s: float = 20.0) -> JobView:
         preempt_time=_time(fields.get("PreemptTime")),
         start_time=_time(fields.get("StartTime")),
         end_time=_time(fields.get("EndTime")),
+        restarts=int(fields.get("Restarts", "0") or 0),
     )
 
 
-def requeue(job_id: str, delay_s: int) -> bool:
+def restart_cause(job: SlurmJob) -> Cause:
+    """Why Slurm itself has put this attempt's job back into the queue: by `sacct`, else by the state of its nodes.
+
+    Where nobody says otherwise and its nodes are well, they were taken for another job, without a grace period.
+    """
+    cause = STATE_CAUSES.get(accounted_state(job) or "")
+    if cause in ("preempted", "node_failure"):
+        return cause
+    with suppress(SlurmError):
+        nodes = _run("sinfo", "--noheader", "--Node", f"--nodes={job.nodelist}", "--format=%t", timeout_s=5.0)
+        well = {"alloc", "mix", "idle", "comp", "resv", "plnd", "drng"}
+        return "preempted" if {state.strip("*~#!%$@^-") for state in nodes.split()} <= well else "node_failure"
+    return "node_failure"
+
+
+def accounted_state(job: SlurmJob) -> str | None:
+    """How `sacct` says that one start of a job ended (each has a line of its own), or None where nobody keeps that."""
+    with suppress(SlurmError):
+        out = _run("sacct", "-nXDP", f"--jobs={job.job_id}", "--format=State", timeout_s=5.0)
+        lines = out.splitlines()
+        if job.restart_count < len(lines):
+            return lines[job.restart_count].partition(" ")[0]  # "CANCELLED by 0"
+    return None
+
+
+def ran_out_of_memory(job_id: str) -> bool:
+    """Whether `sacct` says that a step of the job's present start was killed for using too much memory."""
+    with suppress(SlurmError):
+        return "OUT_OF_MEMORY" in _run("sacct", "-nP", f"--jobs={job_id}", "--format=State", timeout_s=5.0)
+    return False
+
+
+@dataclass(frozen=True)
+class Requeued:
+    """A job that is in the queue again."""
+
+    by: Literal["job", "slurm"]
+    """Who put it there: Slurm had done so already, or it was done from inside the job."""
+    hold_lifted: bool
+
+
+def requeue(job: SlurmJob, delay_s: int) -> Requeued:
     """Requeue a running job from inside it, and bring its next start forward to `delay_s` from now.
 
     Slurm holds a requeued job back for the lifetime of its credential (two minutes by default). The start time given
     here replaces that hold if it lies a little after the moment at which the job has finished completing; every rank
-    must therefore leave at once.
-
-    Returns:
-        Whether the hold could be lifted. A site may forbid that; the job is requeued all the same.
+    must therefore leave at once. Where a site forbids to set it, the job is requeued all the same. A second requeue
+    is refused by Slurm, and counts as done.
 
     Raises:
         SlurmError: the requeue itself was refused.
     """
-    _run("scontrol", "requeue", job_id)
+    by: Literal["job", "slurm"] = "job"
     try:
-        _run("scontrol", "update", f"JobId={job_id}", f"StartTime=now+{delay_s}")
+        _run("scontrol", "requeue", job.job_id)
     except SlurmError:
-        return False
-    return True
+        if show_job(job.job_id).restarts <= job.restart_count:
+            raise
+        by = "slurm"
+    try:
+        _run("scontrol", "update", f"JobId={job.job_id}", f"StartTime=now+{delay_s}")
+    except SlurmError:
+        return Requeued(by, False)
+    return Requeued(by, True)
 
 
-def queue_states(job_ids: list[str]) -> dict[str, str]:
-    """States of jobs that the queue knows (`PENDING`, `RUNNING`, ...), in one call; a job that has left is absent.
+def sbatch(script: Path, flags: list[str], keep_open: int | None = None) -> str:
+    """Submit a batch script.
+
+    Args:
+        keep_open: a file descriptor that `sbatch` inherits: a lock that must not be free before Slurm has answered.
+
+    Returns:
+        The job's id, or the array's.
+
+    Raises:
+        SlurmError: Slurm refused the job, or did not answer.
+    """
+    fds = () if keep_open is None else (keep_open,)
+    command = ("sbatch", "--parsable", *flags, str(script))
+    out = _run(*command, timeout_s=120.0, pass_fds=fds, env=environment_without_job())
+    job_id = out.strip().splitlines()[-1].partition(";")[0] if out.strip() else ""  # "7;cluster"
+    if not job_id.isdigit():
+        raise SlurmError(f"`sbatch {script}` answered {out.strip()!r}, which is no job id")
+    return job_id
+
+
+def max_array_size() -> int:
+    """Tasks of an array are numbered below this (Slurm's `MaxArraySize`); 1 where arrays are switched off.
 
     Raises:
         SlurmError: no answer.
     """
-    if not job_ids:
-        return {}
-    out = _run("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T", "--me")
-    states = dict(line.strip().split("|", 1) for line in out.splitlines() if "|" in line)
-    return {job_id: states[job_id] for job_id in job_ids if job_id in states}
+    for line in _run("scontrol", "show", "config").splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "MaxArraySize":
+            return max(int(value), 1)
+    return 1001  # Slurm's default
 
 
-def _run(*command: str, timeout_s: float = 20.0) -> str:
+def _run(
+    *command: str, timeout_s: float = 20.0, pass_fds: tuple[int, ...] = (), env: dict[str, str] | None = None
+) -> str:
     try:
         with signals_blocked():
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout_s, check=False, pass_fds=pass_fds, env=env
+            )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not installed on this machine") from None
     except subprocess.TimeoutExpired:

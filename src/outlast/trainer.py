@@ -22,7 +22,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from .budget import gb
 from .checkpoint import Sealed, origin
+from .checkpoint.frozen import frozen_weights, named
 from .errors import CheckpointError, ConfigError
 from .preemption import shield_worker
 
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from .run import Run
+
+
+FROZEN_SHARE = 0.1
+"""Share of a checkpoint from which frozen weights in it are worth a warning."""
 
 
 class _EvaluationCut(Exception):
@@ -69,6 +75,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         self.save_at_epoch_end = False
         self.done = False
         self.rng_after_pending: dict[str, Any] | None = None
+        self._looked_for_frozen = False
         self._evaluations = 0  # evaluate() calls itself for each of several datasets
 
         args = trainer.args
@@ -168,7 +175,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         """Instead of `Trainer._save_checkpoint`: the same files, through the store. Leaves if the run is stopping."""
         state = self.trainer.state
         self.run.store.retention.best_step = state.best_global_step
-        self.run.checkpoint(
+        sealed = self.run.checkpoint(
             state.global_step,
             lambda staged: self._write(staged, model, trial),
             pending_evaluation=self.pending_evaluation,
@@ -176,6 +183,8 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         self._point_at_best(state)
         if self.run.stopping:
             self.run.leave(state.global_step)
+        if sealed is not None and self.run.rank == 0:
+            self._look_for_frozen_weights(sealed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Instead of `Trainer.evaluate`: in training, it can be cut short by a stop and is noted when it is whole."""
@@ -240,6 +249,18 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         if trainer.args.should_save:
             state.save_to_json(str(staged / "trainer_state.json"))
         self._check_whole(staged)
+
+    def _look_for_frozen_weights(self, sealed: Sealed) -> None:
+        """Say once if each checkpoint carries weights that training never changes."""
+        if not self._looked_for_frozen:
+            self._looked_for_frozen = True
+            found = frozen_weights(sealed.path, self.trainer.model)
+            if sum(found.values()) > sealed.bytes * FROZEN_SHARE:
+                self.run.record("frozen_weights", bytes=sum(found.values()), tensors=named(found))
+                self.run.say(
+                    f"WARNING: {gb(sum(found.values()))} of each checkpoint's {gb(sealed.bytes)} are frozen weights "
+                    f"({named(found)}): wrap the model with PEFT's get_peft_model, so that only adapters are saved"
+                )
 
     def _check_whole(self, staged: Path) -> None:
         """See that nothing is missing that the Trainer, on resume, would silently do without."""

@@ -1,15 +1,19 @@
 """The batch script, to the letter."""
 
+import shlex
 import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from outlast.errors import ConfigError
+from outlast.launcher.batch import batch_script
 from outlast.launcher.compose import compose
-from outlast.launcher.plan import shell_file
-from outlast.launcher.submit import batch_script
+from outlast.launcher.submit import target_of
+from outlast.launcher.sweep import make
 
 EXPECTED = """#!/bin/bash
 
@@ -20,7 +24,7 @@ EXPECTED = """#!/bin/bash
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
 #SBATCH --open-mode=append
-#SBATCH --output={logs}/%j_0_log.out
+#SBATCH --output='{root}/my run/logs/{log}'
 #SBATCH --partition=gpu
 #SBATCH --requeue
 #SBATCH --reservation=maintenance
@@ -28,16 +32,37 @@ EXPECTED = """#!/bin/bash
 #SBATCH --time=600
 #SBATCH --wckey=submitit
 
-# setup
 module load cuda
 export OMP_NUM_THREADS=3
-. {prologue}
+. '{root}/my run/code/outlast/shell/prologue.sh'
+# The code that was frozen at submission comes before what is installed.
+export PYTHONPATH='{root}/my run/code'"${{PYTHONPATH:+:$PYTHONPATH}}"
+python={python}
 
-# command
-export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output {logs}/%j_%t_log.out --kill-on-bad-exit=1 "${{OUTLAST_HOLD[@]}}" {python} -u -m \
-submitit.core._submit {logs}
+code=0
+srun --unbuffered --kill-on-bad-exit=1 --cpu-bind=cores '--label-io=a b' "${{OUTLAST_HOLD[@]}}" "$python" \
+-P -u -m outlast.rank {arguments} || code=$?
+# What the ranks can't see to when they are gone; its exit code is the job's.
+"$python" -P -m outlast.settle {arguments} --exit-code "$code"
 """
+OVERRIDES = [
+    "job=smoke",
+    "run.name='my run'",
+    "cluster=slurm",
+    "cluster.partition=gpu",
+    "cluster.time_min=600",
+    "cluster.mem_gb=8",
+    "cluster.setup=[module load cuda]",
+    "cluster.sbatch.reservation=maintenance",
+    "cluster.sbatch.exclusive=false",
+    "cluster.srun.cpu_bind=cores",
+    "cluster.srun.label-io='a b'",
+    "parallel.nodes=2",
+    "parallel.ranks_per_node=4",
+    "parallel.cpus_per_rank=3",
+    "preemption.signal=USR2",
+    "preemption.lead_s=120",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -48,32 +73,66 @@ def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
 
-def test_the_script(tmp_path: Path) -> None:
-    config = compose(
-        [
-            "job=smoke",
-            "run.name='my run'",
-            f"run.root={tmp_path}",
-            "cluster=slurm",
-            "cluster.partition=gpu",
-            "cluster.time_min=600",
-            "cluster.mem_gb=8",
-            "cluster.setup=[module load cuda]",
-            "cluster.sbatch.reservation=maintenance",
-            "parallel.nodes=2",
-            "parallel.ranks_per_node=4",
-            "parallel.cpus_per_rank=3",
-            "preemption.signal=USR2",
-            "preemption.lead_s=120",
-        ]
+def expected(root: Path, log: str, arguments: str) -> str:
+    return EXPECTED.format(root=root, log=log, arguments=arguments, python=sys.executable)
+
+
+def test_of_a_run(tmp_path: Path) -> None:
+    config = compose([*OVERRIDES, f"run.root={tmp_path}"])
+    assert batch_script(config, target_of(config)) == expected(tmp_path, "%j.log", f"'{tmp_path}/my run'")
+
+
+def test_of_a_sweep(tmp_path: Path) -> None:
+    sweep = make([*OVERRIDES, f"run.root={tmp_path}", "seed=1,2"])
+    assert sweep.script() == expected(tmp_path, "%A_%a.log", f"--sweep '{tmp_path}/my run'")
+    beyond = batch_script(sweep.cells[0].plan.config, sweep.target(offset=1001))
+    assert f"outlast.settle --sweep '{tmp_path}/my run' --offset 1001 --exit-code" in beyond
+
+
+@pytest.mark.parametrize("name", ["it's", "$(touch x)", "`touch x`", 'a"b', "ä ö", "a;b", "!!", "#x", "*"])
+def test_no_name_is_read_by_the_shell(name: str, tmp_path: Path) -> None:
+    """The lines after the header, run by a real shell with everything in them replaced by `printf`."""
+    config = compose(["job=smoke", "cluster=slurm", f"run.root={tmp_path}"])
+    config.run.name = name
+    script = batch_script(config, target_of(config))
+    printed = subprocess.run(
+        ["bash", "-c", f"srun() {{ printf '%s\\n' \"$@\"; }}; python=true\n{script.replace(sys.executable, 'true')}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
-    logs = f"'{tmp_path}/my run/logs"
-    expected = EXPECTED.format(logs="@", prologue=shell_file("prologue.sh"), python=sys.executable)
-    script = batch_script(config).replace(f"{logs}/", "@/").replace("%j_0_log.out'", "%j_0_log.out")
-    script = script.replace("%j_%t_log.out'", "%j_%t_log.out").replace(f"{logs}'", "@")
-    assert script == expected
+    assert printed.stdout.splitlines()[-1] == str(tmp_path / name)
+    assert not (tmp_path / "x").exists()
+    header = next(line for line in script.splitlines() if line.startswith("#SBATCH --output="))
+    assert shlex.split(header.removeprefix("#SBATCH "))[0] == f"--output={tmp_path / name}/logs/%j.log"
 
 
-def test_a_flag_that_outlast_sets_itself_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cluster.sbatch.requeue: .* outlast sets this flag itself"):
-        batch_script(compose(["job=smoke", "cluster=slurm", "cluster.sbatch.requeue=false", f"run.root={tmp_path}"]))
+def test_a_percent_sign_in_the_root_is_no_pattern_of_slurm(tmp_path: Path) -> None:
+    config = compose(["job=smoke", "cluster=slurm", f"run.root='{tmp_path}/100%j'", "run.name=r"])
+    assert "/100%%j/r/logs/%j.log" in batch_script(config, target_of(config))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("cluster.sbatch.requeue=false", "cluster.sbatch.requeue: .* outlast sets this flag itself"),
+        ("cluster.sbatch.comment=x", "cluster.sbatch.comment: .* outlast sets this flag itself"),
+        ("cluster.sbatch.job_name=x", "cluster.sbatch.job_name: .* outlast sets this flag itself"),
+        ("cluster.sbatch.licenses=[a,b]", "cluster.sbatch.licenses: .* a text, a number, or true"),
+        ("run.root='/tmp/a\\b'", "run.root: .* no backslash"),
+    ],
+)
+def test_what_a_batch_script_can_not_have_is_refused(override: str, said: str, tmp_path: Path) -> None:
+    config = compose(["job=smoke", "cluster=slurm", f"run.root={tmp_path}", "run.name=r", override])
+    with pytest.raises(ConfigError, match=said):
+        batch_script(config, target_of(config))
+
+
+def test_a_flag_that_is_no_flag_is_refused(tmp_path: Path) -> None:
+    config = compose(["job=smoke", "cluster=slurm", f"run.root={tmp_path}", "run.name=r"])
+    for section in ("sbatch", "srun"):
+        for flags in ({"a b": 1}, {"x;y": 1}, {"partition": "a\nb"}):
+            values = {"sbatch": {}, "srun": {}, section: flags}
+            bad = replace(config, cluster=replace(config.cluster, **values))
+            with pytest.raises(ConfigError, match=rf"cluster\.{section}\..*: .* is refused; valid: one line"):
+                batch_script(bad, target_of(bad))

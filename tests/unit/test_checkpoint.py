@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from outlast.budget import MARGIN
 from outlast.checkpoint import CheckpointStore, Manifest, Room, SaveError, verify
 from outlast.checkpoint import store as store_module
-from outlast.checkpoint.room import MARGIN
 from outlast.errors import ConfigError
 from outlast.ranks import Agreement
 from outlast.rundir import RunDirectory

@@ -4,15 +4,11 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 
+from outlast.budget import margin
 from outlast.rundir import RunDirectory
 from outlast.storage import bytes_used
 
 from .manifest import Sealed
-
-MARGIN = 65_536
-"""Bytes that are left free beside a save, at least: the ledger and the logs grow while it is written."""
-MARGIN_SHARE = 0.005
-"""The same, as a share of the budget."""
 
 
 class Room:
@@ -47,7 +43,11 @@ class Room:
     def free(self) -> int:
         """Bytes that may still be written, the margin left out. Negative if too many are in use."""
         budget = self.budget()
-        return budget - max(MARGIN, int(budget * MARGIN_SHARE)) - self.used()
+        return budget - margin(budget) - self.used()
+
+    def beside(self) -> int:
+        """Bytes in use that are no checkpoints."""
+        return self.used() - bytes_used(self._run.checkpoints)
 
     def need(self, sealed: Sequence[Sealed], *, final: bool = False) -> int:
         """What the next save takes: as much as the largest checkpoint that is whole, or the estimate before the first.

@@ -1,27 +1,14 @@
-"""What a sealed checkpoint really takes, part by part, and what of it is frozen weights that need not be there."""
+"""What of a checkpoint is frozen weights, which need not be there."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from .manifest import Manifest, is_weights, resume_only
 
 if TYPE_CHECKING:
     import torch
 
 NAMED = 3
 """How many tensors a message names."""
-
-
-def parts_of(manifest: Manifest) -> dict[str, int]:
-    """Bytes of a checkpoint's `weights`, `optimizer` (optimizer states, and ZeRO's shards), and the `rest`."""
-    parts = {"weights": 0, "optimizer": 0, "rest": 0}
-    for name, entry in manifest.files.items():
-        part = "weights" if is_weights(name) else "rest"
-        if resume_only(name) and name.startswith(("optimizer", "global_step")):
-            part = "optimizer"
-        parts[part] += int(entry["bytes"])
-    return parts
 
 
 def frozen_weights(directory: Path, model: "torch.nn.Module") -> dict[str, int]:

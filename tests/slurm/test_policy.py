@@ -1,0 +1,264 @@
+"""The requeue policy on a real Slurm: ranks and nodes that die, and jobs that can't be requeued."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from outlast.launcher import snapshot
+
+from ..conftest import SMOKE, Command, RunProbe, wait_for
+from .cluster import Cluster
+
+Start = Callable[..., Command]
+Probe = Callable[[str], RunProbe]
+
+TWO_NODES = ["cluster=devcluster", "parallel.nodes=2", *SMOKE]
+LONG = ["trainer.max_steps=100", "trainer.step_s=0.1", "checkpoint.every_steps=10"]
+
+
+@pytest.fixture
+def cluster(devcluster: Cluster) -> Iterator[Cluster]:
+    """The shared cluster, empty and well again afterwards."""
+    yield devcluster
+    devcluster.cancel_all()
+    for line in devcluster.run("sinfo", "--noheader", "--Node", "--format=%N %t").splitlines():
+        node, state = line.split()
+        if "down" in state:
+            devcluster.run("scontrol", "update", f"nodename={node}", "state=idle")
+
+
+@pytest.fixture
+def submit(outlast: Start, cluster: Cluster) -> Callable[..., str]:
+    """Submits a run by `outlast train` and gives the job's id."""
+
+    def run(*arguments: str, **env: str) -> str:
+        command = outlast("train", *arguments, "run.name=r", OUTLAST_DEVCLUSTER=str(cluster.directory), **env)
+        assert command.wait(60) == 0, command.output
+        return command.output.split("submitted job ")[1].split()[0]
+
+    return run
+
+
+@pytest.fixture
+def run(probe: Probe) -> RunProbe:
+    return probe("r")
+
+
+def rank(job: str, number: int) -> psutil.Process:
+    """The process of one rank, once it runs Python."""
+
+    def find() -> psutil.Process | None:
+        for process in psutil.process_iter():
+            try:
+                env = process.environ()
+                argv = process.cmdline()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            mine = env.get("SLURM_JOB_ID") == job and env.get("SLURM_PROCID") == str(number)
+            if mine and argv[0] == sys.executable and "outlast.rank" in argv:
+                return process
+        return None
+
+    return wait_for(find, f"rank {number} of job {job}", 60)  # type: ignore[no-any-return]
+
+
+def batch_log(run: RunProbe) -> str:
+    return "".join(path.read_text() for path in sorted((run.path / "logs").glob("[0-9]*.log")))
+
+
+def ended(run: RunProbe) -> list[dict[str, Any]]:
+    return run.events("attempt_ended")
+
+
+def test_a_rank_killed_in_training_is_retried_from_the_last_checkpoint(
+    submit: Callable[..., str], run: RunProbe, cluster: Cluster
+) -> None:
+    job = submit(*TWO_NODES, *LONG)
+    run.reach(25)
+    rank(job, 1).kill()
+    wait_for(lambda: run.events("finished"), "the end")
+    cluster.wait_for_state(job, "COMPLETED", 30)
+    assert run.causes() == ["failed", "finished"]
+    assert ended(run)[0]["detail"] == "a rank was killed by SIGKILL"
+    assert run.events("resumed")[0]["step"] == ended(run)[0]["step"] // 10 * 10
+    assert [(e["cause"], e["by"], e["job_id"]) for e in run.events("requeued")] == [("failed", "job", job)]
+    assert cluster.job(job)["Restarts"] == "1"
+
+
+def test_a_rank_killed_in_start_up_is_no_preemption(submit: Callable[..., str], run: RunProbe) -> None:
+    job = submit(*TWO_NODES, *LONG)
+    rank(job, 1).kill()
+    wait_for(lambda: run.events("finished"), "the end")
+    assert run.causes() == ["failed", "finished"]
+    assert ended(run)[0]["detail"].startswith("a rank was killed by SIGKILL")
+
+
+def test_what_crashes_again_and_again_has_failed_with_its_reason(
+    submit: Callable[..., str], run: RunProbe, cluster: Cluster
+) -> None:
+    job = submit(*TWO_NODES, "trainer.hidden_size=-1", "preemption.max_crashes=1")
+    cluster.wait_for_state(job, "FAILED", 90)
+    assert run.causes() == ["failed", "failed"]
+    assert cluster.job(job)["ExitCode"] == "1:0"
+    error = ended(run)[1]["error"]
+    assert "negative dimension" in error
+    log = batch_log(run)
+    assert f"failed: failed ({error}), 2 times in a row without a new checkpoint" in log
+    assert "    Traceback (most recent call last):" in log
+
+
+def test_who_gives_up_says_why_and_shows_the_end_of_the_log(
+    submit: Callable[..., str], run: RunProbe, cluster: Cluster
+) -> None:
+    job = submit(*TWO_NODES, *LONG, "preemption.max_requeues=0")
+    run.reach(12)
+    rank(job, 0).kill()
+    cluster.wait_for_state(job, "FAILED", 60)
+    assert cluster.job(job)["ExitCode"] == "93:0"
+    reason = "0 requeues; preemption.max_requeues is 0"
+    assert [e["reason"] for e in run.events("gave_up")] == [reason]
+    assert f"giving up: {reason}" in batch_log(run)
+    assert f"the end of {run.path}/logs/attempt-001.rank-0.log" in batch_log(run)
+
+
+@pytest.mark.parametrize("which", ["the batch script's", "the other"])
+def test_a_node_that_fails_gives_one_more_attempt(
+    submit: Callable[..., str], run: RunProbe, cluster: Cluster, which: str
+) -> None:
+    job = submit(*TWO_NODES, *LONG)
+    run.reach(25)
+    hosts = run.events("attempt_started")[0]["hosts"]
+    node = hosts[0] if which == "the batch script's" else hosts[1]
+    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    wait_for(lambda: run.events("finished"), "the end", 150)
+    cluster.wait_for_state(job, "COMPLETED", 30)
+    assert run.causes() == ["node_failure", "finished"]
+    assert [(e["attempt"], e["by"]) for e in run.events("requeued")] == [(1, "slurm")]
+    assert cluster.job(job)["Restarts"] == "1"
+    assert node not in run.events("attempt_started")[1]["hosts"]
+
+
+def preempt(cluster: Cluster) -> None:
+    cluster.run("sbatch", "-p", "high", "-N", "4", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+
+
+def test_where_requeueing_is_forbidden_a_job_that_depends_on_this_one_goes_on(
+    submit: Callable[..., str], outlast: Start, run: RunProbe, cluster: Cluster
+) -> None:
+    arguments = [*TWO_NODES, *LONG]
+    job = submit(*arguments)
+    run.reach(15)
+    cluster.run("scontrol", "update", f"jobid={job}", "requeue=0")
+    preempt(cluster)
+    wait_for(lambda: run.events("requeued"), "the next job")
+    (requeued,) = run.events("requeued")
+    other = requeued["job_id"]
+    assert (requeued["by"], requeued["cause"]) == ("dependent", "preempted")
+    assert other != job
+    record = json.loads((run.path / "submitted.json").read_text())
+    assert (record["job_id"], record["cluster"]) == (other, "devcluster")
+    again = outlast("train", *arguments, "run.name=r", OUTLAST_DEVCLUSTER=str(cluster.directory))
+    assert again.wait(60) == 0, again.output
+    assert f"job {other} is in the queue already" in again.output
+    wait_for(lambda: run.events("finished"), "the end")
+    assert run.causes() == ["preempted", "finished"]
+    assert run.steps_repeated() == 0
+    assert [e["job_id"] for e in run.events("attempt_started")] == [job, other]
+
+
+def test_one_cell_of_a_sweep_goes_on_in_a_job_that_depends_on_it(
+    outlast: Start, run: RunProbe, cluster: Cluster, tmp_path: Path
+) -> None:
+    arguments = ["train", "-m", "cluster=devcluster", *SMOKE, *LONG, "run.name=s", "seed=1,2"]
+    command = outlast(*arguments, OUTLAST_DEVCLUSTER=str(cluster.directory))
+    assert command.wait(60) == 0, command.output
+    sweep = tmp_path / "runs" / "s"
+    cells = json.loads((sweep / "sweep.json").read_text())["cells"]
+    first, second = (RunProbe(sweep / cell["directory"]) for cell in cells)
+    for cell in (first, second):
+        cell.reach(15)
+    task = second.events("attempt_started")[0]["job_id"]
+    cluster.run("scontrol", "update", f"jobid={task}", "requeue=0")
+    cluster.run("scancel", "--signal=USR1", task)
+    wait_for(lambda: second.events("requeued"), "the next job")
+    other = second.events("requeued")[0]["job_id"]
+    assert other.endswith("_1")
+    assert other != task
+    again = outlast(*arguments, OUTLAST_DEVCLUSTER=str(cluster.directory))
+    assert again.wait(60) == 0, again.output
+    assert "nothing to submit" in again.output
+    for cell in (first, second):
+        wait_for(lambda c=cell: c.events("finished"), f"the end of {cell.path.name}")
+    assert first.causes() == ["finished"]
+    assert second.causes() == ["preempted", "finished"]
+    assert [e["job_id"] for e in second.events("attempt_started")] == [task, other]
+
+
+def test_preempt_mode_cancel_without_a_grace_period(
+    submit: Callable[..., str], run: RunProbe, cluster: Cluster
+) -> None:
+    cluster.run("scontrol", "update", "partitionname=low", "preemptmode=cancel", "gracetime=0")
+    try:
+        job = submit(*TWO_NODES, *LONG)
+        run.reach(15)
+        preempt(cluster)
+        wait_for(lambda: run.events("requeued"), "the requeue")
+        wait_for(lambda: run.events("finished"), "the end")
+    finally:
+        cluster.run("scontrol", "update", "partitionname=low", "preemptmode=requeue", "gracetime=30")
+    assert run.causes() == ["preempted", "finished"]
+    assert run.steps_repeated() == 0
+    assert cluster.job(job)["Restarts"] == "1"
+
+
+def test_preemption_with_requeue_and_without_a_grace_period(
+    submit: Callable[..., str], run: RunProbe, cluster: Cluster
+) -> None:
+    cluster.run("scontrol", "update", "partitionname=low", "gracetime=0")
+    try:
+        job = submit(*TWO_NODES, *LONG)
+        run.reach(15)
+        preempt(cluster)
+        wait_for(lambda: run.events("finished"), "the end")
+    finally:
+        cluster.run("scontrol", "update", "partitionname=low", "gracetime=30")
+    assert run.causes() == ["preempted", "finished"]
+    assert [e["by"] for e in run.events("requeued")] == ["slurm"]
+    assert run.steps_repeated() == 0
+    assert cluster.job(job)["Restarts"] == "1"
+
+
+def test_a_job_whose_source_was_broken_meanwhile_goes_on_with_the_code_that_was_submitted(
+    submit: Callable[..., str], run: RunProbe, cluster: Cluster, tmp_path: Path
+) -> None:
+    checkout = tmp_path / "checkout"
+    snapshot.take(checkout, tmp_path)
+    submit(*TWO_NODES, *LONG, PYTHONPATH=str(checkout))
+    run.reach(15)
+    preempt(cluster)
+    wait_for(lambda: run.events("requeued"), "the requeue")
+    for source in ("jobs/smoke.py", "run.py", "settle.py", "slurm.py", "shell/prologue.sh"):
+        with open(checkout / "outlast" / source, "a") as file:
+            file.write("\n)\n")
+    broken = [sys.executable, "-P", "-c", "import outlast"]
+    done = subprocess.run(broken, env={"PYTHONPATH": str(checkout)}, capture_output=True, text=True, timeout=60)
+    assert "SyntaxError" in done.stderr
+    wait_for(lambda: run.events("finished"), "the end")
+    assert run.causes() == ["preempted", "finished"]
+    assert run.steps_repeated() == 0
+
+
+def test_a_signal_that_one_rank_alone_gets_is_still_a_preemption(submit: Callable[..., str], run: RunProbe) -> None:
+    job = submit(*TWO_NODES, *LONG)
+    run.reach(15)
+    rank(job, 1).send_signal(signal.SIGTERM)
+    wait_for(lambda: run.events("finished"), "the end")
+    assert run.causes() == ["preempted", "finished"]
+    assert run.steps_repeated() == 0

@@ -1,0 +1,104 @@
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from outlast.config import build, dump
+from outlast.errors import ConfigError, SlurmError
+from outlast.launcher import resume
+from outlast.launcher.slurm_queue import Answer
+from outlast.launcher.status import collect
+from outlast.ledger import Ledger
+from outlast.rundir import RunDirectory
+from outlast.submission import Submission
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path / "runs" / "r")
+    run.create()
+    parallel = {"nodes": 2, "ranks_per_node": 1, "cpus_per_rank": 1}
+    cluster = {"kind": "slurm", "time_min": 60, "setup": ["export A=${B}"]}
+    tree = {"run": {"name": "old", "root": "/old"}, "job": {"name": "smoke"}, "parallel": parallel, "cluster": cluster}
+    run.config.write_text(dump(build(tree)))
+    return run
+
+
+def test_resources_may_change(run: RunDirectory) -> None:
+    overrides = [
+        "cluster.time_min=240",
+        "cluster.partition=long",
+        "cluster.sbatch.reservation='a b'",
+        "storage.budget_gb=2",
+    ]
+    config = resume.changed(run, [*overrides, "parallel.nodes=1", "parallel.ranks_per_node=2", "checkpoint.every=7"])
+    assert (config.cluster.time_min, config.cluster.partition, config.cluster.setup) == (240, "long", ["export A=${B}"])
+    assert config.cluster.sbatch == {"reservation": "a b"}
+    assert (config.storage.budget_gb, config.checkpoint.steps) == (2.0, 7)
+    assert (config.parallel.nodes, config.parallel.ranks_per_node) == (1, 2)
+
+
+def test_a_run_is_where_its_directory_is(run: RunDirectory) -> None:
+    assert resume.changed(run, []).directory == run.path
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("seed=3", "it decides the weights"),
+        ("trainer.max_steps=10", "it decides the weights"),
+        ("parallel.cpus_per_rank=2", "it decides the weights"),
+        ("model=pretrained", "it decides the weights"),
+        ("parallel.nodes=4", "made with 2 ranks, this would be 4; valid: nodes . ranks_per_node = 2"),
+        ("run.name=other", "a run is its directory"),
+        ("cluster=local", "not groups; valid: cluster.<key>="),
+        ("cluster.time_min=1,2", "valid: one value"),
+        ("~cluster.partition", "valid: one value"),
+        ("cluster.time_minutes=3", "did you mean time_min"),
+        ("cluster.time_min=-3", "valid: minutes"),
+        ("cluster.time_min.x=3", "has no keys of its own"),
+        ("nonsense.x=3", "configuration: 'nonsense' is refused"),
+    ],
+)
+def test_what_may_not_change_is_refused_with_the_reason(run: RunDirectory, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        resume.changed(run, [override])
+
+
+def test_what_exists_is_a_name_even_with_an_equals_sign(tmp_path: Path) -> None:
+    cell = RunDirectory(tmp_path / "s" / "seed=1")
+    cell.create()
+    cell.config.write_text("")
+    names, overrides = resume.sorted_out(["s/seed=1", "cluster.time_min=3"], tmp_path)
+    assert (names, overrides) == (["s/seed=1"], ["cluster.time_min=3"])
+    with pytest.raises(ConfigError, match="valid: a run or a sweep"):
+        resume.sorted_out(["cluster.time_min=3"], tmp_path)
+
+
+def test_slurm_does_not_answer(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is in the queue can't be known, so nothing is submitted."""
+    conf = str(run.path / "slurm.conf")
+    submission = Submission(token="t", job_id="3", cluster="slurm", slurm_conf=conf, log="x")
+    (run.path / "submitted.json").write_text(json.dumps(asdict(submission)))
+    before = sorted(os.listdir(run.path))
+    with pytest.raises(SlurmError, match=r"slurm.conf is gone.*Whether r is in the queue can't be known"):
+        resume.main(["r"], run.path.parent)
+    assert sorted(os.listdir(run.path)) == before
+
+
+def test_a_job_of_plain_sbatch_is_not_run_here(run: RunDirectory) -> None:
+    run.config.write_text(dump(build({"run": {"name": "r"}, "job": {"name": "smoke"}})))
+    ledger = Ledger(run.ledger)
+    ledger.append("attempt_started", 1, job_id="3", restart_count=0, hosts=["a"], world_size=1, versions={})
+    ledger.append("attempt_ended", 1, cause="failed", step=1)
+    [row] = collect([run], ask=lambda wanted, users, clusters: Answer())
+    with pytest.raises(ConfigError, match="the same `sbatch` again"):
+        resume.plan_of(row, [])
+
+
+def test_a_finished_run_is_left_alone(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    Ledger(run.ledger).append("finished", 1, step=3, seconds=1.0)
+    assert resume.main(["r"], run.path.parent) == 0
+    assert capsys.readouterr().out == "r has finished already\n"
