@@ -5,7 +5,7 @@ sealed at its end is compared with what `outlast plan` would have said. Rows for
 
 Example:
     python benchmarks/footprint.py                 # all cases, a Markdown table; about six minutes on two cores
-    python benchmarks/footprint.py --json zero3    # cases whose name contains "zero3"
+    python benchmarks/footprint.py --json "zero3 lora"    # cases whose name begins so
 """
 
 import argparse
@@ -26,7 +26,7 @@ RANKS = 2
 """With ZeRO."""
 TINY = {"kind": "tiny", "vocab_size": 2048, "hidden_size": 128, "layers": 3, "heads": 4, "max_length": 128}
 TEXTS = [{"text": f"Sentence number {i} of a text that is not long. " * 4} for i in range(16)]
-HOOKS = ("outlast", "outlast.jobs.footprint", "torch", "transformers", "trl", "peft", "deepspeed")
+PRELOADED = ("outlast", "outlast.jobs.footprint", "torch", "transformers", "trl", "peft", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class Case:
 
 
 def cases(pattern: str) -> list[Case]:
-    """Those whose name contains `pattern`."""
+    """Those whose name begins with `pattern`."""
     every = product(("one", "zero1", "zero2", "zero3"), ("lora", "none"), ("fp32", "bf16"), ("adamw_torch", "sgd"))
     more = [Case("one", peft, "fp32", optim) for peft in ("lora", "none") for optim in ("adafactor", "rmsprop")]
-    return [case for case in (*(Case(*values) for values in every), *more) if pattern in case.name]
+    return [case for case in (*(Case(*values) for values in every), *more) if case.name.startswith(pattern)]
 
 
 # What runs in processes of their own ----------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def estimate(case: Case, scratch: Path) -> None:
 def train(case: Case, scratch: Path, rank: int, port: int) -> None:
     """One rank of a real run, to its end: a checkpoint and the finished model."""
     ranks = RANKS if case.stage else 1
-    os.environ |= {"OMP_NUM_THREADS": "1", "OUTLAST_LOCAL": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -236,11 +236,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     text = argparse.RawDescriptionHelpFormatter
     arguments = argparse.ArgumentParser(prog="footprint.py", description=__doc__, formatter_class=text)
-    arguments.add_argument("pattern", nargs="*", default=[""], help="cases whose name contains it")
+    arguments.add_argument("pattern", nargs="*", default=[""], help="cases whose name begins so")
     arguments.add_argument("--json", action="store_true", help="every part of every case instead of a table")
     options = arguments.parse_args()
     os.environ["DS_ACCELERATOR"] = "cpu"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(HOOKS))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
     chosen = list(dict.fromkeys(case for pattern in options.pattern for case in cases(pattern)))
     rows = []
     with tempfile.TemporaryDirectory(prefix="outlast-footprint-") as directory:

@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from outlast.cells import read_manifest
-from outlast.config import IDENTITY, Config, build, dump, load
+from outlast.config import IDENTITY, Config, build, load
 from outlast.errors import ConfigError, Exit, SlurmError
-from outlast.rundir import RunDirectory, write_atomically
+from outlast.rundir import RunDirectory
 from outlast.sections import LocalCluster, SlurmCluster
 
 from . import local, slurm_queue, submit, sweep
@@ -50,8 +50,6 @@ def main(arguments: Sequence[str], root: Path) -> int:
             raise SlurmError(f"{row.note}. Whether {row.name} is in the queue can't be known: nothing was submitted.")
     plans = {row.name: plan_of(row, overrides) for row in rows if _settled(row) is None}
     _print_settled(rows)
-    for plan in plans.values():
-        _keep_layout(plan)
     cells: dict[Path, list[Plan]] = defaultdict(list)
     for name, plan in plans.items():
         if not isinstance(plan.config.cluster, SlurmCluster):
@@ -171,16 +169,6 @@ def _set(tree: dict[str, Any], text: str) -> None:
         if not isinstance(place, dict):
             raise ConfigError(key, value, f"{part} has no keys of its own")
     place[last] = value
-
-
-def _keep_layout(plan: Plan) -> None:
-    """Let the frozen configuration have the new spread of the ranks: its owner has just agreed to it, and the check
-    that a run directory belongs to one configuration would refuse it."""
-    config, run = plan.config, plan.directory
-    frozen = load(run.config)
-    frozen.parallel.nodes, frozen.parallel.ranks_per_node = config.parallel.nodes, config.parallel.ranks_per_node
-    if frozen.parallel != load(run.config).parallel:
-        write_atomically(run.config, dump(frozen))
 
 
 def _submit_cells(directory: Path, plans: list[Plan]) -> None:

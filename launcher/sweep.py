@@ -8,7 +8,6 @@ the queue.
 """
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from outlast import slurm, submission
+from outlast import submission
 from outlast.cells import MANIFEST, Cell, Manifest, read_manifest
 from outlast.config import Config
 from outlast.errors import ConfigError, Exit, OutlastError
 from outlast.ledger import Ledger
-from outlast.rundir import RunDirectory, write_atomically
+from outlast.rundir import RunDirectory
 from outlast.sections import RunSection, SlurmCluster
 from outlast.submission import Submission
 
+from . import arrays
 from . import plan as planning
 from .batch import Target, batch_script, use_cluster
 from .compose import Composer
@@ -265,12 +265,14 @@ def submit(sweep: SweepPlan, *, reopen: bool = False) -> Outcome:
         todo = [cell for cell in sweep.cells if outcome.standing[cell.name] not in left]
         if not todo:
             return outcome
-        arrays = _arrays(todo, manifest)
+        found = arrays.arrays_of(todo, manifest)
         _freeze(todo)
         code = "code" if not outcome.count("queued") else f"code-{len(manifest.submissions) + 1}"
         take_code(todo[0].plan.config, sweep.target(code=code))
-        for cells, indices, offset in arrays:
-            done = _submit(sweep, manifest, cells, indices, sweep.target(code=code, offset=offset), lock, len(arrays))
+        for cells, indices, offset in found:
+            done = arrays.submit(
+                sweep, manifest, cells, indices, sweep.target(code=code, offset=offset), lock, len(found)
+            )
             outcome.jobs.append(done)
             outcome.submitted += [cell.name for cell in cells]
     return outcome
@@ -330,75 +332,3 @@ def prepare(sweep: SweepPlan, index: int) -> RunDirectory:
     else:
         planning.freeze(cell.plan)
     return cell.plan.directory
-
-
-Array = tuple[list[PlannedCell], list[int], int]
-"""Cells, their indices, and the offset of the array's tasks."""
-
-
-def _arrays(cells: list[PlannedCell], manifest: Manifest) -> list[Array]:
-    index = {cell.name: cell.index for cell in manifest.cells}
-    size = slurm.max_array_size()
-    groups: dict[tuple[str, int], list[PlannedCell]] = defaultdict(list)
-    for cell in cells:
-        config = cell.plan.config
-        asked = repr((config.cluster, config.parallel, config.preemption.signal, config.preemption.lead_s))
-        groups[asked, index[cell.name] // size * size].append(cell)
-    return [(group, [index[cell.name] for cell in group], offset) for (_, offset), group in groups.items()]
-
-
-def _submit(
-    sweep: SweepPlan,
-    manifest: Manifest,
-    cells: list[PlannedCell],
-    indices: list[int],
-    target: Target,
-    lock: int,
-    arrays: int,
-) -> Submission:
-    config = cells[0].plan.config
-    assert isinstance(config.cluster, SlurmCluster)
-    number = len(manifest.submissions) + 1
-    script = sweep.directory / ("job.sbatch" if number == 1 else f"job-{number}.sbatch")
-    write_atomically(script, batch_script(config, target))
-    for cell in cells:
-        _link(script, cell.plan.directory.path / "job.sbatch")
-    at_once = config.cluster.array_parallelism
-    limit = f"%{max(at_once // arrays, 1)}" if at_once else ""
-    manifest.submissions.append(
-        Submission(
-            token=submission.new_token(),
-            cluster=config.cluster.kind,
-            slurm_conf=os.environ.get("SLURM_CONF"),
-            log=str(target.log),
-            indices=indices,
-            offset=target.offset,
-        )
-    )
-
-    def record(entry: Submission) -> None:
-        manifest.submissions[-1] = entry
-        manifest.write(sweep.directory)
-
-    tasks = ranges([index - target.offset for index in indices])
-    return submission.submit(manifest.submissions[-1], script, [f"--array={tasks}{limit}"], lock, record)
-
-
-def _link(script: Path, link: Path) -> None:
-    """Give a cell the script that it was submitted with: one file, under one more name where that is possible."""
-    link.unlink(missing_ok=True)
-    try:
-        os.link(script, link)
-    except OSError:
-        link.write_bytes(script.read_bytes())
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """As `sbatch --array` takes them: `0-3,7`."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

@@ -95,9 +95,17 @@ class Config:
 
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Dotted keys that decide the weights and differ: `{key: (mine, other's)}`."""
-        mine, theirs = _flat(self.identity()), _flat(other.identity())
+        mine, theirs = _flat(self._compared()), _flat(other._compared())
         keys = [*mine, *(key for key in theirs if key not in mine)]
         return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
+
+
+    def _compared(self) -> dict[str, Any]:
+        """The identity with the number of ranks in the place of how they are spread over nodes."""
+        identity = self.identity()
+        parallel = dict(identity["parallel"])
+        del parallel["nodes"], parallel["ranks_per_node"]
+        return identity | {"parallel": parallel | {"nodes * ranks_per_node": self.parallel.world_size}}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,9 +6,11 @@ job's. It starts in a fraction of a second, imports nothing heavy, and does noth
 """
 
 import json
+import math
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict, replace
 
 from . import slurm, submission
@@ -25,6 +27,7 @@ from .submission import Submission
 SCRIPT = "job.sbatch"
 """The batch script as it was submitted, in the run directory."""
 LAST_LINES = 30
+SILENCE_S = 1800.0
 WAIT_S = 20.0
 """How long ranks of this job, on other nodes, may take to be gone after `srun` has returned."""
 
@@ -70,10 +73,11 @@ def _settle(run: RunDirectory, job: slurm.SlurmJob, config: Config, code: int) -
     if events and events[-1]["event"] == "gave_up":
         _show_end(run, number)
         return Exit.GAVE_UP
+    view = _ask(job)
     if attempt.ended is None:
         now = read(run)
         step = now.step if now and now.attempt == number else max((a.saved_step for a in attempts(events)), default=0)
-        record("attempt_ended", step=step, **_end(run, job, attempt, code, config.preemption.lead_s))
+        record("attempt_ended", step=step, **_end(run, job, view, attempt, code, config.preemption.lead_s))
         attempt = next(a for a in attempts(ledger.read()) if a.number == number)
     assert attempt.ended is not None
     cause: Cause = attempt.ended["cause"]
@@ -94,16 +98,33 @@ def _settle(run: RunDirectory, job: slurm.SlurmJob, config: Config, code: int) -
     return Exit.REFUSED if refused else decision.exit_code
 
 
-def _end(run: RunDirectory, job: slurm.SlurmJob, attempt: Attempt, code: int, lead_s: float) -> Event:
+def _ask(job: slurm.SlurmJob) -> slurm.JobView | None:
+    """What Slurm says of the job; None if it does not answer for half an hour.
+
+    Waiting costs nothing: while its controller is away, nobody else can have the nodes either.
+    """
+    deadline, said = time.monotonic() + SILENCE_S, False
+    while True:
+        try:
+            return slurm.show_job(job.job_id)
+        except SlurmError as error:
+            if time.monotonic() > deadline:
+                return None
+            if not said:
+                _say(f"{error}; waiting for Slurm to answer")
+            said = True
+            time.sleep(5.0)
+
+
+def _end(
+    run: RunDirectory, job: slurm.SlurmJob, view: slurm.JobView | None, attempt: Attempt, code: int, lead_s: float
+) -> Event:
     """Why an attempt ended whose ranks could not say so: as Slurm sees the job, then as it saw the ranks."""
     began = attempt.started["time"] if attempt.started else 0.0
     if attempt.started and cancelled_after(run.path, began):
         return {"cause": "cancelled"}
-    try:
-        cause = slurm.show_job(job.job_id).stop_cause(job, lead_s if attempt.signals else 0.0)
-    except SlurmError as error:
-        _say(f"Slurm did not say why: {error}")
-        cause = None
+    # Near its time limit is why a job was signalled; a rank that died without a signal died of something else.
+    cause = view.stop_cause(job, lead_s if attempt.signals else -math.inf) if view else None
     if cause is not None:
         return {"cause": cause, "detail": "killed"}
     if code == 0 and attempt.signals:

@@ -41,6 +41,7 @@ class Server:
         self._path = str(directory / "socket")
         self._log = open(directory / "server.log", "wb")  # noqa: SIM115  (the server writes to it until it ends)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         if library is not None:
             environment["LD_PRELOAD"] = str(library)
         self._process = subprocess.Popen(

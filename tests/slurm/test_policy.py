@@ -62,7 +62,7 @@ def rank(job: str, number: int) -> psutil.Process:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
             mine = env.get("SLURM_JOB_ID") == job and env.get("SLURM_PROCID") == str(number)
-            if mine and argv[0] == sys.executable and "outlast.rank" in argv:
+            if mine and Path(argv[0]).name.startswith("python") and "outlast.rank" in argv:
                 return process
         return None
 

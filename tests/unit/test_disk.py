@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ UNLIMITED = "      /dev/sdb1   812000       0       0       0     120       0   
 
 
 @pytest.fixture
-def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Path]]:
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
     """Puts a command on the path, the only one there, that notes its arguments and runs a shell script."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -38,7 +38,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         (tools / name).chmod(0o755)
         return noted
 
-    yield make
+    return make
 
 
 def shown(text: str) -> str:

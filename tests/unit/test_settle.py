@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,27 @@ def test_it_imports_nothing_heavy() -> None:
     code = "import sys, outlast.settle; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_while_slurm_is_silent_it_waits(
+    run: Run, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run.start()
+    script = slurm.directory / "scontrol"
+    answering = script.read_text()
+    script.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+
+    def sleep(seconds: float) -> None:
+        script.write_text(answering)
+
+    monkeypatch.setattr("outlast.settle.time.sleep", sleep)
+    assert run.settle(137) == 75
+    assert "Unable to contact slurm controller; waiting for Slurm to answer" in capfd.readouterr().out
+    assert slurm.calls("scontrol requeue")
+
+
+def test_a_crash_near_the_time_limit_is_a_crash(run: Run, slurm: Slurm) -> None:
+    run.start()
+    slurm.says("scontrol", f"JobState=RUNNING EndTime={datetime.fromtimestamp(time.time() + 30).isoformat()}")
+    assert run.settle(137) == 75
+    assert run.events("attempt_ended")[0]["cause"] == "failed"

@@ -465,3 +465,23 @@ def test_a_cluster_that_is_gone(tmp_path: Path) -> None:
 )
 def test_tasks_that_accounting_shows_in_one_line(words: str, ids: list[str]) -> None:
     assert slurm_queue.expanded(words) == ids
+
+
+def test_a_thousand_runs_cost_seconds_of_neither_cpu_nor_reading(make: Make, tmp_path: Path) -> None:
+    first = make("r0", dump(build({"run": {"name": "x"}})))
+    ledger = start(first, job_id="7")
+    for step in range(40):
+        save(ledger, step)
+    end(ledger, "preempted")
+    progress(first, bytes_used=10)
+    for number in range(1, 1000):
+        run = RunDirectory(tmp_path / f"r{number}")
+        run.path.mkdir()
+        for source in (first.config, first.ledger, first.progress):
+            (run.path / source.name).hardlink_to(source)
+    began = time.process_time()
+    rows = collect(runs_under(tmp_path), says(J7="PENDING"))
+    out = shown(rows)
+    assert time.process_time() - began < 1.5
+    assert len(out.splitlines()) == 1001
+    assert {row.state for row in rows} == {"queued"}

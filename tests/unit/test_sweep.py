@@ -7,9 +7,10 @@ import pytest
 from outlast.cells import Manifest, cell_directory, read_manifest
 from outlast.errors import ConfigError, OutlastError
 from outlast.launcher import sweep as sweeping
+from outlast.launcher.arrays import ranges
 from outlast.launcher.compose import Composer, compose
 from outlast.launcher.expand import LONGEST_NAME, expand
-from outlast.launcher.sweep import CellsRefusedError, make, merged, ranges
+from outlast.launcher.sweep import CellsRefusedError, make, merged
 
 
 def names(*overrides: str) -> list[str]:
