@@ -51,8 +51,11 @@ def footprint(config: Config, *, zero_stage: int = 0) -> Footprint:
     half = _half(config) if zero_stage else None
     with sizes.quiet(), _no_logging():
         args, run = _arguments(config), RunDirectory(config.directory)
-        tokenizer = _tokenizer(config)
-        tokens, describing = _tokenizer_bytes(config, run, tokenizer), _describing_bytes(config, zero_stage)
+        if isinstance(config.model, PretrainedModel):
+            tokenizer, tokens = _tokenizer(str(config.model.path), config.model.trust_remote_code)
+        else:
+            tokenizer, tokens = None, _tiny_tokenizer_bytes(config, run)
+        describing = _describing_bytes(_key(config))
         saved, optimizer, copies, notes = _learned(_key(config), zero_stage, half, ranks)
         data = amount.amount(config, tokenizer)
         total = amount.steps(config, data)
@@ -198,18 +201,17 @@ def _entries(config: Config, total: int | None) -> tuple[int, int]:
     return int(logged) + 1, int(evaluated) + 1
 
 
-def _tokenizer(config: Config) -> Any:
-    """Of a pretrained model; that of a tiny one does not exist yet."""
-    if isinstance(config.model, TinyModel):
-        return None
+@lru_cache(maxsize=4)
+def _tokenizer(path: str, trust: bool) -> tuple[Any, int]:
+    """Of a pretrained model, and its bytes."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    return tokenizer, sizes.written(tokenizer.save_pretrained)
 
 
-def _tokenizer_bytes(config: Config, run: RunDirectory, tokenizer: Any) -> int:
-    if tokenizer is not None:
-        return sizes.written(tokenizer.save_pretrained)
+def _tiny_tokenizer_bytes(config: Config, run: RunDirectory) -> int:
+    """Of the tokenizer of a tiny model, which may not exist yet."""
     made = run.prepared / "model" / "tokenizer.json"
     if made.is_file():
         return made.stat().st_size + 700
@@ -217,11 +219,12 @@ def _tokenizer_bytes(config: Config, run: RunDirectory, tokenizer: Any) -> int:
     return 9_000 + TOKENIZER_TOKEN * (config.model.vocab_size - 300)
 
 
-def _describing_bytes(config: Config, zero_stage: int) -> int:
+@lru_cache(maxsize=16)
+def _describing_bytes(key: _Key) -> int:
     """Configuration and generation configuration of the model, or configuration and card of the adapter."""
     from peft import get_peft_model
 
-    model, adapter = weights.on_meta(config), models.peft_config(config)
+    model, adapter = weights.on_meta(key.config), models.peft_config(key.config)
     if adapter is None:
         return sizes.written(model.config.save_pretrained, model.generation_config.save_pretrained)
     import torch

@@ -29,7 +29,7 @@ def arrays_of(cells: "list[PlannedCell]", manifest: Manifest) -> list[Array]:
     """
     index = {cell.name: cell.index for cell in manifest.cells}
     size = slurm.max_array_size()
-    groups: "dict[tuple[str, int], list[PlannedCell]]" = defaultdict(list)
+    groups: dict[tuple[str, int], list[PlannedCell]] = defaultdict(list)
     for cell in cells:
         config = cell.plan.config
         asked = repr((config.cluster, config.parallel, config.preemption.signal, config.preemption.lead_s))

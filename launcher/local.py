@@ -25,7 +25,7 @@ from outlast.ledger import Ledger, attempts, finished, next_attempt
 from outlast.preemption import signals_blocked
 from outlast.progress import Progress, read
 from outlast.run import ATTEMPT_ENV, LOCK_FD_ENV
-from outlast.rundir import RunDirectory, RunLock
+from outlast.rundir import RunDirectory, RunLock, cancelled_after
 from outlast.sections import LocalCluster
 
 from .plan import Plan, freeze, make_directory
@@ -86,7 +86,7 @@ class Launcher:
         if attempts(self.ledger.read()):
             bar.note(f"resuming {self.run.path}")
         while True:
-            number = next_attempt(self.ledger.read())
+            number, began = next_attempt(self.ledger.read()), time.time()
             code = self._attempt(number, lock_fd, bar)
             events = self.ledger.read()
             if finished(events):
@@ -102,6 +102,9 @@ class Launcher:
                 return code if code in (Exit.REFUSED, Exit.GAVE_UP) else Exit.FAILED
             if self.stop_requested.is_set():
                 bar.note("saved. The same command again resumes.")
+                return Exit.RESUME_ME
+            if cancelled_after(self.run.path, began):
+                bar.note("cancelled; `outlast resume` goes on")
                 return Exit.RESUME_ME
             self.ledger.append("requeued", number, cause="preempted", job_id=None)
             bar.note(

@@ -9,10 +9,11 @@ from rich.console import Console
 
 from outlast.errors import OutlastError
 from outlast.progress import Progress
-from outlast.rundir import RunDirectory, RunLock
+from outlast.rundir import RunDirectory, RunLock, cancelled_after
 from outlast.sections import LocalCluster
 
 from .local import Launcher, passing_on_signals
+from .plan import freeze
 from .status import RunStatus, collect
 from .sweep import PlannedCell, SweepPlan, check_cells, make_directory, merged, standing
 from .wait import LiveTable, pause_s
@@ -38,7 +39,7 @@ class Cells:
 
     def __init__(self, sweep: SweepPlan, table: LiveTable) -> None:
         self.sweep, self.table = sweep, table
-        self.stopping = threading.Event()
+        self.stopping, self.began = threading.Event(), time.time()
         self.codes: dict[str, int] = {}
         self._launchers: list[Launcher] = []
 
@@ -57,7 +58,7 @@ class Cells:
                 pause = pause_s(looked, LOOK_S)
 
     def _cell(self, cell: PlannedCell) -> None:
-        if self.stopping.is_set():
+        if self.stopping.is_set() or cancelled_after(cell.plan.directory.path, self.began):
             return
         launcher = Launcher(cell.plan)
         self._launchers.append(launcher)
@@ -101,6 +102,9 @@ def run(sweep: SweepPlan, console: Console) -> list[RunStatus]:
         merged(sweep).write(sweep.directory)
         runs = [cell.plan.directory for cell in sweep.cells]
         todo = [cell for cell in sweep.cells if standing(cell.plan.directory) in ("open", "failed", "gave_up")]
+        for cell in todo:
+            if not cell.plan.directory.config.exists():
+                freeze(cell.plan)  # so that status, cancel and resume know those that have not begun
         with LiveTable(console) as table:
             done = len(runs) - len(todo)
             table.note(f"{sweep.directory}: {len(runs)} cells" + (f", {done} left as they are" if done else ""))

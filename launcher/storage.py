@@ -1,6 +1,8 @@
 """The `storage` part of a plan: what a run will write, what its budget has room for, what the file system will take."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -108,7 +110,8 @@ def _file_system(config: Config, found: Verdict) -> tuple[list[dict[str, Any]], 
     """
     run, hazards = RunDirectory(config.directory), []
     try:
-        known, used = disk.limits(run.path), bytes_used(run.path)
+        known = [disk.free_space(run.path), *_quotas(disk.existing(Path(config.run.root)))]
+        used = bytes_used(run.path)
     except OSError as error:
         return [], [f"the file system does not say what is free: {error}"]
     for limit in known:
@@ -123,6 +126,12 @@ def _file_system(config: Config, found: Verdict) -> tuple[list[dict[str, Any]], 
                 f"{limit.kind}: {gb(limit.free_bytes)} left on {run.path.parent}, the run {word} {gb(needed)}"
             )
     return [vars(limit) for limit in known], hazards
+
+
+@lru_cache(maxsize=4)
+def _quotas(place: Path) -> tuple[disk.Limit, ...]:
+    """Asked once for all cells of a sweep."""
+    return tuple(disk.quotas(place))
 
 
 def describe(storage: dict[str, Any]) -> list[str]:

@@ -205,7 +205,7 @@ class LocalCluster:
 
 @dataclass(kw_only=True)
 class SlurmCluster:
-    """A Slurm cluster, reached through submitit. Fields left at null are not passed on, so the site's defaults hold."""
+    """A Slurm cluster. Fields left at null are not passed on, so the site's defaults hold."""
 
     kind: str = "slurm"
     partition: str | None = None

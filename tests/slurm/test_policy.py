@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,29 @@ def test_who_gives_up_says_why_and_shows_the_end_of_the_log(
     assert f"the end of {run.path}/logs/attempt-001.rank-0.log" in batch_log(run)
 
 
+@contextmanager
+def power_loss(cluster: Cluster, node: str, job: str) -> Iterator[None]:
+    """Everything of the job on that node is gone at once, its slurmd is silent, and Slurm has noticed."""
+    daemons = json.loads((cluster.directory / "devcluster.json").read_text())["daemons"]
+    slurmd = psutil.Process(next(daemon["pid"] for daemon in daemons if daemon["name"] == f"slurmd-{node}"))
+    slurmd.suspend()
+    try:
+        for process in psutil.process_iter():
+            try:
+                env, parent = process.environ(), process.parent()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            if env.get("SLURM_JOB_ID") == job and env.get("SLURMD_NODENAME") == node:
+                with suppress(psutil.NoSuchProcess):
+                    if parent is not None and parent.name().startswith("slurmstepd"):
+                        parent.kill()
+                    process.kill()
+        cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        yield
+    finally:
+        slurmd.resume()
+
+
 @pytest.mark.parametrize("which", ["the batch script's", "the other"])
 def test_a_node_that_fails_gives_one_more_attempt(
     submit: Callable[..., str], run: RunProbe, cluster: Cluster, which: str
@@ -136,9 +160,9 @@ def test_a_node_that_fails_gives_one_more_attempt(
     run.reach(25)
     hosts = run.events("attempt_started")[0]["hosts"]
     node = hosts[0] if which == "the batch script's" else hosts[1]
-    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    wait_for(lambda: run.events("finished"), "the end", 150)
-    cluster.wait_for_state(job, "COMPLETED", 30)
+    with power_loss(cluster, node, job):
+        wait_for(lambda: run.events("finished"), "the end", 150)
+        cluster.wait_for_state(job, "COMPLETED", 30)
     assert run.causes() == ["node_failure", "finished"]
     assert [(e["attempt"], e["by"]) for e in run.events("requeued")] == [(1, "slurm")]
     assert cluster.job(job)["Restarts"] == "1"
