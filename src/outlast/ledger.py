@@ -102,15 +102,16 @@ class Recorder:
 
     def __init__(self, ledger: Ledger, attempt: int, say: Callable[[str], None]) -> None:
         self._ledger, self._attempt, self._say = ledger, attempt, say
-        self._waiting: list[tuple[str, float, dict[str, Any]]] = []
+        self.waiting: list[tuple[str, float, dict[str, Any]]] = []
+        """Lines that could not be written yet: event, time, fields."""
 
     def __call__(self, event: str, **values: Any) -> None:
-        self._waiting.append((event, time.time(), values))
+        self.waiting.append((event, time.time(), values))
         try:
-            while self._waiting:
-                name, at, fields = self._waiting[0]
+            while self.waiting:
+                name, at, fields = self.waiting[0]
                 self._ledger.append(name, self._attempt, at=at, **fields)
-                self._waiting.pop(0)
+                self.waiting.pop(0)
         except OSError as error:
             self._say(f"WARNING: the ledger can't be written: {error}; this waits: {json.dumps({event: values})}")
 

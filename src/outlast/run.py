@@ -314,8 +314,10 @@ class Run:
             first = attempts(self._ledger.read())[0].started
             seconds = time.time() - (first["time"] if first else self._started)
             self.record("attempt_ended", cause="finished", step=step)
-            self.record("finished", step=step, seconds=seconds)
             self._update_progress(phase="done", step=step, force=True)
+            self.record("finished", step=step, seconds=seconds)  # the very last: who finds it has nothing to clear up
+            if self._recorder.waiting:
+                raise OutlastError(f"{self._ledger.path} can't be written, so the run does not count as finished")
         self.say(f"finished at step {step}; the model is in {self.final}")
         self._lock.release()
 
