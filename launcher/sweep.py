@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from outlast import submission
+from outlast.budget import GB, round_up
 from outlast.cells import MANIFEST, Cell, Manifest, read_manifest
 from outlast.config import Config
 from outlast.errors import ConfigError, Exit, OutlastError
@@ -31,6 +32,7 @@ from .compose import Composer
 from .expand import Combination, expand
 from .plan import Plan
 from .runs import State, is_locked, state_of
+from .storage import CODE_BYTES
 from .submissions import mark_cancelled
 from .submit import in_queue, take_code
 
@@ -140,10 +142,21 @@ def make(overrides: Sequence[str], *, config_dir: Path | None = None) -> SweepPl
     if len(kinds) > 1:
         raise ConfigError("cluster", ", ".join(sorted(kinds)), "valid: one for the whole sweep")
     cells = [PlannedCell(combination, plans[combination.name]) for combination in combinations]
+    _check_budget([cell.plan for cell in cells])
     sweep = SweepPlan(name, root, list(overrides), cells)
     sweep.script()  # refuses what a batch script can't have
     check_directory(sweep)
     return sweep
+
+
+def _check_budget(plans: list[Plan]) -> None:
+    """See that an even share of the sweep's budget does for each cell."""
+    total = plans[0].config.storage.sweep_budget_gb
+    each = max(plan.storage.get("smallest_budget_gb", 0.0) for plan in plans)
+    if total is not None and len(plans) * each + CODE_BYTES / GB > total:
+        least = round_up(len(plans) * each + CODE_BYTES / GB)
+        valid = f"valid: {least:g} or more, for {len(plans)} cells that need up to {each:g} GB each, and their code"
+        raise ConfigError("storage.sweep_budget_gb", total, valid)
 
 
 def _name_and_root(configs: list[Config], named: bool) -> tuple[str, Path]:

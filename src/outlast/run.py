@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from . import slurm
 from .checkpoint import Sealed, versions
 from .departure import Departure
-from .errors import CheckpointError, Exit, SlurmError
+from .errors import CheckpointError, Exit, OutlastError, SlurmError
 from .ledger import Ledger, Recorder, attempt_of, attempts, finished
 from .predecessor import settle_predecessor
 from .preemption import PreemptionGuard
@@ -137,6 +137,8 @@ class Run:
         if self.rank == 0:
             guard.on_signal = self._departure.ask_slurm
             self._open_attempt()
+        if guard.requested is not None and not self.stopping:
+            self._leave_in_startup(guard.requested)  # it came before there was a run to leave
 
     @property
     def rank(self) -> int:

@@ -196,11 +196,11 @@ class Saver:
         files = {name: int(entry["bytes"]) for name, entry in sealed.manifest.files.items()}
         model = {"weights": sealed.bytes - sealed.resume_bytes}
         estimate = self._footprint or Footprint(final=model, fixed={"what is there": self.store.room.beside()})
-        real = estimate.measured(files)
+        self._footprint = real = estimate.measured(files)
         limit = self._limit(real)
         if not say:
             return
-        off = estimate.deviations(files) if self._footprint else {}
+        off = estimate.deviations(files) if estimate.checkpoint else {}
         self._record("measured", bytes=real.checkpoint_bytes, save_total_limit=limit, off=off)
         for part, (expected, found) in off.items():
             self._say(f"WARNING: {part} of a checkpoint takes {gb(found)}; the plan expected {gb(expected)}")
@@ -209,15 +209,18 @@ class Saver:
         """Keep no more checkpoints than the budget has room for, with one in flight and the finished model."""
         budget = self.store.room.budget()
         found = verdict(footprint, budget, save_total_limit=self._asked_limit, reserve=self._reserve)
-        if not found.fits:
+        limit = max(found.save_total_limit, 1)
+        if not found.fits and self.store.retention.limit != limit:
             self._say(f"WARNING: storage.budget_gb is too small by what was measured: it needs {found.arithmetic}")
-        elif found.lowered:
-            self._say(f"save_total_limit is {found.save_total_limit}: more do not fit into {gb(budget)}")
-        self.store.retention.limit = max(found.save_total_limit, 1)
-        return self.store.retention.limit
+        elif found.lowered and self.store.retention.limit != limit:
+            self._say(f"save_total_limit is {limit}: more do not fit into {gb(budget)}")
+        self.store.retention.limit = limit
+        return limit
 
     def _after_periodic(self, step: int, began: float) -> None:
         try:
+            if self._footprint is not None:
+                self._limit(self._footprint)  # anew, since a cell's share of its sweep's budget grows
             self.store.retire()
             self.store.keep_reserve()
         except OSError as error:

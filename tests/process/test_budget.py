@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import threading
@@ -131,3 +132,25 @@ def test_the_reserve_is_given_up_for_an_emergency_save(outlast: Start, probe: Pr
     (run.path / "foreign").unlink()
     assert command.wait() == 0, command.output
     assert run.steps_repeated() == 0
+
+
+def test_a_sweep_stays_below_its_budget_and_a_smaller_one_is_refused(outlast: Start, tmp_path: Path) -> None:
+    job = [*SMOKE[:2], *LARGE, "trainer.max_steps=24"]
+    each = plan(tmp_path, *job)["smallest_budget_gb"]
+    sweep = ["train", "-m", *job, "run.name=s", "seed=1,2,3", "cluster.parallel_cells=2", "trainer.step_s=0.02,0.1"]
+    refused = outlast(*sweep, f"storage.sweep_budget_gb={5 * each}")
+    assert refused.wait() == 2
+    assert "storage.sweep_budget_gb" in refused.output
+    (least,) = re.findall(r"valid: ([\d.]+) or more, for 6 cells", refused.output)
+    directory = tmp_path / "runs" / "s"
+    assert not directory.exists()
+    directory.mkdir(parents=True)
+    with watched(directory) as peak:
+        command = outlast(*sweep, f"storage.sweep_budget_gb={least}")
+        assert command.wait() == 0, command.output
+    assert 0 < peak[0] <= float(least) * 1e9
+    cells = [RunProbe(path.parent) for path in directory.glob("*/ledger.jsonl")]
+    assert len(cells) == 6
+    assert all(cell.events("finished") for cell in cells)
+    kept = [len(list((cell.path / "checkpoints").glob("checkpoint-*"))) for cell in cells]
+    assert max(kept) > min(kept), "who finishes last has more room"

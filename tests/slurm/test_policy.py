@@ -1,7 +1,6 @@
 """The requeue policy on a real Slurm: ranks and nodes that die, and jobs that can't be requeued."""
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -95,8 +94,10 @@ def test_a_rank_killed_in_training_is_retried_from_the_last_checkpoint(
 
 def test_a_rank_killed_in_start_up_is_no_preemption(submit: Callable[..., str], run: RunProbe) -> None:
     job = submit(*TWO_NODES, *LONG)
+    wait_for(lambda: run.events("attempt_started"), "the attempt's start", 60)
     rank(job, 1).kill()
     wait_for(lambda: run.events("finished"), "the end")
+    assert not run.events("resumed")
     assert run.causes() == ["failed", "finished"]
     assert ended(run)[0]["detail"].startswith("a rank was killed by SIGKILL")
 
@@ -161,6 +162,9 @@ def test_a_node_that_fails_gives_one_more_attempt(
     hosts = run.events("attempt_started")[0]["hosts"]
     node = hosts[0] if which == "the batch script's" else hosts[1]
     with power_loss(cluster, node, job):
+        if node == hosts[0]:  # nobody is left to lift Slurm's requeue hold: a user may
+            cluster.wait_for_state(job, "PENDING", 40)
+            cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")
         wait_for(lambda: run.events("finished"), "the end", 150)
         cluster.wait_for_state(job, "COMPLETED", 30)
     assert run.causes() == ["node_failure", "finished"]
@@ -274,15 +278,6 @@ def test_a_job_whose_source_was_broken_meanwhile_goes_on_with_the_code_that_was_
     broken = [sys.executable, "-P", "-c", "import outlast"]
     done = subprocess.run(broken, env={"PYTHONPATH": str(checkout)}, capture_output=True, text=True, timeout=60)
     assert "SyntaxError" in done.stderr
-    wait_for(lambda: run.events("finished"), "the end")
-    assert run.causes() == ["preempted", "finished"]
-    assert run.steps_repeated() == 0
-
-
-def test_a_signal_that_one_rank_alone_gets_is_still_a_preemption(submit: Callable[..., str], run: RunProbe) -> None:
-    job = submit(*TWO_NODES, *LONG)
-    run.reach(15)
-    rank(job, 1).send_signal(signal.SIGTERM)
     wait_for(lambda: run.events("finished"), "the end")
     assert run.causes() == ["preempted", "finished"]
     assert run.steps_repeated() == 0

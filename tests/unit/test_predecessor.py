@@ -1,0 +1,97 @@
+"""What an attempt makes of the one before it, when Slurm has started the job again by itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outlast.ledger import Ledger
+from outlast.predecessor import settle_predecessor
+from outlast.rundir import RunDirectory
+from outlast.sections import PreemptionSection
+from outlast.slurm import SlurmJob
+
+from .conftest import Slurm
+
+LIMITS = PreemptionSection(max_requeues=10)
+
+
+@pytest.fixture
+def run(tmp_path: Path, slurm: Slurm) -> RunDirectory:
+    return RunDirectory(tmp_path)
+
+
+def start(run: RunDirectory, attempt: int, job_id: str | None, restarts: int, **ended: Any) -> None:
+    ledger = Ledger(run.ledger)
+    values: dict[str, Any] = {"hosts": ["n0", "n1"], "world_size": 2, "versions": {}}
+    ledger.append("attempt_started", attempt, job_id=job_id, restart_count=restarts, **values)
+    if ended:
+        ledger.append("attempt_ended", attempt, step=0, **ended)
+
+
+def last(run: RunDirectory, event: str) -> dict[str, Any]:
+    return [line for line in Ledger(run.ledger).read() if line["event"] == event][-1]
+
+
+def test_there_is_none(run: RunDirectory) -> None:
+    assert settle_predecessor(run, 1, SlurmJob("7", 0, "n0"), LIMITS) is None
+    assert Ledger(run.ledger).read() == []
+
+
+@pytest.mark.parametrize(("state", "cause"), [("NODE_FAIL", "node_failure"), ("PREEMPTED", "preempted")])
+def test_slurm_says_why_it_has_started_the_job_again(run: RunDirectory, slurm: Slurm, state: str, cause: str) -> None:
+    start(run, 1, "7", 0)
+    slurm.says("sacct", f"{state}\nRUNNING\n")
+    decision = settle_predecessor(run, 2, SlurmJob("7", 1, "n2"), LIMITS)
+    assert decision is not None
+    assert decision.action == "again"
+    assert (last(run, "attempt_ended")["cause"], last(run, "attempt_ended")["attempt"]) == (cause, 1)
+    assert (last(run, "requeued")["by"], last(run, "requeued")["attempt"]) == ("slurm", 1)
+
+
+def test_its_nodes_say_it_where_there_is_no_sacct(run: RunDirectory, slurm: Slurm) -> None:
+    start(run, 1, "7", 0)
+    slurm.says("sinfo", "alloc\ndown*\n")
+    settle_predecessor(run, 2, SlurmJob("7", 1, "n2"), LIMITS)
+    assert last(run, "attempt_ended")["cause"] == "node_failure"
+    assert slurm.calls("sinfo") == ["sinfo --noheader --Node --nodes=n0,n1 --format=%t"]
+
+
+def test_restarts_by_slurm_count_like_any_other(run: RunDirectory, slurm: Slurm) -> None:
+    slurm.says("sacct", "NODE_FAIL\n" * 9)
+    actions = []
+    for attempt in range(2, 6):
+        start(run, attempt - 1, "7", attempt - 2)
+        decision = settle_predecessor(run, attempt, SlurmJob("7", attempt - 1, "n0"), LIMITS)
+        assert decision is not None
+        actions.append(decision.action)
+    assert actions == ["again", "again", "again", "give_up"]
+
+
+def test_a_run_that_had_failed_is_not_run_because_slurm_requeues_failed_jobs(run: RunDirectory, slurm: Slurm) -> None:
+    start(run, 1, "7", 0, cause="failed", error="ConfigError: no", refused=True)
+    decision = settle_predecessor(run, 2, SlurmJob("7", 1, "n0"), LIMITS)
+    assert decision is not None
+    assert decision.action == "fail"
+
+
+def test_another_job_is_a_user_s_doing(run: RunDirectory, slurm: Slurm) -> None:
+    start(run, 1, "7", 0)
+    slurm.says("sacct", "OUT_OF_MEMORY\n")
+    assert settle_predecessor(run, 2, SlurmJob("8", 0, "n0"), LIMITS) is None
+    assert last(run, "attempt_ended")["cause"] == "out_of_memory"
+    assert not [event for event in Ledger(run.ledger).read() if event["event"] == "requeued"]
+
+
+def test_what_the_one_before_saw_to_is_left_alone(run: RunDirectory, slurm: Slurm) -> None:
+    start(run, 1, "7", 0, cause="preempted")
+    Ledger(run.ledger).append("requeued", 1, cause="preempted", job_id="7")
+    before = Ledger(run.ledger).read()
+    assert settle_predecessor(run, 2, SlurmJob("7", 1, "n0"), LIMITS) is None
+    assert Ledger(run.ledger).read() == before
+
+
+def test_without_slurm_it_was_killed(run: RunDirectory) -> None:
+    start(run, 1, None, 0)
+    assert settle_predecessor(run, 2, None, LIMITS) is None
+    assert (last(run, "attempt_ended")["cause"], last(run, "attempt_ended")["detail"]) == ("failed", "killed")
