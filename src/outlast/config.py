@@ -99,7 +99,6 @@ class Config:
         keys = [*mine, *(key for key in theirs if key not in mine)]
         return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
 
-
     def _compared(self) -> dict[str, Any]:
         """The identity with the number of ranks in the place of how they are spread over nodes."""
         identity = self.identity()
