@@ -120,6 +120,12 @@ def load(config: Config, directory: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def check(config: Config) -> None:
+    """Refuse a model that can be seen to be missing without training libraries (ConfigError)."""
+    if isinstance(config.model, PretrainedModel):
+        _check_path(str(config.model.path))
+
+
 def _check_path(path: str) -> None:
     """Refuse what is meant as a directory and is none; anything else may be a name on the hub."""
     if not path.startswith(("/", "./", "../", "~")) and path.count("/") < 2:

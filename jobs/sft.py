@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Refuse, before anything starts, what this job would not accept (ConfigError)."""
+    models.check(config)
     trainer_args.check(config)
     data.check(config)
 

@@ -215,4 +215,4 @@ def _print(done: list[Done]) -> None:
     if not done:
         print("nothing to cancel")
     elif any(one.ok and one.what not in OVER.values() for one in done):
-        print("What is cancelled stays so; `outlast resume` goes on from what is saved.")
+        print("What is cancelled stays so until you start it again: `outlast resume`, or the command that started it.")

@@ -94,7 +94,8 @@ def _devcluster(arguments: argparse.Namespace) -> int:
         case "down":
             devcluster.down(directory)
         case "status" if arguments.env:
-            print("\n".join(f"export {name}={value}" for name, value in devcluster.env(directory).items()))
+            names = {**devcluster.env(directory), "OUTLAST_DEVCLUSTER": str(directory)}
+            print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in names.items()))
         case _:
             shown = devcluster.status(directory)
             print(json.dumps(asdict(shown), default=str, indent=1) if arguments.json else devcluster.describe(shown))

@@ -85,8 +85,9 @@ class Launcher:
         assert isinstance(self.config.cluster, LocalCluster)
         if attempts(self.ledger.read()):
             bar.note(f"resuming {self.run.path}")
+        began = time.time()
         while True:
-            number, began = next_attempt(self.ledger.read()), time.time()
+            number = next_attempt(self.ledger.read())
             code = self._attempt(number, lock_fd, bar)
             events = self.ledger.read()
             if finished(events):
@@ -104,13 +105,13 @@ class Launcher:
                 bar.note("saved. The same command again resumes.")
                 return Exit.RESUME_ME
             if cancelled_after(self.run.path, began):
-                bar.note("cancelled; `outlast resume` goes on")
+                bar.note("cancelled; `outlast resume`, or the same command, goes on")
                 return Exit.RESUME_ME
             self.ledger.append("requeued", number, cause="preempted", job_id=None)
             bar.note(
                 f"attempt {number} was preempted; the next one starts in {self.config.cluster.requeue_delay_s:g} s"
             )
-            if self.stop_requested.wait(self.config.cluster.requeue_delay_s):
+            if self.stop_requested.wait(self.config.cluster.requeue_delay_s) or cancelled_after(self.run.path, began):
                 return Exit.RESUME_ME
 
     def _attempt(self, number: int, lock_fd: int, bar: Shown) -> int:

@@ -29,7 +29,8 @@ def main(name: str, root: Path, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
-        render(summary, Console(highlight=False))
+        console = Console(highlight=False)
+        render(summary, console if console.is_terminal else Console(highlight=False, width=200))
     return Exit.DONE
 
 
@@ -92,7 +93,7 @@ def summarize(run: RunDirectory) -> Summary:
         ],
         "deleted": sum(event["event"] == "deleted" for event in events),
         "bytes_used": bytes_used(run.path),
-        "bytes_peak": max((e["run_bytes"] for e in saved if "run_bytes" in e), default=None),
+        "bytes_peak": _peak(run, saved),
         "budget_bytes": budget_of(settings),
         "best": best_metric(events, settings["trainer"]),
         "attempts": rows,
@@ -106,6 +107,13 @@ def _interval(events: list[Event]) -> Summary | None:
         return None
     values = {name: last[name] for name in ("seconds", "cost_s", "mtbf_s")}
     return {**values, "explanation": cadence.explain(**values)}
+
+
+def _peak(run: RunDirectory, saved: list[Event]) -> int:
+    """The most that was in use, as far as anybody looked."""
+    now = progress_file.read(run)
+    seen = [int(event.get("run_bytes", 0)) for event in saved]
+    return max(bytes_used(run.path), now.bytes_peak if now else 0, *seen)
 
 
 def _total_steps(run: RunDirectory, trainer: Summary) -> int | None:
@@ -128,8 +136,7 @@ def render(summary: Summary, console: Console) -> None:
         "checkpoints": f"{saves['count']} ({saves['periodic']} periodic, {saves['emergency']} emergency, "
         f"{saves['final']} final), {size(saves['bytes'])} written{stall}",
         "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
-        "on disk": size(summary["bytes_used"], summary["budget_bytes"])
-        + (f", {size(summary['bytes_peak'])} at most" if summary["bytes_peak"] else ""),
+        "on disk": size(summary["bytes_used"], summary["budget_bytes"]) + (f", peak {size(summary['bytes_peak'])}"),
     }
     if summary["interval"]:
         facts["interval"] = summary["interval"]["explanation"]

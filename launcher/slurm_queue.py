@@ -175,7 +175,7 @@ def run(conf: str | None, *command: str, limit_s: float = QUEUE_LIMIT_S) -> str:
     Raises:
         SlurmError: it is not installed, failed, or did not answer within `limit_s`; one line that says which.
     """
-    env = {name: value for name, value in os.environ.items() if name != "SLURM_CONF"}
+    env = {name: value for name, value in os.environ.items() if name != "SLURM_CONF" and name[:7] != "SQUEUE_"}
     env["SLURM_BITSTR_LEN"] = "0"  # the tasks of an array in full: by default the list ends after 64 characters
     if conf is not None:
         if not os.path.exists(conf):  # the commands would try for a minute

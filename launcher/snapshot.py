@@ -34,7 +34,10 @@ LIBRARIES = (
 )  # fmt: skip
 MARKERS = ("ledger.jsonl", "plan.json", "sweep.json", "submitted.json", "pyvenv.cfg", "devcluster.json")
 """A directory of untracked files that holds one of these is a run, a sweep or an environment, and no code."""
-SECRETS = (".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "*credentials*", "*.token")
+SECRETS = (
+    ".env", ".env.*", ".netrc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ecdsa*", "id_ed25519*", "*credentials*",
+    "*.token", "*_token", "*secret*", ".npmrc", ".pypirc",
+)  # fmt: skip
 """Names of untracked files that are left out: they may hold a secret, and a run directory is there to be shared."""
 PATCH_BYTES = 5_000_000
 

@@ -29,8 +29,8 @@ COLOURS: dict[State, str] = {
 }
 HINTS: dict[State, str] = {
     "preempted": "preempted: saved, waits for its requeue",
-    "interrupted": "interrupted: saved; `outlast resume` goes on",
-    "stopped_unexpectedly": "stopped unexpectedly: `outlast resume` goes on from its last checkpoint",
+    "interrupted": "interrupted: saved; `outlast resume`, or what started it, goes on",
+    "stopped_unexpectedly": "stopped unexpectedly: `outlast resume`, or what started it, goes on from the last save",
     "failed": "failed: `outlast logs RUN` says why",
     "gave_up": "gave up: restarts made no progress; `outlast logs RUN` says why",
 }

@@ -280,7 +280,8 @@ def submit(sweep: SweepPlan, *, reopen: bool = False) -> Outcome:
             return outcome
         found = arrays.arrays_of(todo, manifest)
         _freeze(todo)
-        code = "code" if not outcome.count("queued") else f"code-{len(manifest.submissions) + 1}"
+        # Cells that this command does not know of may wait, or run, with what was frozen for them.
+        code = "code" if not manifest.submissions else f"code-{len(manifest.submissions) + 1}"
         take_code(todo[0].plan.config, sweep.target(code=code))
         for cells, indices, offset in found:
             done = arrays.submit(

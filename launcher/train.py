@@ -1,6 +1,7 @@
 """`outlast train` and `outlast plan`: one run, or the cells of a sweep; here, or submitted."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def _submit(plan: Plan, console: Console) -> None:
     job = submit(plan)
     name, root = plan.config.run.name, plan.config.run.root
     console.print(f"job {job.job_id} is in the queue already" if job.again else f"submitted job {job.job_id}")
+    name, root = shlex.quote(str(name)), shlex.quote(root)
     console.print(f"  run     {plan.directory.path}\n  log     {job.log}")
     console.print(f"  status  outlast status --root {root}\n  report  outlast report {name} --root {root}")
     console.print(f"  cancel  outlast cancel {name} --root {root}")
@@ -103,14 +105,14 @@ def _describe(sweep: SweepPlan, outcome: Outcome, console: Console) -> None:
     for standing, text in (("queued", "in the queue already"), ("finished", "finished already")):
         if count := sum(one == standing for one in outcome.standing.values()):
             console.print(f"  {count} {text}")
-    root = sweep.root
+    name, root = shlex.quote(sweep.name), shlex.quote(str(sweep.root))
     for standing in sweeping.ENDED:
         if names := [name for name, one in outcome.standing.items() if one == standing]:
             text = f"  {len(names)} {standing.replace('_', ' ')}: {sweeping.shown(names)}"
-            console.print(f"{text}\n          to go on with them: outlast resume {sweep.name} --root {root}")
+            console.print(f"{text}\n          to go on with them: outlast resume {name} --root {root}")
     console.print(f"  sweep   {sweep.directory}")
-    console.print(f"  status  outlast status {sweep.name} --root {root}")
-    console.print(f"  cancel  outlast cancel {sweep.name} --root {root}")
+    console.print(f"  status  outlast status {name} --root {root}")
+    console.print(f"  cancel  outlast cancel {name} --root {root}")
 
 
 def _ended(results: Callable[[], list[Result]], console: Console, *, as_json: bool) -> int:

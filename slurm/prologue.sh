@@ -18,3 +18,8 @@ fi
 
 # Ranks that can't know why they were signalled leave it to `outlast.settle`.
 export OUTLAST_SETTLES=1
+
+# Since Slurm 22.05 `srun` no longer takes over what the job asked for: without this each rank is bound to one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
+fi

@@ -9,12 +9,16 @@ from . import slurm
 from .errors import Exit, OutlastError, SlurmError
 from .ledger import Cause, Ledger, Record
 from .preemption import PreemptionGuard
+from .ranks import world_size
 from .requeue import decide
 from .rundir import cancelled_after
 from .sections import PreemptionSection
 
 SETTLES_ENV = "OUTLAST_SETTLES"
 """Set by `prologue.sh`: the batch script calls `outlast.settle` when the ranks are gone."""
+ECHO_S = 2.0
+"""A rank whose peer has died sees its connection break at once, and a moment later `srun`'s TERM. It waits for that, so
+that the ledger gets the cause and not the effect."""
 
 
 class Departure:
@@ -111,6 +115,10 @@ class Departure:
             The exit code for this rank.
         """
         refused = isinstance(error, OutlastError)
+        if not refused and SETTLES_ENV in os.environ and world_size() > 1:
+            deadline = time.monotonic() + ECHO_S
+            while guard.requested is None and time.monotonic() < deadline:
+                time.sleep(0.05)
         if guard.requested is not None and rank != 0:
             return Exit.RESUME_ME  # rank 0 speaks for all
         if guard.requested is not None and not refused:
@@ -121,15 +129,18 @@ class Departure:
             return self.requeue(step)
         if not any(e["event"] == "attempt_ended" and e["attempt"] == attempt for e in self._ledger.read()):
             memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-            self._ledger.append(
-                "attempt_ended",
-                attempt,
-                cause="out_of_memory" if memory else "failed",
-                step=step,
-                rank=rank,
-                error=f"{type(error).__name__}: {error}"[:2000],
-                refused=refused,
-            )
+            try:
+                self._ledger.append(
+                    "attempt_ended",
+                    attempt,
+                    cause="out_of_memory" if memory else "failed",
+                    step=step,
+                    rank=rank,
+                    error=f"{type(error).__name__}: {error}"[:2000],
+                    refused=refused,
+                )
+            except OSError as full:  # it must not hide what went wrong
+                self._say(f"WARNING: the ledger can't be written: {full}")
         return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
 
     def _requeue(self, step: int) -> Exit:

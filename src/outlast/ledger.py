@@ -4,6 +4,7 @@ Every line has `time` (Unix seconds), `attempt` (from 1) and `event`; what else,
 Status, report, the requeue policy and the tests read this and nothing else.
 """
 
+import ctypes
 import json
 import os
 import time
@@ -14,6 +15,10 @@ from typing import Any, Literal, Protocol
 
 Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "out_of_memory"]
 Event = dict[str, Any]
+
+ROOM = 65_536
+"""Bytes behind the end of the ledger that are set aside for its next lines."""
+_FALLOC_FL_KEEP_SIZE = 1
 
 EVENTS: dict[str, tuple[str, ...]] = {
     "attempt_started": ("job_id", "restart_count", "hosts", "world_size", "versions"),
@@ -65,6 +70,7 @@ class Ledger:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(fd).st_size
+            _keep_room(fd, size)
             torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
             data = (b"\n" if torn else b"") + line.encode()
             while data:  # one write, but for a disk that fills up: then the second raises
@@ -84,6 +90,14 @@ class Ledger:
         except ValueError:
             parsed = [_parsed(line) for line in lines]
         return [e for e in parsed if isinstance(e, dict) and {"time", "attempt", "event"} <= e.keys()]
+
+
+def _keep_room(fd: int, size: int) -> None:
+    """Have the file system set blocks aside behind the end of the file, so that a disk that others fill up does not
+    keep the next lines from being written. Where it can't, the lines wait (see :class:`Recorder`)."""
+    fallocate = getattr(ctypes.CDLL(None), "fallocate", None)
+    if fallocate is not None:
+        fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(size), ctypes.c_int64(ROOM))
 
 
 def _parsed(line: bytes) -> Any:
@@ -180,7 +194,7 @@ def attempt_of(events: list[Event], job: tuple[str, int] | None) -> int:
     Args:
         job: Slurm's job id and restart count, or None outside Slurm.
     """
-    for event in events:
-        if event["event"] == "attempt_started" and job == (event["job_id"], event["restart_count"]):
-            return int(event["attempt"])
+    started = [event for event in events if event["event"] == "attempt_started"]
+    if started and job == (started[-1]["job_id"], started[-1]["restart_count"]):  # an older one: a cluster made anew
+        return int(started[-1]["attempt"])
     return next_attempt(events)

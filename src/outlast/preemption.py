@@ -43,13 +43,17 @@ class PreemptionGuard:
             :meth:`end_startup`. It is expected to end the process.
         on_signal: called in the guard's thread at the first signal after start-up, to prepare what the loop will
             need (asking Slurm why).
+        interrupt: Ctrl-C, too, means "save and leave"; a second one interrupts as usual.
     """
 
     def __init__(
         self,
         on_startup: Callable[[str], None] | None = None,
         on_signal: Callable[[], None] | None = None,
+        *,
+        interrupt: bool = False,
     ) -> None:
+        self._signals = (*SIGNALS, signal.SIGINT) if interrupt else SIGNALS
         self.requested: str | None = None
         """Name of the first signal ("TERM", "USR1", "USR2", or "clock"), or None. Later ones change nothing."""
         self.requested_at = 0.0
@@ -78,7 +82,7 @@ class PreemptionGuard:
         self._write.setblocking(False)
         threading.Thread(target=self._watch, name="outlast-preemption-guard", daemon=True).start()
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in self._signals:
             signal.signal(number, self._handle)
         _active = self
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -90,8 +94,8 @@ class PreemptionGuard:
             return
         _active = None
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        for number in self._signals:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         self._write.close()
 
     def request(self, name: str) -> None:
@@ -113,12 +117,14 @@ class PreemptionGuard:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:
+            if number == signal.SIGINT and self.requested is not None:
+                raise KeyboardInterrupt
             self.request(signal.Signals(number).name.removeprefix("SIG"))
 
     def _watch(self) -> None:
         prepared = False
         while data := self._read.recv(64):
-            names = [signal.Signals(byte).name.removeprefix("SIG") for byte in data if byte in SIGNALS]
+            names = [signal.Signals(byte).name.removeprefix("SIG") for byte in data if byte in self._signals]
             if not names:
                 continue
             self.request(names[0])

@@ -30,7 +30,7 @@ from .sections import CheckpointSection, PreemptionSection, StorageSection
 if TYPE_CHECKING:
     from transformers import Trainer
 
-ASKED = ("", "save", "clock", "USR1", "USR2", "TERM")
+ASKED = ("", "save", "clock", "USR1", "USR2", "INT", "TERM")
 """What a rank may ask for at a step's end; of several, the last in this order is what all do."""
 ATTEMPT_ENV = "OUTLAST_ATTEMPT"
 LOCK_FD_ENV = "OUTLAST_LOCK_FD"
@@ -73,7 +73,7 @@ def start(
         AlreadyFinished: (a `SystemExit` with code 0) the run has finished before.
         RunBusyError: another attempt is alive on the directory.
     """
-    guard = PreemptionGuard()
+    guard = PreemptionGuard(interrupt=True)
     guard.install()
     return Run(
         RunDirectory(Path(directory).absolute()),
@@ -262,7 +262,14 @@ class Run:
         if verdict == "stop":
             self.leave(step)
 
-    def checkpoint(self, step: int, save: Callable[[Path], None], *, pending_evaluation: bool = False) -> Sealed | None:
+    def checkpoint(
+        self,
+        step: int,
+        save: Callable[[Path], None],
+        *,
+        pending_evaluation: bool = False,
+        best_step: int | None = None,
+    ) -> Sealed | None:
         """Save `step` on all ranks: an emergency checkpoint if the run is stopping, else a periodic one.
 
         Returns:
@@ -281,6 +288,7 @@ class Run:
             kind="emergency" if self.stopping else "periodic",
             asked_at=self._departure.asked_at if self.stopping else None,
             pending_evaluation=pending_evaluation,
+            best_step=best_step,
         )
         if sealed is not None:
             self.progress.now.checkpoint_step, self.progress.now.checkpoint_time = step, time.time()

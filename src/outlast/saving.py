@@ -9,7 +9,7 @@ from typing import Any
 from .budget import Footprint, gb, verdict
 from .checkpoint import CheckpointStore, Manifest, Room, SaveError, Sealed, origin, versions
 from .checkpoint.cadence import Cadence
-from .errors import CheckpointError
+from .errors import CheckpointError, Exit
 from .ledger import Event, Record
 from .progress import read
 from .ranks import Agreement
@@ -92,9 +92,11 @@ class Saver:
         newest, problem, code = None, None, None
         if self._agreement.rank == 0:
             try:
-                newest = self._compared(self.store.newest_verified())
+                newest = self._compared(self.store.newest_verified(restart="restart" in self._section.allow))
             except CheckpointError as error:
                 problem, code = str(error), int(error.exit_code)
+            except OSError as error:
+                problem, code = f"the checkpoints can't be read just now: {error}", int(Exit.FAILED)
         step, problem, code = self._agreement.from_rank_0((newest.step if newest else None, problem, code))
         if problem is not None:
             refused = code == origin.ResumeRefusedError.exit_code
@@ -132,6 +134,7 @@ class Saver:
         kind: str,
         asked_at: float | None = None,
         pending_evaluation: bool = False,
+        best_step: int | None = None,
     ) -> Sealed | None:
         """Make one checkpoint.
 
@@ -140,6 +143,7 @@ class Saver:
 
         Args:
             kind: `periodic`, `emergency` or `final`.
+            best_step: step of the best by the metric, as known now.
             asked_at: when it was asked for (the signal), if that was before this call; Unix seconds.
 
         Returns:
@@ -152,7 +156,7 @@ class Saver:
             world_size=self._agreement.world_size,
             time=began,
             pending_evaluation=pending_evaluation,
-            best_step=self.store.retention.best_step,
+            best_step=best_step,
             origin=self.origin,
             versions=versions(),
         )
@@ -166,7 +170,7 @@ class Saver:
                 may_write = (
                     kind != "periodic"
                     and error.disk_full
-                    and self._on_rank_0(lambda: self.store.free_some(emergency=True, reason="disk full"))
+                    and self._on_rank_0(lambda: self.store.free_some(kind=kind, reason="disk full"))
                 )
         if sealed is None:
             self._record("checkpoint_failed", step=step, kind=kind, reason=reason)

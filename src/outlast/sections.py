@@ -14,8 +14,9 @@ from .errors import ConfigError
 
 SIGNALS = ("USR1", "USR2", "TERM")
 JOBS = ("sft", "smoke")
-DIFFERENCES = ("dataset", "seed", "global_batch", "trainable", "config")
-"""What a checkpoint may be allowed to differ in from the run that resumes it (`checkpoint.allow`)."""
+DIFFERENCES = ("dataset", "seed", "global_batch", "trainable", "config", "restart")
+"""What a checkpoint may be allowed to differ in from the run that resumes it (`checkpoint.allow`); `restart`: begin at
+step 0 if none of the checkpoints verifies."""
 
 
 def require(ok: bool, key: str, value: Any, valid: str) -> None:
@@ -32,8 +33,9 @@ class RunSection:
 
     def __post_init__(self) -> None:
         name = self.name
-        ok = name is None or (name.strip() == name != "" and not {"/", "%", "\0", "\n"} & set(name))
-        require(ok and name not in (".", ".."), "run.name", name, "valid: a directory name, without '/' and '%'")
+        ok = name is None or (name.strip() == name != "" and name.isprintable() and not {"/", "%", ":"} & set(name))
+        require(ok and name not in (".", ".."), "run.name", name, "valid: a directory name, without '/', '%' and ':'")
+        require(":" not in self.root, "run.root", self.root, "valid: a path without ':', which PYTHONPATH splits at")
         self.root = str(Path(self.root).expanduser().absolute())
 
 

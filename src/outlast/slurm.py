@@ -4,6 +4,7 @@ No `SLURM_*` name and no Slurm command stands anywhere else in the library.
 """
 
 import os
+import re
 import socket
 import subprocess
 import time
@@ -249,11 +250,20 @@ def sbatch(script: Path, flags: list[str], keep_open: int | None = None) -> str:
     """
     fds = () if keep_open is None else (keep_open,)
     command = ("sbatch", "--parsable", *flags, str(script))
-    out = _run(*command, timeout_s=120.0, pass_fds=fds, env=environment_without_job())
+    env = {name: value for name, value in environment_without_job().items() if name not in _overruled(script)}
+    out = _run(*command, timeout_s=120.0, pass_fds=fds, env=env)
     job_id = out.strip().splitlines()[-1].partition(";")[0] if out.strip() else ""  # "7;cluster"
     if not job_id.isdigit():
         raise SlurmError(f"`sbatch {script}` answered {out.strip()!r}, which is no job id")
     return job_id
+
+
+def _overruled(script: Path) -> set[str]:
+    """Environment variables of `sbatch` that would silently win against what the script says of itself."""
+    flags = set(re.findall(r"^#SBATCH --([a-z-]+)", script.read_text(), re.MULTILINE))
+    names = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX", "gpus-per-node": "GPUS_PER_NODE"}
+    found = {f"SBATCH_{names.get(flag, flag.upper().replace('-', '_'))}" for flag in flags}
+    return found | ({"SBATCH_NO_REQUEUE"} if "requeue" in flags else set())
 
 
 def max_array_size() -> int:
@@ -275,7 +285,15 @@ def _run(
     try:
         with signals_blocked():
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout_s, check=False, pass_fds=pass_fds, env=env
+                command,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+                pass_fds=pass_fds,
+                # a user's formats and filters are for the user's own eyes
+                env={n: v for n, v in (env or os.environ).items() if not n.startswith("SQUEUE_")}
+                | {"SLURM_TIME_FORMAT": "standard"},
             )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not installed on this machine") from None

@@ -63,6 +63,9 @@ def train(run: "Run", trainer: "Trainer") -> Any:
     seam = _Seam(run, trainer)
     checkpoint = seam.resume_from()
     output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
+        run.say(f"WARNING: the best, step {state.best_global_step}, could not be saved: final/ will be the last model")
     run.finish(trainer.state.global_step, lambda directory: seam.save_model(directory))
     return output
 
@@ -174,11 +177,11 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
     def save(self, model: Any, trial: Any) -> None:
         """Instead of `Trainer._save_checkpoint`: the same files, through the store. Leaves if the run is stopping."""
         state = self.trainer.state
-        self.run.store.retention.best_step = state.best_global_step
         sealed = self.run.checkpoint(
             state.global_step,
             lambda staged: self._write(staged, model, trial),
             pending_evaluation=self.pending_evaluation,
+            best_step=state.best_global_step,
         )
         self._point_at_best(state)
         if self.run.stopping:
@@ -237,7 +240,8 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         if state.best_global_step:
             path = self.run.store.path(state.best_global_step)
             state.best_model_checkpoint = str(path) if path.is_dir() else None
-            self.run.store.retention.best_step = state.best_global_step
+            if path.is_dir():  # if it could not be saved, the best before it stays the one that is kept
+                self.run.store.retention.best_step = state.best_global_step
 
     def _write(self, staged: Path, model: Any, trial: Any) -> None:
         trainer, state = self.trainer, self.trainer.state

@@ -93,15 +93,17 @@ def test_the_one_before_is_resumed_from(damage: str, place: Path, bases: Bases, 
 
 
 def test_none_is_left(place: Path, bases: Bases, server: Server) -> None:
-    """The run begins again from nothing, and says why."""
+    """A run does not begin again from nothing by itself; nothing is moved before the user has decided."""
     base = bases(True, 1)
     run = base.copy(place / "run")
     for step, name in ((3, "optimizer.pt"), (4, "rng_state.pth")):
         (run / f"checkpoints/checkpoint-{step}" / name).unlink()
-    done = resumed(server, base, run)
-    assert not events(run, "resumed")
-    assert {e["checkpoint"] for e in events(run, "quarantined")} == {"checkpoint-3", "checkpoint-4"}
-    assert len(re.findall(r"WARNING: checkpoint-[34] is put aside in quarantine/: .* No such file", done.output)) == 2
+    failed = server.run(base.attempt(directory=str(run), bound=True), run.with_name("log"))
+    assert failed.codes == [1]
+    assert re.search(r"none of its checkpoints verifies.*checkpoint-4: rng_state.pth can't be read", failed.output)
+    assert "checkpoint.allow=[restart]" in failed.output
+    assert not events(run, "quarantined")
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-3", "checkpoint-4"}
 
 
 # Quarantine and the budget ---------------------------------------------------------------------------------------

@@ -67,12 +67,12 @@ def test_a_periodic_save_on_a_full_disk(
 
 
 def test_the_ledger_on_the_full_disk(disk: Path, attempt: Callable[..., Attempt], bases: Bases, server: Server) -> None:
-    """It can't be written either, from step 5 to step 7; what happened meanwhile is in it afterwards."""
+    """Nothing else can be written from step 5 to step 7; the ledger has blocks of its own set aside."""
     base = bases(False, 1, HIDDEN)
     run = base.copy(disk / "run")
     done = server.run(attempt(fill_at=5, leave=0, free_at=7), disk.with_name("log"))
     assert done.codes == [0], done.output
-    assert re.search(r"WARNING: the ledger can't be written: .*No space left on device", done.output)
+    assert "the ledger can't be written" not in done.output
     (failed,) = events(run, "checkpoint_failed")
     assert (failed["step"], failed["kind"]) == (6, "periodic")
     times = [e["time"] for e in events(run)]

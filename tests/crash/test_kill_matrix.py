@@ -180,12 +180,18 @@ def kill_and_resume(server: Server, base: Base, window: str, work: Path, point: 
         return point, f"older step resumed from: {resumed}, the sealed checkpoints were {steps}: {again.output}"
     if weights(run) != base.twin:
         return point, f"different weights: {again.output}"
-    return (point, problem) if (problem := check_end(run)) else remove(work, name)
+    problem = check_end(run, did_nothing=had_finished)
+    return (point, problem) if problem else remove(work, name)
 
 
-def check_end(run: Path) -> str | None:
-    """What is wrong with a finished run directory."""
-    if left := litter(run):
+def check_end(run: Path, *, did_nothing: bool) -> str | None:
+    """What is wrong with a finished run directory.
+
+    Args:
+        did_nothing: it was finished when the last attempt began, which did not clean up either.
+    """
+    left = [name for name in litter(run) if not (did_nothing and name.startswith(".progress.json."))]
+    if left:
         return f"left over: {left}"
     started, ended = ({e["attempt"] for e in events(run, f"attempt_{what}")} for what in ("started", "ended"))
     if started - ended or max(ended) not in started:

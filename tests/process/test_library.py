@@ -99,6 +99,22 @@ def test_two_at_once(tmp_path: Path) -> None:
         first.kill()
 
 
+def test_ctrl_c_saves_and_leaves(tmp_path: Path) -> None:
+    run = RunProbe(tmp_path / "r")
+    script = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(run.path), "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        run.reach(3)
+        script.send_signal(signal.SIGINT)
+        assert script.wait(30) == 75
+    finally:
+        script.kill()
+    assert [e["name"] for e in run.events("signal")] == ["INT"]
+    assert run.events("checkpoint")[-1]["kind"] == "emergency"
+    assert run.events("attempt_ended")[-1]["step"] == run.events("checkpoint")[-1]["step"]
+
+
 def test_the_readme_shows_these_three_lines() -> None:
     readme = (HERE.parents[1] / "README.md").read_text()
     lines = [

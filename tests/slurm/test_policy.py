@@ -28,10 +28,15 @@ def cluster(devcluster: Cluster) -> Iterator[Cluster]:
     """The shared cluster, empty and well again afterwards."""
     yield devcluster
     devcluster.cancel_all()
-    for line in devcluster.run("sinfo", "--noheader", "--Node", "--format=%N %t").splitlines():
-        node, state = line.split()
-        if "down" in state:
-            devcluster.run("scontrol", "update", f"nodename={node}", "state=idle")
+
+    def well() -> bool:
+        states = dict(line.split() for line in devcluster.run("sinfo", "-hN", "--format=%N %t").splitlines())
+        for node, state in states.items():
+            if state.startswith("down"):
+                devcluster.run("scontrol", "update", f"nodename={node}", "state=idle")
+        return set(states.values()) == {"idle"}
+
+    devcluster.wait_for(well, 60, "all nodes idle")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from outlast.budget import MARGIN
 from outlast.checkpoint import CheckpointStore, Manifest, Room, SaveError, verify
 from outlast.checkpoint import store as store_module
-from outlast.errors import ConfigError
+from outlast.errors import CheckpointError, ConfigError
 from outlast.ranks import Agreement
 from outlast.rundir import RunDirectory
 
@@ -175,7 +175,36 @@ def test_a_light_milestone_keeps_its_weights_and_verifies_but_is_not_resumed_fro
     assert verify(harness.store.path(20)).files.keys() == {"model.safetensors"}
     assert not (harness.store.path(20) / "optimizer.pt").exists()
     damage_flip(harness.store.path(40))
-    assert harness.store.newest_verified() is None
+    with pytest.raises(CheckpointError, match="none of its checkpoints verifies, and a restart is not silently made"):
+        harness.store.newest_verified()
+    assert harness.steps() == [20, 40], "nothing was moved"
+    assert harness.store.newest_verified(restart=True) is None
+    assert harness.steps() == [20]
+
+
+def test_a_file_system_that_hesitates_condemns_nothing(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20):
+        harness.save(step)
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("outlast.checkpoint.manifest.read_entry", stale)
+        with pytest.raises(OSError, match="Stale"):
+            harness.store.newest_verified()
+        harness.store.retention.limit = 1
+        harness.store.retire()
+    assert harness.steps() == [10, 20]
+    assert not harness.run.quarantine.exists()
+
+
+def test_a_save_of_unknown_size_that_would_exceed_the_budget_is_not_published(tmp_path: Path) -> None:
+    harness = Harness(tmp_path / "run", budget=3_000 - MARGIN)
+    with pytest.raises(SaveError, match=r"storage\.budget_gb") as caught:
+        harness.save(10, size=2_000)
+    assert caught.value.disk_full
+    assert harness.steps() == []
 
 
 def test_the_last_verified_goes_only_for_a_verified_successor(harness: Harness) -> None:

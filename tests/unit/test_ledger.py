@@ -2,11 +2,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from outlast.ledger import Ledger, attempts, finished, next_attempt
+from outlast.ledger import Ledger, Recorder, attempts, finished, next_attempt
 
 
 @pytest.fixture
@@ -107,3 +108,26 @@ def test_lines_are_grouped_by_attempt(ledger: Ledger) -> None:
     assert first.ended is not None
     assert (second.last_step, second.ended) == (13, None)
     assert next_attempt(ledger.read()) == 3
+
+
+def test_lines_that_a_full_disk_refuses_wait_and_keep_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    record = Recorder(ledger, 1, said.append)
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("outlast.ledger.os.write", full)
+        record("deleted", checkpoint="checkpoint-1", reason="budget")
+        record("deleted", checkpoint="checkpoint-2", reason="budget")
+        assert len(record.waiting) == 2
+    before = time.time()
+    record("deleted", checkpoint="checkpoint-3", reason="budget")
+    assert [e["checkpoint"] for e in ledger.read()] == [f"checkpoint-{i}" for i in (1, 2, 3)]
+    assert ledger.read()[0]["time"] < before <= ledger.read()[2]["time"]
+    assert not record.waiting
+    assert "No space left on device" in said[0]

@@ -1,5 +1,6 @@
 """The requeue policy, and how a cause is read from what Slurm says."""
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,19 @@ def test_a_preemption_is_never_left_to_the_batch_script(
     assert not departure.left_to_settle()
     departure.announce("TERM", PreemptionGuard(), 5)
     assert record.events[0]["deadline_s"] > 0
+
+
+@pytest.mark.parametrize(("rank", "signalled"), [(0, True), (1, True), (0, False), (1, False)])
+def test_a_connection_that_breaks_because_a_peer_has_died_is_not_the_cause(
+    slurm: Slurm, departure: Departure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int, signalled: bool
+) -> None:
+    monkeypatch.setenv(SETTLES_ENV, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("outlast.departure.ECHO_S", 0.5)
+    slurm.says("scontrol", RUNNING)
+    guard = PreemptionGuard()
+    if signalled:
+        threading.Timer(0.1, guard.request, ["TERM"]).start()
+    departure.fail(RuntimeError("Connection closed by peer"), guard, rank, 1, 5)
+    ended = [event["rank"] for event in Ledger(tmp_path / "ledger").read()]
+    assert ended == ([] if signalled else [rank])

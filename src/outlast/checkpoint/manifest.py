@@ -4,6 +4,7 @@ It lists every file with its size and xxh3-128 digest. That finds torn, missing 
 resist somebody who forges one.
 """
 
+import errno
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,8 @@ from outlast.rundir import write_atomically
 MANIFEST = "manifest.json"
 FORMAT = 1
 CHUNK = 1 << 22
+PASSING = (errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
+"""Errors of a file system that hesitates, or of a process that is out of something."""
 FileEntry = dict[str, Any]
 """`{"bytes": int, "xxh3_128": hex digest}`."""
 RESUME_ONLY = (
@@ -121,6 +124,7 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         CheckpointError: there is none, or it can't be read; the message is the reason, in words.
+        OSError: a passing trouble (`PASSING`), which says nothing of the checkpoint.
     """
     try:
         values = json.loads((directory / MANIFEST).read_text())
@@ -128,6 +132,7 @@ def read_manifest(directory: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError("it has no manifest: it was never sealed") from None
     except (OSError, ValueError, TypeError) as error:
+        _raise_if_passing(error)
         raise CheckpointError(f"its manifest can't be read: {error}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"its manifest has format {manifest.format}; this version of outlast reads {FORMAT}")
@@ -142,6 +147,7 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
 
     Raises:
         CheckpointError: the first difference, in words.
+        OSError: as :func:`read_manifest`.
     """
     manifest = read_manifest(directory)
     for name, entry in manifest.files.items():
@@ -153,8 +159,15 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
             if read_entry(path, from_disk=from_disk) != entry:
                 raise CheckpointError(f"{name} differs from what was written (xxh3-128)")
         except OSError as error:
+            _raise_if_passing(error)
             raise CheckpointError(f"{name} can't be read: {error.strerror}") from None
     return manifest
+
+
+def _raise_if_passing(error: Exception) -> None:
+    """Let through what says nothing of the checkpoint: the next attempt may well be able to read it."""
+    if isinstance(error, OSError) and error.errno in PASSING:
+        raise error
 
 
 def entry_of(size: int, digest: "xxhash.xxh3_128") -> FileEntry:

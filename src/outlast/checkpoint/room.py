@@ -36,7 +36,7 @@ class Room:
 
     def used(self) -> int:
         """Bytes in use now: checkpoints, what is staged, quarantine, prepared data, logs, everything."""
-        used = bytes_used(self._run.path)
+        used = bytes_used(self._run.path, skip_unreadable=True)  # what is in quarantine may be anybody's
         self.peak = max(self.peak, used)
         return used
 
@@ -47,7 +47,7 @@ class Room:
 
     def beside(self) -> int:
         """Bytes in use that are no checkpoints."""
-        return self.used() - bytes_used(self._run.checkpoints)
+        return self.used() - bytes_used(self._run.checkpoints, skip_unreadable=True)
 
     def need(self, sealed: Sequence[Sealed], *, final: bool = False) -> int:
         """What the next save takes: as much as the largest checkpoint that is whole, or the estimate before the first.

@@ -26,6 +26,7 @@ from .retention import Removal, Retention, newest_full
 from .room import Room
 from .writer import Writer, adopt
 
+RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"
 PREFIX = "checkpoint-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -95,27 +96,42 @@ class CheckpointStore:
 
     # Reading ----------------------------------------------------------------------------------------------------
 
-    def newest_verified(self) -> Sealed | None:
+    def newest_verified(self, *, restart: bool = False) -> Sealed | None:
         """The newest checkpoint that can be resumed from and verifies (rank 0).
 
         Those that were never sealed, and newer ones that don't verify, are moved to `quarantine/`.
+
+        Args:
+            restart: if none of several verifies, put all of them aside and answer None.
+
+        Raises:
+            CheckpointError: none verifies; nothing has been moved, since a restart is for the user to decide.
+            OSError: a passing trouble of the file system; nothing has been moved for it.
         """
         for path in self._directories():
             try:
                 read_manifest(path)
             except CheckpointError as error:
                 self.quarantine(path, str(error))
-        for checkpoint in reversed(self.sealed()):
-            if checkpoint.light:
-                continue
+        damaged: list[tuple[Path, str]] = []
+        newest = None
+        for checkpoint in reversed([c for c in self.sealed() if not c.light]):
             try:
                 verify(checkpoint.path)
             except CheckpointError as error:
-                self.quarantine(checkpoint.path, str(error))
+                damaged.append((checkpoint.path, str(error)))
             else:
+                newest = checkpoint
                 self._verified.add(checkpoint.step)
-                return checkpoint
-        return None
+                break
+        if newest is None and damaged and not restart:
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
+            raise CheckpointError(
+                f"none of its checkpoints verifies, and a restart is not silently made: {reasons}. {RESTART}"
+            )
+        for path, reason in damaged:
+            self.quarantine(path, reason)
+        return newest
 
     def quarantine(self, path: Path, reason: str) -> None:
         """Put a checkpoint aside with the reason in words; nothing is lost. It counts against the budget."""
@@ -124,11 +140,13 @@ class CheckpointStore:
         while target.exists():
             target, copies = self._run.quarantine / f"{path.name}.{copies}", copies + 1
         # In this order: a kill in between is made good by the next attempt, which finds the checkpoint where it was.
-        (self._run.quarantine / f"{target.name}.reason.txt").write_text(reason + "\n")
+        with contextlib.suppress(OSError):  # a full disk: the ledger has the reason too
+            (self._run.quarantine / f"{target.name}.reason.txt").write_text(reason + "\n")
         self._record("quarantined", checkpoint=path.name, reason=reason)
         self._say(f"WARNING: {path.name} is put aside in quarantine/: {reason}")
         try:
-            os.chmod(path, 0o700)  # a directory that may not be written to can't be moved
+            if not path.is_symlink():
+                os.chmod(path, 0o700)  # a directory that may not be written to can't be moved
             os.rename(path, target)
         except OSError as error:
             self._say(f"WARNING: {path.name} could not be moved and stays where it is: {error}")
@@ -158,7 +176,7 @@ class CheckpointStore:
             return self.room.free() if self._agreement.rank == 0 else 0
 
         def fill() -> dict[str, Any]:
-            writer = Writer(staged, self._allowance(free))
+            writer = Writer(staged, self._allowance(free, manifest.kind))
             with writer.capture():
                 write(staged)
             return writer.finish()
@@ -176,9 +194,15 @@ class CheckpointStore:
             raise
         return Sealed(target, manifest)
 
-    def _allowance(self, free: int) -> int:
-        """What this rank may write of `free` bytes: what the others did not write the last time."""
-        others = sum(self._bytes_by_rank) - self._bytes_by_rank[self._agreement.rank] if self._bytes_by_rank else 0
+    def _allowance(self, free: int, kind: str) -> int:
+        """What this rank may write of `free` bytes: what the others did not write the last time.
+
+        Before that is known, all: in data parallel training rank 0 writes nearly everything, and `_publish` sees to the
+        sum.
+        """
+        if kind == "final" or not self._bytes_by_rank:
+            return max(free, 0)
+        others = sum(self._bytes_by_rank) - self._bytes_by_rank[self._agreement.rank]
         return max(free - others, 0)
 
     def _together(self, act: Callable[[], Any]) -> list[Any]:
@@ -199,6 +223,8 @@ class CheckpointStore:
 
     def _publish(self, staged: Path, target: Path, manifest: Manifest) -> None:
         adopt(staged, manifest.files)
+        if self.room.used() > self.room.budget():
+            raise OSError(errno.EDQUOT, "storage.budget_gb does not allow so many bytes")
         manifest.time = time.time()
         write_manifest(staged, manifest)
         flush_directory(staged.parent)
@@ -233,22 +259,23 @@ class CheckpointStore:
         for removal in self.retention.for_room(sealed, emergency=emergency):
             checkpoint = removal.checkpoint
             freed[checkpoint.step] = checkpoint.bytes if removal.action == "delete" else checkpoint.resume_bytes
-        aside = bytes_used(self._run.quarantine) + (self.room.reserved() if emergency else 0)
+        aside = bytes_used(self._run.quarantine, skip_unreadable=True) + (self.room.reserved() if emergency else 0)
         if self.room.free() + sum(freed.values()) + aside < need:
             return False
         while self.room.free() < need:
-            if not self.free_some(emergency=emergency, reason="budget"):
+            if not self.free_some(kind=kind, reason="budget"):
                 return False
         return True
 
-    def free_some(self, *, emergency: bool, reason: str) -> bool:
+    def free_some(self, *, kind: str, reason: str) -> bool:
         """Take the next step that frees bytes (rank 0), if there is one left.
 
-        For an emergency save, the reserve; what is in quarantine, oldest first; then the order of `retention.py`.
+        Unless the save is periodic, the reserve; what is in quarantine, oldest first; then the order of `retention.py`.
 
         Returns:
             Whether bytes were freed.
         """
+        emergency = kind != "periodic"
         if emergency and self.room.give_up_reserve():
             self._record("deleted", checkpoint="reserve", reason=reason)
             return True
@@ -258,7 +285,7 @@ class CheckpointStore:
                 self._record("deleted", checkpoint=f"quarantine/{path.name}", reason=reason)
                 return True
         for removal in self.retention.for_room(self.sealed(), emergency=emergency):
-            if self._remove(removal, reason, hurry=emergency):
+            if self._remove(removal, reason, hurry=kind == "emergency"):
                 return True
         return False
 
@@ -296,6 +323,9 @@ class CheckpointStore:
             verify(newest.path, from_disk=True)
         except CheckpointError as error:
             self.quarantine(newest.path, str(error))
+            return False
+        except OSError as error:
+            self._say(f"WARNING: {newest.path.name} can't be read back just now, so nothing older is deleted: {error}")
             return False
         self._verified.add(newest.step)
         return True
