@@ -144,5 +144,6 @@ def _details(progress: Progress | None, *, eta: bool = True) -> list[str]:
             checkpoint += f", {duration(max(time.time() - progress.checkpoint_time, 0.0))} ago"
         details.append(checkpoint)
     if progress.bytes_used or progress.budget_bytes is not None:
-        details.append(size(progress.bytes_used, progress.budget_bytes))
+        peak = f", peak {size(progress.bytes_peak)}" if progress.bytes_peak else ""
+        details.append(size(progress.bytes_used, progress.budget_bytes) + peak)
     return details

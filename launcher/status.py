@@ -55,6 +55,8 @@ class RunStatus:
     checkpoint_step: int | None
     checkpoint_age_s: float | None
     bytes_used: int | None
+    bytes_peak: int | None
+    """The most that was seen in use."""
     budget_bytes: int | None
     loss: float | None
     best: dict[str, Any] | None
@@ -166,6 +168,7 @@ def look(run: RunDirectory) -> RunStatus:
         checkpoint_step=saved[-1]["step"] if saved else None,
         checkpoint_age_s=max(time.time() - saved[-1]["time"], 0.0) if saved else None,
         bytes_used=(progress.bytes_used if progress else None) or _walked(run),
+        bytes_peak=progress.bytes_peak or None if progress else None,
         budget_bytes=budget_of(settings),
         loss=progress.loss if progress and progress.loss is not None and math.isfinite(progress.loss) else None,
         best=best_metric(events, trainer),

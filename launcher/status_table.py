@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .progress_bar import duration
+from .progress_bar import duration, size
 from .runs import STATES, State
 from .status import RunStatus
 
-HEADERS = ("run", "state", "step", "left", "attempts", "saved", "GB of budget", "metric")
+HEADERS = ("run", "state", "step", "left", "attempts", "saved", "bytes (peak) of budget", "metric")
 COLOURS: dict[State, str] = {
     "not_started": "dim",
     "queued": "cyan",
@@ -93,7 +93,8 @@ def _cells(row: RunStatus) -> list[str]:
     saved = "" if row.checkpoint_step is None else f"{row.checkpoint_step}"
     if row.checkpoint_age_s is not None:
         saved += f", {duration(row.checkpoint_age_s)} ago"
-    budget = "?" if row.budget_bytes is None else f"{row.budget_bytes / 1e9:g}"
+    peak = "" if row.bytes_peak is None else f" ({size(row.bytes_peak)})"
+    budget = "" if row.budget_bytes is None else f" of {size(row.budget_bytes)}"
     score = "" if row.loss is None else f"loss {row.loss:.4g}"
     if row.best is not None:
         score = f"{row.best['name']} {row.best['value']:.4g} at {row.best['step']}"
@@ -105,7 +106,7 @@ def _cells(row: RunStatus) -> list[str]:
         "" if row.eta_s is None else duration(row.eta_s),
         str(row.attempts),
         saved,
-        f"{'?' if row.bytes_used is None else f'{row.bytes_used / 1e9:.2f}'} of {budget}",
+        f"{size(row.bytes_used)}{peak}{budget}",
         score,
     ]
 

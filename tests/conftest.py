@@ -96,7 +96,7 @@ class Command:
 
     def ranks(self) -> list[psutil.Process]:
         """Its rank processes, by rank."""
-        children = psutil.Process(self.process.pid).children()
+        children = [c for c in psutil.Process(self.process.pid).children() if "outlast.rank" in c.cmdline()]
         return sorted(children, key=lambda child: int(child.environ().get("RANK", "0")))
 
     def wait(self, limit_s: float = 240.0) -> int:

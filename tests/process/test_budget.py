@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from outlast.storage import bytes_used
@@ -124,7 +123,7 @@ def test_the_reserve_is_given_up_for_an_emergency_save(outlast: Start, probe: Pr
     run.reach(run.events("checkpoint")[-1]["step"] + 5)
     # what somebody else left in the run directory takes the room that the next save needs
     (run.path / "foreign").write_bytes(bytes(size))
-    (rank,) = psutil.Process(command.process.pid).children()
+    (rank,) = command.ranks()
     rank.send_signal(signal.SIGUSR1)
     wait_for(lambda: run.events("requeued"), "the requeue")
     assert {"checkpoint": "reserve", "reason": "budget"}.items() <= run.events("deleted")[-1].items()

@@ -156,6 +156,7 @@ def power_loss(cluster: Cluster, node: str, job: str) -> Iterator[None]:
         yield
     finally:
         slurmd.resume()
+        cluster.run("scontrol", "reconfigure")  # has every node speak up; by itself that may take two minutes
 
 
 @pytest.mark.parametrize("which", ["the batch script's", "the other"])

@@ -1,6 +1,7 @@
 """The store on real files: sealed or not there."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,20 @@ def test_save_total_limit_holds_after_each_save(harness: Harness) -> None:
         harness.store.retire()
     assert harness.steps() == [20, 30]
     assert harness.events == [{"event": "deleted", "checkpoint": "checkpoint-10", "reason": "save_total_limit"}]
+
+
+def test_what_is_oldest_is_told_by_the_step_not_by_the_clock_and_half_written_ones_take_no_slot(
+    harness: Harness,
+) -> None:
+    harness.store.retention.limit = 2
+    for step in (10, 20):
+        harness.save(step)
+    os.utime(harness.store.path(10))  # the Trainer's own rotation would now delete 20
+    harness.store.path(25).mkdir()
+    (harness.store.path(25) / "model.safetensors").write_bytes(b"half")
+    harness.save(30)
+    harness.store.retire()
+    assert harness.steps() == [20, 30]
 
 
 def test_limit_one_with_a_best_never_loses_the_newest(harness: Harness) -> None:

@@ -377,7 +377,7 @@ def test_slurm_does_not_answer(make: Make, tmp_path: Path) -> None:
     assert [(row.state, row.note is None) for row in rows] == [("queued", False), ("interrupted", True)]
     out = shown(rows)
     assert out.count("Slurm does not answer (squeue did not answer within 5 s); states are from the ledgers alone") == 1
-    assert "interrupted: saved; `outlast resume` goes on" in out
+    assert "interrupted: saved; `outlast resume`, or what started it, goes on" in out
 
 
 def test_what_is_damaged_is_shown_as_far_as_it_goes(make: Make) -> None:
