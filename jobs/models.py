@@ -35,12 +35,28 @@ def prepare_tiny(config: Config, texts: Iterable[str], directory: Path) -> None:
     size in bytes follows from the configuration; the tokenizer's is smaller where the texts are few.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tiny = config.model
     assert isinstance(tiny, TinyModel)
     tokenizer = _train_tokenizer(texts, tiny)
-    llama = LlamaConfig(
+    llama = tiny_config(tiny, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = LlamaForCausalLM(llama)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def tiny_config(tiny: TinyModel, **tokens: int | None) -> Any:
+    """The `LlamaConfig` of `model=tiny`.
+
+    Args:
+        tokens: ids of special tokens; what they are changes no size.
+    """
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=tiny.vocab_size,
         hidden_size=tiny.hidden_size,
         intermediate_size=4 * tiny.hidden_size,
@@ -51,15 +67,9 @@ def prepare_tiny(config: Config, texts: Iterable[str], directory: Path) -> None:
         attention_dropout=0.0,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **tokens,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = LlamaForCausalLM(llama)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 def _train_tokenizer(texts: Iterable[str], tiny: TinyModel) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlast.rundir import flush_directory
+from outlast.rundir import flush_directory, flush_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,20 +35,12 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
     write(staging)
     for parent, _, names in os.walk(staging):
         for name in names:
-            _flush_file(Path(parent, name))
+            flush_file(Path(parent, name))
         flush_directory(Path(parent))
     if directory.exists():
         shutil.rmtree(directory)
     os.rename(staging, directory)
     flush_directory(directory.parent)
-
-
-def _flush_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def save(directory: Path, train: "Dataset", evaluation: "Dataset | None") -> None:

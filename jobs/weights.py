@@ -90,20 +90,11 @@ def on_meta(config: Config) -> Any:
 
 def _model_config(config: Config) -> Any:
     """The model's configuration, with the type that its weights will have."""
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig
 
     match config.model:
         case TinyModel() as tiny:
-            return LlamaConfig(
-                vocab_size=tiny.vocab_size,
-                hidden_size=tiny.hidden_size,
-                intermediate_size=4 * tiny.hidden_size,
-                num_hidden_layers=tiny.layers,
-                num_attention_heads=tiny.heads,
-                num_key_value_heads=tiny.heads,
-                tie_word_embeddings=False,
-                dtype="float32",
-            )
+            return models.tiny_config(tiny)
         case PretrainedModel() as chosen:
             described = AutoConfig.from_pretrained(chosen.path, trust_remote_code=chosen.trust_remote_code)
             if chosen.dtype != "auto":

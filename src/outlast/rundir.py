@@ -196,6 +196,15 @@ def remove_temporaries(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def flush_file(path: Path) -> None:
+    """Have the kernel write all of a file to disk, and wait for it."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def flush_directory(path: Path) -> None:
     """Flush a directory's entries to disk, so that a rename or a new name in it survives a power loss."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 import xxhash
 
-from outlast.rundir import flush_directory
+from outlast.rundir import flush_directory, flush_file
 
 from .direct import DirectFile
 from .manifest import FileEntry, entry_of, read_entry
@@ -169,15 +169,7 @@ def adopt(directory: Path, entries: dict[str, FileEntry]) -> None:
 def flush_files(paths: list[Path]) -> None:
     """Have the kernel write all of these files to disk, and wait for it."""
     with ThreadPoolExecutor(FLUSHERS) as flushers:
-        list(flushers.map(_flush_file, paths))
-
-
-def _flush_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        list(flushers.map(flush_file, paths))
 
 
 def _write_safetensors(file: DigestingFile, tensors: dict[str, Any], metadata: dict[str, str] | None) -> None:
