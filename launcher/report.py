@@ -22,6 +22,11 @@ from .runs import best_metric, budget_of, run_named, settings_of, started_attemp
 
 Summary = dict[str, Any]
 
+WIDE = 110
+"""Columns that the whole table of attempts takes."""
+WHERE = ("job", "hosts", "ranks")
+"""What is left out on a narrower terminal; `--json` has it."""
+
 
 def main(name: str, root: Path, *, as_json: bool) -> int:
     """`outlast report RUN`: a name under `root`, or a run directory's path."""
@@ -147,36 +152,31 @@ def render(summary: Summary, console: Console) -> None:
         grid.add_row(Text(name, style="dim"), Text(text))
     console.print(grid)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for header in (
-        "attempt",
-        "job",
-        "hosts",
-        "ranks",
-        "time",
-        "steps",
-        "lost",
-        "ended",
-        "signal",
-        "to sealed",
-        "bytes",
-    ):
-        table.add_column(header, overflow="fold")
-    for row in summary["attempts"]:
-        ended = row["cause"] or ("killed" if row["killed"] else "running")
-        sealed = row["signal_to_sealed_s"]
-        table.add_row(
-            str(row["number"]),
-            Text(row["job_id"] or ""),
-            Text(", ".join(row["hosts"])),
-            str(row["world_size"] or ""),
-            duration(row["seconds"]),
-            f"{row['first_step']} to {row['last_step']}",
-            str(row["steps_lost"]),
-            f"{ended}, killed" if row["killed"] and row["cause"] else ended,
-            row["signal"] or "",
-            "" if sealed is None else duration(sealed),
-            size(row["bytes"]),
-        )
+    rows = [_cells(row) for row in summary["attempts"]]
+    shown = [name for name in rows[0] if console.width >= WIDE or name not in WHERE]
+    for name in shown:
+        table.add_column(name, overflow="fold")
+    for cells in rows:
+        table.add_row(*(Text(cells[name]) for name in shown))
     console.print(table, highlight=False)
     for bad in summary["quarantined"]:
         console.print(Text(f"quarantined {bad['checkpoint']}: {bad['reason']}", style="yellow"))
+
+
+def _cells(row: Summary) -> dict[str, str]:
+    """One attempt, by column."""
+    ended = row["cause"] or ("killed" if row["killed"] else "running")
+    sealed = row["signal_to_sealed_s"]
+    return {
+        "attempt": str(row["number"]),
+        "job": row["job_id"] or "",
+        "hosts": ", ".join(row["hosts"]),
+        "ranks": str(row["world_size"] or ""),
+        "time": duration(row["seconds"]),
+        "steps": f"{row['first_step']} to {row['last_step']}",
+        "lost": str(row["steps_lost"]),
+        "ended": f"{ended}, killed" if row["killed"] and row["cause"] else ended,
+        "signal": row["signal"] or "",
+        "to sealed": "" if sealed is None else duration(sealed),
+        "bytes": size(row["bytes"]),
+    }
