@@ -127,20 +127,19 @@ class Departure:
                 return Exit.FAILED
             self.announce(guard.requested, guard, step)
             return self.requeue(step)
-        if not any(e["event"] == "attempt_ended" and e["attempt"] == attempt for e in self._ledger.read()):
-            memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-            try:
-                self._ledger.append(
-                    "attempt_ended",
-                    attempt,
-                    cause="out_of_memory" if memory else "failed",
-                    step=step,
-                    rank=rank,
-                    error=f"{type(error).__name__}: {error}"[:2000],
-                    refused=refused,
-                )
-            except OSError as full:  # it must not hide what went wrong
-                self._say(f"WARNING: the ledger can't be written: {full}")
+        memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+        try:
+            self._ledger.append_first(
+                "attempt_ended",
+                attempt,
+                cause="out_of_memory" if memory else "failed",
+                step=step,
+                rank=rank,
+                error=f"{type(error).__name__}: {error}"[:2000],
+                refused=refused,
+            )
+        except OSError as full:  # it must not hide what went wrong
+            self._say(f"WARNING: the ledger can't be written: {full}")
         return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
 
     def _requeue(self, step: int) -> Exit:

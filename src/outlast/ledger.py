@@ -4,7 +4,9 @@ Every line has `time` (Unix seconds), `attempt` (from 1) and `event`; what else,
 Status, report, the requeue policy and the tests read this and nothing else.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import time
@@ -78,6 +80,20 @@ class Ledger:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def append_first(self, event: str, attempt: int, **values: Any) -> bool:
+        """As :meth:`append`, unless the attempt has a line of this event. Of ranks that do it at once, one does.
+
+        Returns:
+            Whether the line is this caller's.
+        """
+        with open(self.path, "ab") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if any(e["event"] == event and e["attempt"] == attempt for e in self.read()):
+                return False
+            self.append(event, attempt, **values)
+            return True
 
     def read(self) -> list[Event]:
         """All whole lines, in order; a torn one (the writer was killed) is left out."""
