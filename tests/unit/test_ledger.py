@@ -136,8 +136,9 @@ def test_lines_that_a_full_disk_refuses_wait_and_keep_their_time(
 def test_of_ranks_that_fail_at_once_one_says_so(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     code = (
-        "import sys, time; from pathlib import Path; from outlast.ledger import Ledger; time.sleep(float(sys.argv[2]) - "
-        "time.time()); Ledger(Path(sys.argv[1])).append_first('attempt_ended', 1, cause='failed', step=1)"
+        "import sys, time; from pathlib import Path; from outlast.ledger import Ledger; "
+        "time.sleep(max(float(sys.argv[2]) - time.time(), 0)); "
+        "Ledger(Path(sys.argv[1])).append_first('attempt_ended', 1, cause='failed', step=1)"
     )
     at = str(time.time() + 1.0)
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(path), at]) for _ in range(8)]
