@@ -50,7 +50,7 @@ def preempt(cluster: Cluster) -> None:
 
 
 def jobs(cluster: Cluster, but: Collection[str] = ()) -> set[str]:
-    """Every job that Slurm has had, `but` some: those of earlier tests, which it forgets in the middle of a later one."""
+    """Every job that Slurm has had, `but` those of earlier tests, which it may forget in the middle of a later one."""
     return set(cluster.run("squeue", "-h", "--array", "--states=all", "-o", "%i").split()) - set(but)
 
 
