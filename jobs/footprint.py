@@ -168,7 +168,7 @@ def _arguments(config: Config) -> Any:
     from trl import SFTConfig
 
     dry = type("DrySFTConfig", (SFTConfig,), {"device": property(lambda _: torch.device("cpu"))})
-    values = trainer_args._arguments(config, RunDirectory(config.directory).checkpoints, cuda=False, bf16=False)
+    values = trainer_args.as_arguments(config, RunDirectory(config.directory).checkpoints, cuda=False, bf16=False)
     args = dry(**{key: value for key, value in values.items() if key not in ("tf32", "bf16", "fp16")})
     args.__class__ = SFTConfig  # so that it can be pickled
     return args

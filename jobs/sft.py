@@ -43,6 +43,7 @@ def changes(config: Config) -> list[tuple[str, Config]]:
 
 
 def main(run: "Run", config: Config) -> None:
+    """Train, from where the run stands, to its end; all ranks."""
     from trl import SFTTrainer
 
     args = trainer_args.sft_config(config, run.directory.checkpoints)

@@ -54,6 +54,7 @@ def changes(config: Config) -> list[tuple[str, Config]]:
 
 
 def main(run: "Run", config: Config) -> None:
+    """Train, from where the run stands, to its end; all ranks."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed

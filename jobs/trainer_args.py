@@ -79,7 +79,7 @@ def check(config: Config) -> None:
     # Made for real, the class sets up a device and perhaps a process group; this one's device is set up already.
     cpu = torch.device("cpu")
     dry = type("DrySFTConfig", (SFTConfig,), {"device": property(lambda _: cpu)})
-    arguments = _arguments(config, Path("unused"), cuda=False, bf16=False)
+    arguments = as_arguments(config, Path("unused"), cuda=False, bf16=False)
     arguments.pop("tf32", None)  # refused where there is no GPU, which may be here but not on the compute node
     try:
         with warnings.catch_warnings():
@@ -101,11 +101,12 @@ def sft_config(config: Config, output_dir: Path, **extra: Any) -> Any:
     from trl import SFTConfig
 
     cuda = torch.cuda.is_available()
-    arguments = _arguments(config, output_dir, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported())
+    arguments = as_arguments(config, output_dir, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported())
     return SFTConfig(**{**arguments, **extra})
 
 
-def _arguments(config: Config, output_dir: Path, *, cuda: bool, bf16: bool) -> dict[str, Any]:
+def as_arguments(config: Config, output_dir: Path, *, cuda: bool, bf16: bool) -> dict[str, Any]:
+    """The arguments of `SFTConfig`, on a machine with or without these."""
     values = {"report_to": "none", "run_name": config.run.name, **config.trainer}
     # transformers 5 renamed these; the old names work but warn, and lose against the new ones.
     values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing", True))

@@ -89,6 +89,7 @@ class Record:
 
 
 def conf_path(directory: Path) -> Path:
+    """The `slurm.conf` of the cluster in `directory`."""
     return directory.absolute() / "slurm.conf"
 
 

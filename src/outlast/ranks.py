@@ -8,10 +8,12 @@ if TYPE_CHECKING:
 
 
 def rank() -> int:
+    """This process's rank, as its launcher has said it; 0 without one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """How many ranks there are; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -363,7 +363,7 @@ class Run:
 
     def _update_progress(self, *, force: bool = False, **values: Any) -> None:
         if self.rank == 0:
-            if force:
+            if force and values.get("phase") != "saving":  # what it adds is counted when it is there
                 room = self.store.room
                 values |= {"bytes_used": room.used(), "bytes_peak": room.peak, "budget_bytes": room.budget()}
             self.progress.update(force=force, **values)

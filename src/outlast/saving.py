@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .budget import Footprint, gb, verdict
-from .checkpoint import CheckpointStore, Manifest, Room, SaveError, Sealed, origin, versions
+from .checkpoint import CheckpointStore, Manifest, PassingError, Room, SaveError, Sealed, origin, versions
 from .checkpoint.cadence import Cadence
-from .errors import CheckpointError, Exit
+from .errors import CheckpointError
 from .ledger import Event, Record
 from .progress import read
 from .ranks import Agreement
@@ -17,6 +17,8 @@ from .rundir import RunDirectory
 from .sections import CheckpointSection, StorageSection
 from .share import Share
 
+PROBLEMS = (origin.ResumeRefusedError, PassingError, CheckpointError, OSError)
+"""What rank 0 may find when it looks for a checkpoint, the special before the general; all ranks raise it."""
 NO_ROOM = "it would exceed storage.budget_gb, and no older checkpoint may be deleted"
 
 
@@ -44,6 +46,7 @@ class Saver:
         self._agreement, self._record, self._say = agreement, record, say
         self._section, self._loop_saves = section, loop_saves
         self._cadence: Cadence | None = None
+        self._asked_limit: int | None = None
         self._footprint, self._reserve, self._measured = _planned(run), storage.reserve, False
         before, estimate = read(run), self._footprint or Footprint()
         room = Room(
@@ -87,20 +90,19 @@ class Saver:
 
         Raises:
             ResumeRefusedError: it was made by another run than this one; nothing has been changed.
-            CheckpointError: a rank does not see it.
+            CheckpointError: none verifies, or a rank does not see it; another attempt would fare no better.
+            OSError: the file system hesitates: worth another attempt.
         """
-        newest, problem, code = None, None, None
+        newest, problem, kind = None, None, None
         if self._agreement.rank == 0:
             try:
                 newest = self._compared(self.store.newest_verified(restart="restart" in self._section.allow))
-            except CheckpointError as error:
-                problem, code = str(error), int(error.exit_code)
-            except OSError as error:
-                problem, code = f"the checkpoints can't be read just now: {error}", int(Exit.FAILED)
-        step, problem, code = self._agreement.from_rank_0((newest.step if newest else None, problem, code))
-        if problem is not None:
-            refused = code == origin.ResumeRefusedError.exit_code
-            raise (origin.ResumeRefusedError if refused else CheckpointError)(problem)
+            except (CheckpointError, OSError) as error:
+                problem = str(error)
+                kind = next(i for i, kind in enumerate(PROBLEMS) if isinstance(error, kind))
+        step, problem, kind = self._agreement.from_rank_0((newest.step if newest else None, problem, kind))
+        if kind is not None:
+            raise (OSError if PROBLEMS[kind] is PassingError else PROBLEMS[kind])(problem)
         self.newest_step = step
         if step is None:
             return None

@@ -20,12 +20,15 @@ step 0 if none of the checkpoints verifies."""
 
 
 def require(ok: bool, key: str, value: Any, valid: str) -> None:
+    """Refuse a value (ConfigError) unless `ok`."""
     if not ok:
         raise ConfigError(key, value, valid)
 
 
 @dataclass(kw_only=True)
 class RunSection:
+    """Where the run lives."""
+
     name: str | None = None
     """Directory name under `root`; left out, it is derived from the configuration."""
     root: str = "runs"
@@ -41,6 +44,8 @@ class RunSection:
 
 @dataclass(kw_only=True)
 class JobSection:
+    """What runs."""
+
     name: str = "sft"
     """Which program of the `jobs` room runs: `sft` or `smoke`."""
 
@@ -80,6 +85,8 @@ class TinyModel:
 
 @dataclass(kw_only=True)
 class PretrainedModel:
+    """A model that `save_pretrained` has written, here or on the hub."""
+
     kind: str = "pretrained"
     path: str | None = None
     """A local directory, or a name on the Hugging Face hub."""
@@ -146,6 +153,8 @@ class HubData:
 
 @dataclass(kw_only=True)
 class Lora:
+    """Low-rank adapters on frozen weights (PEFT's `LoraConfig`)."""
+
     kind: str = "lora"
     r: int = 16
     alpha: int = 32
@@ -243,6 +252,8 @@ class SlurmCluster:
 
 @dataclass(kw_only=True)
 class PreemptionSection:
+    """When to leave, and how often to come back."""
+
     signal: str = "USR1"
     """The signal that Slurm sends `lead_s` before the time limit. TERM, USR1 and USR2 all mean "save and leave"."""
     lead_s: int = 90
@@ -270,6 +281,8 @@ class PreemptionSection:
 
 @dataclass(kw_only=True)
 class CheckpointSection:
+    """When to save, what to keep, and what a resume may differ in."""
+
     every: Any = "auto"
     """When to save: `auto`, optimizer steps (500), or a time (`90s`, `30min`, `2h`). See `checkpoint/cadence.py`."""
     every_steps: int | None = None
@@ -326,6 +339,8 @@ def _interval(every: Any) -> tuple[int | None, float | None]:
 
 @dataclass(kw_only=True)
 class StorageSection:
+    """What the run may take of the disk."""
+
     budget_gb: float = 10.0
     """Bytes that the run directory may take, in GB (10^9 bytes)."""
     sweep_budget_gb: float | None = None

@@ -48,6 +48,7 @@ def comment_of(token: str) -> str:
 
 
 def new_token() -> str:
+    """What a submission is found again by; 16 hexadecimal digits."""
     return secrets.token_hex(8)
 
 

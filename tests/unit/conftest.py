@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from outlast.rundir import RunDirectory
+
+from .runs import Make
+
 
 class Slurm:
     """Slurm's commands as shell scripts that say what a test writes down, and note how they were called."""
@@ -36,3 +40,16 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     return Slurm(tmp_path / "bin")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A run directory with a frozen configuration, under one root."""
+
+    def make(name: str, config: str = "storage: {budget_gb: 1.0}\ntrainer: {max_steps: 100}\n") -> RunDirectory:
+        run = RunDirectory(tmp_path / name)
+        run.create()
+        run.config.write_text(config)
+        return run
+
+    return make

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from outlast.budget import MARGIN
-from outlast.checkpoint import CheckpointStore, Manifest, Room, SaveError, verify
+from outlast.checkpoint import CheckpointStore, Manifest, PassingError, Room, SaveError, verify
 from outlast.checkpoint import store as store_module
 from outlast.errors import CheckpointError, ConfigError
 from outlast.ranks import Agreement
@@ -206,7 +206,7 @@ def test_a_file_system_that_hesitates_condemns_nothing(harness: Harness, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr("outlast.checkpoint.manifest.read_entry", stale)
-        with pytest.raises(OSError, match="Stale"):
+        with pytest.raises(PassingError, match="Stale"):
             harness.store.newest_verified()
         harness.store.retention.limit = 1
         harness.store.retire()

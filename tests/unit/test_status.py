@@ -1,82 +1,21 @@
+"""States: ledger, lock, progress and Slurm, put together."""
+
 import fcntl
-import io
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from outlast.cells import Cell, Manifest
-from outlast.config import build, dump
-from outlast.errors import ConfigError
-from outlast.launcher import slurm_queue, status, status_table
-from outlast.launcher.runs import is_locked, run_named, runs_named, runs_under, settings_of, state_of
+from outlast.launcher import status
+from outlast.launcher.runs import is_locked, runs_named, runs_under, state_of
 from outlast.launcher.slurm_queue import Answer, JobKey, JobState
-from outlast.launcher.status import RunStatus, collect
+from outlast.launcher.status import collect
 from outlast.launcher.submissions import cancelled_at, mark_cancelled
 from outlast.ledger import Ledger
 from outlast.rundir import RunDirectory, RunLock
-from outlast.submission import Submission
 
-Make = Callable[..., RunDirectory]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """A run directory with a frozen configuration, under one root."""
-
-    def make(name: str, config: str = "storage: {budget_gb: 1.0}\ntrainer: {max_steps: 100}\n") -> RunDirectory:
-        run = RunDirectory(tmp_path / name)
-        run.create()
-        run.config.write_text(config)
-        return run
-
-    return make
-
-
-def start(run: RunDirectory, attempt: int = 1, job_id: str | None = None) -> Ledger:
-    ledger = Ledger(run.ledger)
-    ledger.append("attempt_started", attempt, job_id=job_id, restart_count=0, hosts=["a"], world_size=1, versions={})
-    return ledger
-
-
-def save(ledger: Ledger, step: int, attempt: int = 1) -> None:
-    ledger.append("checkpoint", attempt, step=step, kind="periodic", bytes=10, stall_s=0.1, sealed_s=0.1)
-
-
-def end(ledger: Ledger, cause: str, step: int = 40, attempt: int = 1) -> None:
-    ledger.append("attempt_ended", attempt, cause=cause, step=step)
-
-
-def row(run: RunDirectory, ask: status.Ask | None = None) -> RunStatus:
-    return collect([run], ask or nobody)[0]
-
-
-def nobody(wanted: list[JobKey], users: set[int], clusters: set[str | None]) -> Answer:
-    raise AssertionError(f"Slurm was asked for {wanted}")
-
-
-def says(_reason: str | None = None, /, **states: str) -> status.Ask:
-    """A Slurm that knows jobs, by `J<number>`."""
-    jobs = {JobKey(None, job.removeprefix("J")): JobState(state, _reason) for job, state in states.items()}
-    return lambda wanted, users, clusters: Answer(jobs)
-
-
-def submit(run: RunDirectory, job_id: str | None, at: float | None = None, **values: Any) -> Submission:
-    """As the launcher notes it."""
-    at = time.time() if at is None else at
-    submission = Submission(token="t0", job_id=job_id, cluster="slurm", slurm_conf=None, time=at, log="x", **values)
-    (run.path / "submitted.json").write_text(json.dumps(asdict(submission)))
-    return submission
-
-
-def progress(run: RunDirectory, **values: Any) -> None:
-    now = {"attempt": 1, "phase": "training", "step": 42, "total_steps": 100, "time": time.time()}
-    run.progress.write_text(json.dumps(now | values))
+from .runs import Make, end, progress, row, save, says, shown, start, submit, sweep_of
 
 
 def test_only_run_directories_are_shown(make: Make, tmp_path: Path) -> None:
@@ -293,27 +232,6 @@ def test_cancelled_while_it_saves(make: Make) -> None:
     assert row(run).state == "interrupted"
 
 
-def sweep_of(root: Path, jobs: list[tuple[str | None, list[int]]], cells: int = 3, offset: int = 0) -> Path:
-    """A sweep's directory, with one submission for each of `jobs`."""
-    path = root / "s"
-    path.mkdir()
-    manifest = Manifest(name="s")
-    for index in range(cells):
-        name = f"seed={index}"
-        manifest.cells.append(Cell(index=index, name=name, directory=name, overrides=[name], config_digest="d"))
-        run = RunDirectory(path / name)
-        run.create()
-        run.config.write_text("trainer: {max_steps: 5}\n")
-    for number, (job_id, indices) in enumerate(jobs):
-        log, at = str(path / "logs" / "%A_%a.log"), time.time() + number
-        manifest.submissions.append(
-            Submission(token=f"t{number}", job_id=job_id, cluster="slurm", slurm_conf=None, time=at, log=log,
-                       indices=indices, offset=offset)
-        )  # fmt: skip
-    manifest.write(path)
-    return path
-
-
 def test_the_cells_of_a_sweep(make: Make, tmp_path: Path) -> None:
     make("r")
     sweep_of(tmp_path, [("20", [0, 1, 2]), ("21", [2])])
@@ -332,156 +250,3 @@ def test_tasks_of_a_large_sweep_are_numbered_from_an_offset(tmp_path: Path) -> N
     rows = collect(runs_named(["s"], tmp_path), says(J20_0="RUNNING"))
     assert [(row.state, row.job_id) for row in rows][2] == ("running", "20_0")
     assert status.submission_of(RunDirectory(path / "seed=2")).log == path / "logs" / "20_0.log"
-
-
-def test_names(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make("r")
-    path = sweep_of(tmp_path, [])
-    assert [run.path.name for run in runs_named(["s/seed=1", "r", "s"], tmp_path)] == [
-        "seed=1",
-        "r",
-        "seed=0",
-        "seed=2",
-    ]
-    assert run_named(str(path / "seed=2"), Path("elsewhere")).path == path / "seed=2"
-    with pytest.raises(ConfigError, match=r"did you mean s/seed=1\?"):
-        run_named("s/seed=11", tmp_path)
-    with pytest.raises(ConfigError, match="valid: s/seed=0, s/seed=1"):
-        run_named("s", tmp_path)
-
-
-def test_slurm_is_asked_once(make: Make, tmp_path: Path) -> None:
-    for name, job in (("a", "7"), ("b", "8"), ("c", None)):
-        ledger = start(make(name), job_id=job)
-        if job:
-            ledger.append("requeued", 1, cause="preempted", job_id=job)
-    done = start(make("d"), job_id="9")
-    done.append("finished", 1, step=1, seconds=1.0)
-    asked = []
-
-    def ask(wanted: list[JobKey], users: set[int], clusters: set[str | None]) -> Answer:
-        asked.append(wanted)
-        return Answer({JobKey(None, "7"): JobState("PENDING"), JobKey(None, "8"): JobState("RUNNING")})
-
-    states = [row.state for row in collect(runs_under(tmp_path), ask)]
-    assert states == ["queued", "running", "stopped_unexpectedly", "finished"]
-    assert asked == [[JobKey(None, "7"), JobKey(None, "8")]]
-
-
-def test_slurm_does_not_answer(make: Make, tmp_path: Path) -> None:
-    ledger = start(make("a"), job_id="7")
-    ledger.append("requeued", 1, cause="preempted", job_id="7")
-    end(start(make("b")), "preempted")
-    silent = Answer(silent={None: "squeue did not answer within 5 s"})
-    rows = collect(runs_under(tmp_path), lambda wanted, users, clusters: silent)
-    assert [(row.state, row.note is None) for row in rows] == [("queued", False), ("interrupted", True)]
-    out = shown(rows)
-    assert out.count("Slurm does not answer (squeue did not answer within 5 s); states are from the ledgers alone") == 1
-    assert "interrupted: saved; `outlast resume`, or what started it, goes on" in out
-
-
-def test_what_is_damaged_is_shown_as_far_as_it_goes(make: Make) -> None:
-    run = make("a", "{[")
-    save(start(run), 10)
-    with open(run.ledger, "a") as file:
-        file.write('{"time": 1, "att')
-    run.progress.write_text("{")
-    (run.path / "submitted.json").write_text("[")
-    (run.path / "cancelled.json").write_text("")
-    now = row(run)
-    assert (now.state, now.step, now.total_steps, now.budget_bytes) == ("stopped_unexpectedly", 10, None, None)
-    assert "10/?" in shown([now], width=80)
-
-
-def test_two_sections_are_read_as_they_were_written(make: Make) -> None:
-    config = build({"run": {"name": "x"}, "trainer": {"max_steps": 3, "a": {"b": ["- c", "d: e\n\nf"]}, "z": "x\n\ny"}})
-    settings = settings_of(make("a", dump(config)))
-    assert settings == {"storage": config.as_dict()["storage"], "trainer": config.trainer}
-
-
-def test_bytes_are_not_walked_where_an_attempt_has_counted_them(make: Make) -> None:
-    run = make("a")
-    start(run)
-    progress(run, bytes_used=12345)
-    (run.checkpoints / "big").write_bytes(b"0" * 5000)
-    assert row(run).bytes_used == 12345
-    progress(run)
-    assert 5000 < (row(run).bytes_used or 0) < 12345
-
-
-def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common: dict[str, Any] = {"watch_s": None}
-    assert status.main([], tmp_path, states=None, as_json=False, **common) == 0
-    assert "no runs here" in capsys.readouterr().out
-    make("a")
-    end(start(make("b")), "failed")
-    assert status.main([], tmp_path, states=None, as_json=True, **common) == 0
-    assert [(row["name"], row["state"]) for row in json.loads(capsys.readouterr().out)] == [
-        ("a", "not_started"),
-        ("b", "failed"),
-    ]
-    states = status.states_named("failed,gave up")
-    assert status.main([], tmp_path, states=states, as_json=True, **common) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["b"]
-    assert status.main(["a"], tmp_path, states=None, as_json=True, **common) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["a"]
-    with pytest.raises(ConfigError, match="did you mean failed"):
-        status.states_named("faild")
-
-
-def shown(rows: list[RunStatus], width: int = 140) -> str:
-    out = io.StringIO()
-    status_table.show(rows, Console(file=out, width=width))
-    return out.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("ids", "words"),
-    [
-        (["12"], ["12"]),
-        (["12_4", "12_1", "12_2", "7"], ["7", "12_[1-2,4]"]),
-        (["3_0", "12_5", "12_6", "12_7"], ["12_[5-7]", "3_[0]"]),
-    ],
-)
-def test_exactly_these_jobs(ids: list[str], words: list[str]) -> None:
-    assert slurm_queue.compressed(ids) == words
-
-
-def test_a_cluster_that_is_gone(tmp_path: Path) -> None:
-    conf = str(tmp_path / "slurm.conf")
-    answer = slurm_queue.ask([JobKey(conf, "1")], {0})
-    assert answer.silent == {conf: f"its configuration {conf} is gone"}
-
-
-@pytest.mark.parametrize(
-    ("words", "ids"),
-    [
-        ("12", ["12"]),
-        ("12_3", ["12_3"]),
-        ("12_[1-2,4]", ["12_1", "12_2", "12_4"]),
-        ("12_[0-1%1]", ["12_0", "12_1"]),
-        ("12_[0-4:2,7]", ["12_0", "12_2", "12_4", "12_7"]),
-    ],
-)
-def test_tasks_that_accounting_shows_in_one_line(words: str, ids: list[str]) -> None:
-    assert slurm_queue.expanded(words) == ids
-
-
-def test_a_thousand_runs_cost_seconds_of_neither_cpu_nor_reading(make: Make, tmp_path: Path) -> None:
-    first = make("r0", dump(build({"run": {"name": "x"}})))
-    ledger = start(first, job_id="7")
-    for step in range(40):
-        save(ledger, step)
-    end(ledger, "preempted")
-    progress(first, bytes_used=10)
-    for number in range(1, 1000):
-        run = RunDirectory(tmp_path / f"r{number}")
-        run.path.mkdir()
-        for source in (first.config, first.ledger, first.progress):
-            (run.path / source.name).hardlink_to(source)
-    began = time.process_time()
-    rows = collect(runs_under(tmp_path), says(J7="PENDING"))
-    out = shown(rows)
-    assert time.process_time() - began < 1.5
-    assert len(out.splitlines()) == 1001
-    assert {row.state for row in rows} == {"queued"}

@@ -21,7 +21,7 @@ from outlast.rundir import write_atomically
 MANIFEST = "manifest.json"
 FORMAT = 1
 CHUNK = 1 << 22
-PASSING = (errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
+HESITATES = (errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
 """Errors of a file system that hesitates, or of a process that is out of something."""
 FileEntry = dict[str, Any]
 """`{"bytes": int, "xxh3_128": hex digest}`."""
@@ -32,6 +32,10 @@ RESUME_ONLY = (
 """Files that only a resume needs, as the Trainer, accelerate and DeepSpeed name them."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 PACKAGES = ("outlast", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+
+
+class PassingError(CheckpointError):
+    """It can't be read just now: that says nothing of the checkpoint, and the next attempt may well be able to."""
 
 
 @dataclass(kw_only=True)
@@ -123,8 +127,8 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
+        PassingError: the file system hesitates.
         CheckpointError: there is none, or it can't be read; the message is the reason, in words.
-        OSError: a passing trouble (`PASSING`), which says nothing of the checkpoint.
     """
     try:
         values = json.loads((directory / MANIFEST).read_text())
@@ -132,8 +136,7 @@ def read_manifest(directory: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError("it has no manifest: it was never sealed") from None
     except (OSError, ValueError, TypeError) as error:
-        _raise_if_passing(error)
-        raise CheckpointError(f"its manifest can't be read: {error}") from None
+        raise _unreadable("its manifest", error) from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"its manifest has format {manifest.format}; this version of outlast reads {FORMAT}")
     return manifest
@@ -146,8 +149,8 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
         from_disk: see :func:`read_entry`.
 
     Raises:
+        PassingError: the file system hesitates.
         CheckpointError: the first difference, in words.
-        OSError: as :func:`read_manifest`.
     """
     manifest = read_manifest(directory)
     for name, entry in manifest.files.items():
@@ -159,15 +162,14 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
             if read_entry(path, from_disk=from_disk) != entry:
                 raise CheckpointError(f"{name} differs from what was written (xxh3-128)")
         except OSError as error:
-            _raise_if_passing(error)
-            raise CheckpointError(f"{name} can't be read: {error.strerror}") from None
+            raise _unreadable(name, error) from None
     return manifest
 
 
-def _raise_if_passing(error: Exception) -> None:
-    """Let through what says nothing of the checkpoint: the next attempt may well be able to read it."""
-    if isinstance(error, OSError) and error.errno in PASSING:
-        raise error
+def _unreadable(what: str, error: Exception) -> CheckpointError:
+    passing = isinstance(error, OSError) and error.errno in HESITATES
+    reason = error.strerror if isinstance(error, OSError) else error
+    return (PassingError if passing else CheckpointError)(f"{what} can't be read: {reason}")
 
 
 def entry_of(size: int, digest: "xxhash.xxh3_128") -> FileEntry:

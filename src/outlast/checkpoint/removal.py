@@ -47,7 +47,7 @@ class Remover:
         except OSError as error:
             return self._report(checkpoint.path.name, error)
         self._record("deleted", checkpoint=checkpoint.path.name, reason=reason)
-        return self.empty()
+        return self._empty_trash()
 
     def lighten(self, checkpoint: Sealed, reason: str) -> bool:
         """Delete what only a resume needs; what is left has a manifest of its own and still verifies.
@@ -66,13 +66,8 @@ class Remover:
         self._record("lightened", checkpoint=checkpoint.path.name, reason=reason, bytes=checkpoint.resume_bytes)
         return True
 
-    def empty(self) -> bool:
-        """Remove what has been moved aside, and what an earlier attempt left half-deleted or half-lightened.
-
-        Returns:
-            Whether nothing of it is left.
-        """
-        gone = True
+    def recover(self) -> None:
+        """Finish what an earlier attempt left half-deleted or half-lightened, and what could not be deleted."""
         for path in sorted(self._checkpoints.glob("checkpoint-*")):
             sealed, deleting = (os.path.exists(path / name) for name in (MANIFEST, UNSEALED))
             if path.is_symlink() or not (sealed or deleting):
@@ -86,7 +81,16 @@ class Remover:
             except CheckpointError:
                 continue  # a manifest that can't be read: for the store to put aside
             except OSError as error:
-                gone = self._report(path.name, error)
+                self._report(path.name, error)
+        self._empty_trash()
+
+    def retry(self) -> None:
+        """Try again what could not be deleted in this attempt."""
+        if self._reported:
+            self.recover()
+
+    def _empty_trash(self) -> bool:
+        gone = True
         if self._trash.is_dir():
             for path in sorted(self._trash.iterdir()):
                 gone &= self.remove_tree(path)

@@ -20,7 +20,7 @@ from outlast.ranks import Agreement
 from outlast.rundir import RunDirectory, flush_directory, remove_temporaries
 from outlast.storage import bytes_used
 
-from .manifest import MANIFEST, Manifest, Sealed, read_manifest, verify, write_manifest
+from .manifest import MANIFEST, Manifest, PassingError, Sealed, read_manifest, verify, write_manifest
 from .removal import Remover
 from .retention import Removal, Retention, newest_full
 from .room import Room
@@ -89,7 +89,7 @@ class CheckpointStore:
     def sweep(self) -> None:
         """Remove what an earlier attempt left half-written or half-deleted (rank 0, before anything is saved)."""
         self._remover.remove_tree(self._run.staging)
-        self._remover.empty()
+        self._remover.recover()
         with contextlib.suppress(OSError):
             for written in (self._run.progress, *(path / MANIFEST for path in self._directories())):
                 remove_temporaries(written)
@@ -106,18 +106,23 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: none verifies; nothing has been moved, since a restart is for the user to decide.
-            OSError: a passing trouble of the file system; nothing has been moved for it.
+            PassingError: one can't be read just now; it has not been moved.
         """
+        sealed = []
         for path in self._directories():
             try:
-                read_manifest(path)
+                sealed.append(Sealed(path, read_manifest(path)))
+            except PassingError:
+                raise
             except CheckpointError as error:
                 self.quarantine(path, str(error))
         damaged: list[tuple[Path, str]] = []
         newest = None
-        for checkpoint in reversed([c for c in self.sealed() if not c.light]):
+        for checkpoint in sorted((c for c in sealed if not c.light), key=lambda c: c.step, reverse=True):
             try:
                 verify(checkpoint.path)
+            except PassingError:
+                raise
             except CheckpointError as error:
                 damaged.append((checkpoint.path, str(error)))
             else:
@@ -171,7 +176,8 @@ class CheckpointStore:
 
         def stage() -> int:
             if self._agreement.rank == 0:
-                self.sweep()
+                self._remover.remove_tree(self._run.staging)
+                self._remover.retry()
                 staged.mkdir(parents=True)
             return self.room.free() if self._agreement.rank == 0 else 0
 
@@ -190,7 +196,7 @@ class CheckpointStore:
             self._together(lambda: self._publish(staged, target, manifest) if self._agreement.rank == 0 else None)
         except SaveError:
             if self._agreement.rank == 0:
-                self.sweep()
+                self._remover.remove_tree(self._run.staging)
             raise
         return Sealed(target, manifest)
 
@@ -256,11 +262,14 @@ class CheckpointStore:
         """
         sealed, emergency = self.sealed(), kind != "periodic"
         need, freed = self.room.need(sealed, final=kind == "final"), {}
+        free = self.room.free()
+        if free >= need:
+            return True
         for removal in self.retention.for_room(sealed, emergency=emergency):
             checkpoint = removal.checkpoint
             freed[checkpoint.step] = checkpoint.bytes if removal.action == "delete" else checkpoint.resume_bytes
         aside = bytes_used(self._run.quarantine, skip_unreadable=True) + (self.room.reserved() if emergency else 0)
-        if self.room.free() + sum(freed.values()) + aside < need:
+        if free + sum(freed.values()) + aside < need:
             return False
         while self.room.free() < need:
             if not self.free_some(kind=kind, reason="budget"):
@@ -321,11 +330,11 @@ class CheckpointStore:
             return step not in self._verified
         try:
             verify(newest.path, from_disk=True)
+        except PassingError as error:
+            self._say(f"WARNING: {newest.path.name}: {error}; nothing older is deleted meanwhile")
+            return False
         except CheckpointError as error:
             self.quarantine(newest.path, str(error))
-            return False
-        except OSError as error:
-            self._say(f"WARNING: {newest.path.name} can't be read back just now, so nothing older is deleted: {error}")
             return False
         self._verified.add(newest.step)
         return True

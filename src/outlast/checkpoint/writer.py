@@ -140,13 +140,13 @@ class Writer:
         Returns:
             `{relative path: entry}` of the files that were written through :meth:`open` and not touched since.
         """
-        entries, whole = {}, []
+        entries = {}
         for path, (entry, then) in self._written.items():
             now = path.stat() if path.exists() else None
             if now and (now.st_ino, now.st_size, now.st_mtime_ns) == (then.st_ino, then.st_size, then.st_mtime_ns):
-                whole.append(path)
                 entries[path.relative_to(self.directory).as_posix()] = entry
-        flush_files(whole)
+        # Also what was written by other means: on a network file system only the node that wrote it can flush it.
+        flush_files([path for path in self.directory.rglob("*") if path.is_file()])
         for path in (self.directory, *(p for p in self.directory.rglob("*") if p.is_dir())):
             flush_directory(path)
         return entries
