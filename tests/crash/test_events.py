@@ -46,6 +46,20 @@ def test_nothing_escapes(window: str, lora: bool, bases: Bases, server: Server, 
     assert kernel_events(trace.read_text(), directory) == seen
 
 
+def test_each_rank_flushes_what_no_writer_reported_when_all_have_written(
+    bases: Bases, server: Server, work: Path
+) -> None:
+    """Rank 1 writes no file of the finished model: it must not meet those of rank 0 while they are being written."""
+    directory = work / "flushed-by-rank-1"
+    log = log_window(server, bases(False, 2), "final", directory, 1)
+    names = {path.name for path in (directory / "final").glob("*.json")} - {"manifest.json"}
+    assert names
+    staged = "checkpoints/.staging/final"
+    assert sorted((e.kind, e.path) for e in log) == sorted(
+        ("fsync", path) for path in [staged, *(f"{staged}/{name}" for name in names)]
+    )
+
+
 @contextmanager
 def strace(pid: int, output: Path) -> Iterator[None]:
     """Traces a process, and what it forks meanwhile."""

@@ -39,7 +39,7 @@ def test_what_goes_through_is_digested_and_read_by_the_libraries(tmp_path: Path)
     with writer.capture():
         save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
         torch.save(state, str(tmp_path / "optimizer.pt"))
-    entries = writer.finish()
+    entries = writer.entries()
     assert entries == {name: read_entry(tmp_path / name) for name in ("model.safetensors", "optimizer.pt")}
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == TENSORS.keys()
@@ -60,7 +60,7 @@ def test_pieces_of_any_size(tmp_path: Path, size: int) -> None:
         file.write(memoryview(data)[:size])
         file.write(b"tail")
     assert (tmp_path / "file").read_bytes() == b"head" + data[:size] + b"tail"
-    assert writer.finish() == {"file": read_entry(tmp_path / "file")}
+    assert writer.entries() == {"file": read_entry(tmp_path / "file")}
 
 
 def test_outside_the_directory_nothing_is_routed(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_outside_the_directory_nothing_is_routed(tmp_path: Path) -> None:
         torch.save(1, tmp_path / "elsewhere.pt")
         save_file(TENSORS, tmp_path / "elsewhere.safetensors")
     assert torch.save is original
-    assert writer.finish() == {}
+    assert writer.entries() == {}
     assert load_file(tmp_path / "elsewhere.safetensors").keys() == TENSORS.keys()
 
 
@@ -85,7 +85,7 @@ def test_files_written_by_other_means_or_changed_afterwards_are_read_back(tmp_pa
         (tmp_path / "changed.pt").write_bytes(b"other")
         (tmp_path / "sub").mkdir()
         (tmp_path / "sub" / "config.json").write_text("{}")
-    entries = writer.finish()
+    entries = writer.entries()
     assert entries == {}
     adopt(tmp_path, entries)
     assert entries == {name: read_entry(tmp_path / name) for name in ("changed.pt", "moved.pt", "sub/config.json")}
@@ -99,7 +99,7 @@ def test_what_the_disk_refuses_is_told_in_its_own_words(tmp_path: Path, numbers:
         torch.save(torch.zeros(numbers), tmp_path / "optimizer.pt")
     with writer.capture(), pytest.raises(OSError, match="File too large"):
         save_file({"w": torch.zeros(numbers)}, tmp_path / "model.safetensors")
-    assert writer.finish() == {}
+    assert writer.entries() == {}
     assert set(threading.enumerate()) <= before
 
 
@@ -123,4 +123,4 @@ def test_many_files_at_once(tmp_path: Path) -> None:
             for file in files:
                 file.write(memoryview(data)[start : start + 100_000])
     assert all((tmp_path / str(i)).read_bytes() == data for i in range(8))
-    assert len(writer.finish()) == 8
+    assert len(writer.entries()) == 8

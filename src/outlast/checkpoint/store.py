@@ -24,7 +24,7 @@ from .manifest import MANIFEST, Manifest, PassingError, Sealed, read_manifest, v
 from .removal import Remover
 from .retention import Removal, Retention, newest_full
 from .room import Room
-from .writer import Writer, adopt
+from .writer import Writer, adopt, flush_tree
 
 RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"
 PREFIX = "checkpoint-"
@@ -185,7 +185,7 @@ class CheckpointStore:
             writer = Writer(staged, self._allowance(free, manifest.kind))
             with writer.capture():
                 write(staged)
-            return writer.finish()
+            return writer.entries()
 
         try:
             free = self._together(stage)[0]
@@ -193,6 +193,8 @@ class CheckpointStore:
             for entries in written:
                 manifest.files |= entries
             self._bytes_by_rank = [sum(int(e["bytes"]) for e in entries.values()) for entries in written]
+            others = set(manifest.files) - set(written[self._agreement.rank])
+            self._together(lambda: flush_tree(staged, others))
             self._together(lambda: self._publish(staged, target, manifest) if self._agreement.rank == 0 else None)
         except SaveError:
             if self._agreement.rank == 0:

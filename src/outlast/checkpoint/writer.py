@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +32,7 @@ FLUSHERS = 4
 
 
 class DigestingFile:
-    """A file, open for writing from start to end. Not on disk for certain before :meth:`Writer.finish`."""
+    """A file, open for writing from start to end. Not on disk for certain before :func:`flush_tree`."""
 
     def __init__(
         self, path: Path, spend: Callable[[int], None], done: Callable[[FileEntry, os.stat_result], None]
@@ -134,21 +134,13 @@ class Writer:
             torch.save, safetensors.torch.serialize_file = save, serialize
             torch.serialization.set_crc32_options(crc)
 
-    def finish(self) -> dict[str, FileEntry]:
-        """Flush what this rank wrote to disk, files and directories.
-
-        Returns:
-            `{relative path: entry}` of the files that were written through :meth:`open` and not touched since.
-        """
+    def entries(self) -> dict[str, FileEntry]:
+        """`{relative path: entry}` of the files that were written through :meth:`open` and not touched since."""
         entries = {}
         for path, (entry, then) in self._written.items():
             now = path.stat() if path.exists() else None
             if now and (now.st_ino, now.st_size, now.st_mtime_ns) == (then.st_ino, then.st_size, then.st_mtime_ns):
                 entries[path.relative_to(self.directory).as_posix()] = entry
-        # Also what was written by other means: on a network file system only the node that wrote it can flush it.
-        flush_files([path for path in self.directory.rglob("*") if path.is_file()])
-        for path in (self.directory, *(p for p in self.directory.rglob("*") if p.is_dir())):
-            flush_directory(path)
         return entries
 
     def _mine(self, f: Any) -> Path | None:
@@ -158,18 +150,26 @@ class Writer:
         return path if path.is_relative_to(self.directory) else None
 
 
-def adopt(directory: Path, entries: dict[str, FileEntry]) -> None:
-    """Add the files of `directory` that no writer has reported: flushed, and read back (rank 0, after all ranks)."""
-    names = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    others = {name: path for name, path in sorted(names.items()) if name not in entries}
-    flush_files(list(others.values()))
-    entries |= {name: read_entry(path) for name, path in others.items()}
+def flush_tree(directory: Path, skip: Collection[str] = ()) -> None:
+    """Have the kernel write all files of `directory`, and it, to disk, and wait for it.
 
+    Every rank does so, when all have written: on a network file system only the node that wrote a file can flush it.
 
-def flush_files(paths: list[Path]) -> None:
-    """Have the kernel write all of these files to disk, and wait for it."""
+    Args:
+        skip: relative paths of files that other ranks flush.
+    """
+    paths = sorted(directory.rglob("*"))
+    files = [p for p in paths if p.is_file() and p.relative_to(directory).as_posix() not in skip]
     with ThreadPoolExecutor(FLUSHERS) as flushers:
-        list(flushers.map(flush_file, paths))
+        list(flushers.map(flush_file, files))
+    for path in (directory, *(p for p in paths if p.is_dir())):
+        flush_directory(path)
+
+
+def adopt(directory: Path, entries: dict[str, FileEntry]) -> None:
+    """Add the files of `directory` that no writer has reported, read back (rank 0, after all ranks)."""
+    names = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    entries |= {name: read_entry(path) for name, path in sorted(names.items()) if name not in entries}
 
 
 def _write_safetensors(file: DigestingFile, tensors: dict[str, Any], metadata: dict[str, str] | None) -> None:
