@@ -7,12 +7,11 @@ be shown all the same. Jobs are told apart by the cluster too (its `slurm.conf`)
 import os
 import re
 import shutil
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 
+from outlast import slurm
 from outlast.errors import SlurmError
 
 QUEUE_LIMIT_S = 5.0
@@ -100,7 +99,7 @@ def _squeue(answer: Answer, conf: str | None, owners: str, limit_s: float) -> No
         if not state:
             continue
         told = None if reason in ("None", "") else reason
-        answer.jobs[JobKey(conf, job_id)] = JobState(state, told, _time(starts))
+        answer.jobs[JobKey(conf, job_id)] = JobState(state, told, slurm.timestamp(starts))
         if comment not in ("", "(null)"):
             answer.tokens[conf, comment] = whole
 
@@ -173,29 +172,11 @@ def run(conf: str | None, *command: str, limit_s: float = QUEUE_LIMIT_S) -> str:
     """The output of one of Slurm's commands, for the cluster of `conf`.
 
     Raises:
-        SlurmError: it is not installed, failed, or did not answer within `limit_s`; one line that says which.
+        SlurmError: as `slurm.run`, or `conf` is gone.
     """
-    env = {name: value for name, value in os.environ.items() if name != "SLURM_CONF" and name[:7] != "SQUEUE_"}
-    env["SLURM_BITSTR_LEN"] = "0"  # the tasks of an array in full: by default the list ends after 64 characters
+    env = {name: value for name, value in os.environ.items() if name != "SLURM_CONF"}
     if conf is not None:
         if not os.path.exists(conf):  # the commands would try for a minute
             raise SlurmError(f"its configuration {conf} is gone")
         env["SLURM_CONF"] = conf
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit_s, check=False)
-    except FileNotFoundError:
-        raise SlurmError(f"{command[0]} is not installed on this machine") from None
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer within {limit_s:g} s") from None
-    if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        told = re.sub(rf"^{command[0]}: ((error|fatal): )?", "", lines[-1]) if lines else f"exit code {done.returncode}"
-        raise SlurmError(f"{command[0]}: {told}")
-    return done.stdout
-
-
-def _time(text: str) -> float | None:
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return None  # "N/A"
+    return slurm.run(*command, timeout_s=limit_s, env=env)

@@ -71,7 +71,7 @@ def export_ranks() -> None:
 
 def hostnames(nodelist: str) -> list[str]:
     """Node names of a compressed list: `n[0-1]` gives `["n0", "n1"]`."""
-    return _run("scontrol", "show", "hostnames", nodelist).split()
+    return run("scontrol", "show", "hostnames", nodelist).split()
 
 
 def address_of(node: str) -> str:
@@ -80,7 +80,7 @@ def address_of(node: str) -> str:
     try:
         socket.getaddrinfo(address, None)
     except OSError:
-        address = _fields(_run("scontrol", "show", "node", node, "-o")).get("NodeAddr", "")
+        address = _fields(run("scontrol", "show", "node", node, "-o")).get("NodeAddr", "")
         try:
             socket.getaddrinfo(address, None)
         except OSError:
@@ -159,13 +159,13 @@ def show_job(job_id: str, timeout_s: float = 20.0) -> JobView:
     Raises:
         SlurmError: no answer within `timeout_s`, or the job is unknown.
     """
-    fields = _fields(_run("scontrol", "show", "job", job_id, "-o", timeout_s=timeout_s))
+    fields = _fields(run("scontrol", "show", "job", job_id, "-o", timeout_s=timeout_s))
     return JobView(
         state=fields.get("JobState", ""),
         reason=fields.get("Reason", ""),
-        preempt_time=_time(fields.get("PreemptTime")),
-        start_time=_time(fields.get("StartTime")),
-        end_time=_time(fields.get("EndTime")),
+        preempt_time=timestamp(fields.get("PreemptTime")),
+        start_time=timestamp(fields.get("StartTime")),
+        end_time=timestamp(fields.get("EndTime")),
         restarts=int(fields.get("Restarts", "0") or 0),
     )
 
@@ -179,7 +179,7 @@ def restart_cause(job: SlurmJob) -> Cause:
     if cause in ("preempted", "node_failure"):
         return cause
     with suppress(SlurmError):
-        nodes = _run("sinfo", "--noheader", "--Node", f"--nodes={job.nodelist}", "--format=%t", timeout_s=5.0)
+        nodes = run("sinfo", "--noheader", "--Node", f"--nodes={job.nodelist}", "--format=%t", timeout_s=5.0)
         well = {"alloc", "mix", "idle", "comp", "resv", "plnd", "drng"}
         return "preempted" if {state.strip("*~#!%$@^-") for state in nodes.split()} <= well else "node_failure"
     return "node_failure"
@@ -188,7 +188,7 @@ def restart_cause(job: SlurmJob) -> Cause:
 def accounted_state(job: SlurmJob) -> str | None:
     """How `sacct` says that one start of a job ended (each has a line of its own), or None where nobody keeps that."""
     with suppress(SlurmError):
-        out = _run("sacct", "-nXDP", f"--jobs={job.job_id}", "--format=State", timeout_s=5.0)
+        out = run("sacct", "-nXDP", f"--jobs={job.job_id}", "--format=State", timeout_s=5.0)
         lines = out.splitlines()
         if job.restart_count < len(lines):
             return lines[job.restart_count].partition(" ")[0]  # "CANCELLED by 0"
@@ -198,7 +198,7 @@ def accounted_state(job: SlurmJob) -> str | None:
 def ran_out_of_memory(job_id: str) -> bool:
     """Whether `sacct` says that a step of the job's present start was killed for using too much memory."""
     with suppress(SlurmError):
-        return "OUT_OF_MEMORY" in _run("sacct", "-nP", f"--jobs={job_id}", "--format=State", timeout_s=5.0)
+        return "OUT_OF_MEMORY" in run("sacct", "-nP", f"--jobs={job_id}", "--format=State", timeout_s=5.0)
     return False
 
 
@@ -224,13 +224,13 @@ def requeue(job: SlurmJob, delay_s: int) -> Requeued:
     """
     by: Literal["job", "slurm"] = "job"
     try:
-        _run("scontrol", "requeue", job.job_id)
+        run("scontrol", "requeue", job.job_id)
     except SlurmError:
         if show_job(job.job_id).restarts <= job.restart_count:
             raise
         by = "slurm"
     try:
-        _run("scontrol", "update", f"JobId={job.job_id}", f"StartTime=now+{delay_s}")
+        run("scontrol", "update", f"JobId={job.job_id}", f"StartTime=now+{delay_s}")
     except SlurmError:
         return Requeued(by, False)
     return Requeued(by, True)
@@ -251,7 +251,7 @@ def sbatch(script: Path, flags: list[str], keep_open: int | None = None) -> str:
     fds = () if keep_open is None else (keep_open,)
     command = ("sbatch", "--parsable", *flags, str(script))
     env = {name: value for name, value in environment_without_job().items() if name not in _overruled(script)}
-    out = _run(*command, timeout_s=120.0, pass_fds=fds, env=env)
+    out = run(*command, timeout_s=120.0, pass_fds=fds, env=env)
     job_id = out.strip().splitlines()[-1].partition(";")[0] if out.strip() else ""  # "7;cluster"
     if not job_id.isdigit():
         raise SlurmError(f"`sbatch {script}` answered {out.strip()!r}, which is no job id")
@@ -272,35 +272,40 @@ def max_array_size() -> int:
     Raises:
         SlurmError: no answer.
     """
-    for line in _run("scontrol", "show", "config").splitlines():
+    for line in run("scontrol", "show", "config").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == "MaxArraySize":
             return max(int(value), 1)
     return 1001  # Slurm's default
 
 
-def _run(
+def run(
     *command: str, timeout_s: float = 20.0, pass_fds: tuple[int, ...] = (), env: dict[str, str] | None = None
 ) -> str:
+    """The output of one of Slurm's commands. A user's own formats and filters are taken out of its environment.
+
+    Args:
+        env: its environment; None: this process's.
+
+    Raises:
+        SlurmError: it is not installed, failed, or did not answer within `timeout_s`; one line that says which.
+    """
+    env = {name: value for name, value in (env or os.environ).items() if not name.startswith("SQUEUE_")}
+    env["SLURM_TIME_FORMAT"] = "standard"
+    env["SLURM_BITSTR_LEN"] = "0"  # the tasks of an array in full: by default the list ends after 64 characters
     try:
         with signals_blocked():
             done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-                check=False,
-                pass_fds=pass_fds,
-                # a user's formats and filters are for the user's own eyes
-                env={n: v for n, v in (env or os.environ).items() if not n.startswith("SQUEUE_")}
-                | {"SLURM_TIME_FORMAT": "standard"},
+                command, capture_output=True, text=True, timeout=timeout_s, check=False, pass_fds=pass_fds, env=env
             )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not installed on this machine") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"`{' '.join(command)}` did not answer within {timeout_s:g} s") from None
+        raise SlurmError(f"{command[0]} did not answer within {timeout_s:g} s") from None
     if done.returncode != 0:
-        raise SlurmError(f"`{' '.join(command)}`: {(done.stderr or done.stdout).strip()}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        told = re.sub(rf"^{command[0]}: ((error|fatal): )?", "", lines[-1]) if lines else f"exit code {done.returncode}"
+        raise SlurmError(f"{command[0]}: {told}")
     return done.stdout
 
 
@@ -309,7 +314,8 @@ def _fields(line: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
 
 
-def _time(text: str | None) -> float | None:
+def timestamp(text: str | None) -> float | None:
+    """A time as Slurm prints it, in Unix seconds; None where it prints none."""
     try:
         return datetime.fromisoformat(text or "").timestamp()
     except ValueError:
