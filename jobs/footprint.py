@@ -37,17 +37,18 @@ TOKENIZER_TOKEN = 72
 """Bytes of `tokenizer.json` per token of `model=tiny`, above the first 300 (measured: 62 to 72, growing)."""
 
 
-def footprint(config: Config, *, zero_stage: int = 0) -> Footprint:
+def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
     """Bytes by part of a run of `job=sft` whose configuration has been checked.
 
     Args:
-        zero_stage: of DeepSpeed's ZeRO; 0 without DeepSpeed. With stage 3 the weights are taken to be gathered when
-            they are saved (`stage3_gather_16bit_weights_on_model_save`).
+        zero_stage: of DeepSpeed's ZeRO, 0 without DeepSpeed; left out, it is that of `parallel`. With stage 3 the
+            weights are gathered when they are saved (`stage3_gather_16bit_weights_on_model_save`).
 
     Raises:
         OSError, ValueError: the model's configuration or tokenizer can't be read.
     """
     ranks, gpus = config.parallel.world_size, config.parallel.gpus_per_rank * config.parallel.ranks_per_node
+    zero_stage = config.parallel.zero_stage if zero_stage is None else zero_stage
     half = _half(config) if zero_stage else None
     with sizes.quiet(), _no_logging():
         args, run = _arguments(config), RunDirectory(config.directory)

@@ -10,7 +10,7 @@ from outlast.config import Config
 from outlast.errors import OutlastError
 from outlast.sections import TinyModel
 
-from . import data, models, prepared, trainer_args
+from . import data, deepspeed, models, prepared, trainer_args
 
 if TYPE_CHECKING:
     from outlast import Run
@@ -21,6 +21,7 @@ def check(config: Config) -> None:
     """Refuse, before anything starts, what this job would not accept (ConfigError)."""
     models.check(config)
     trainer_args.check(config)
+    deepspeed.check(config)
     data.check(config)
 
 
@@ -46,7 +47,8 @@ def main(run: "Run", config: Config) -> None:
     """Train, from where the run stands, to its end; all ranks."""
     from trl import SFTTrainer
 
-    args = trainer_args.sft_config(config, run.directory.checkpoints)
+    extra = deepspeed.prepare(config) if config.parallel.zero_stage else {}
+    args = trainer_args.sft_config(config, run.directory.checkpoints, **extra)
     base = run.directory.prepared / "model"
     tokenized = run.directory.prepared / "data"
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlast.config import Config, section
+from outlast.errors import ConfigError
+from outlast.world_size import derived_seed
 
 if TYPE_CHECKING:
     from outlast import Run
@@ -33,6 +35,8 @@ class SmokeTrainer:
 def check(config: Config) -> None:
     """Refuse, before anything starts, what this job would not accept (ConfigError)."""
     section("trainer", SmokeTrainer, config.trainer)
+    if config.parallel.zero_stage:
+        raise ConfigError("parallel", config.parallel.kind, "valid for job=smoke: ddp")
 
 
 def footprint(config: Config) -> "Footprint":
@@ -74,23 +78,26 @@ def main(run: "Run", config: Config) -> None:
 
     run.describe(
         seed=config.seed,
-        global_batch=settings.per_device_train_batch_size
-        * settings.gradient_accumulation_steps
-        * run.agreement.world_size,
+        micro_batch=settings.per_device_train_batch_size,
+        accumulation=settings.gradient_accumulation_steps,
         dataset=settings.dataset_size,
     )
     checkpoint = run.resume_point()
+    accelerator.gradient_accumulation_steps = run.layout.accumulation  # what keeps the global batch, whatever the ranks
+    step = checkpoint.step if checkpoint else 0
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint.path))
-    step = checkpoint.step if checkpoint else 0
+        if checkpoint.manifest.world_size != run.layout.ranks:
+            accelerator.step = 0  # it counts micro-batches, and there were others to a step
+            set_seed(derived_seed(config.seed, step, run.rank, run.layout.ranks))
     run.begin(step)
 
     def save(directory: Path) -> None:
         accelerator.save_state(str(directory))
 
     while step < settings.max_steps:
-        for micro in range(settings.gradient_accumulation_steps):
-            batch = _batch(step * settings.gradient_accumulation_steps + micro, settings, accelerator)
+        for micro in range(run.layout.accumulation):
+            batch = _batch(step * run.layout.accumulation + micro, run, settings)
             with accelerator.accumulate(model):
                 output = model(x[batch].to(accelerator.device))
                 loss = nn.functional.mse_loss(output, y[batch].to(accelerator.device))
@@ -104,9 +111,11 @@ def main(run: "Run", config: Config) -> None:
     run.finish(step, lambda directory: accelerator.save_model(model, str(directory)))
 
 
-def _batch(index: int, settings: SmokeTrainer, accelerator: "object") -> list[int]:
-    """Rows of micro-batch `index` for this rank: a function of the step alone, so that resuming needs no data state."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes  # type: ignore[attr-defined]
+def _batch(index: int, run: "Run", settings: SmokeTrainer) -> list[int]:
+    """Rows of micro-batch `index` for this rank: a function of the step alone, so that resuming needs no data state.
+
+    The global batch is cut in order, so the rows of a step are the same for any number of ranks.
+    """
     size = settings.per_device_train_batch_size
-    first = (index * ranks + rank) * size
+    first = (index * run.layout.ranks + run.rank) * size
     return [(first + i) % settings.dataset_size for i in range(size)]

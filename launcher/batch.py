@@ -104,6 +104,7 @@ def _header(config: Config, target: Target) -> str:
         executor = SlurmExecutor(folder=target.directory / "logs")
     except RuntimeError:
         raise SlurmError("there is no Slurm on this machine (no `srun` on the PATH)") from None
+    agents = parallel.launch == "accelerate"  # one task per node, which starts the node's ranks
     optional = {
         "partition": cluster.partition,
         "account": cluster.account,
@@ -119,8 +120,8 @@ def _header(config: Config, target: Target) -> str:
         job_name=target.name,
         time=cluster.time_min,
         nodes=parallel.nodes,
-        ntasks_per_node=parallel.ranks_per_node,
-        cpus_per_task=parallel.cpus_per_rank,
+        ntasks_per_node=1 if agents else parallel.ranks_per_node,
+        cpus_per_task=parallel.cpus_per_rank * (parallel.ranks_per_node if agents else 1),
         stderr_to_stdout=True,
         additional_parameters={
             "requeue": True,

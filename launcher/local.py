@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -51,7 +52,9 @@ class Launcher:
         self.plan, self.config = plan, plan.config
         self.run: RunDirectory = plan.directory
         self.ledger = Ledger(self.run.ledger)
+        self.agent = self.config.parallel.launch == "accelerate"
         self.ranks: list[subprocess.Popen[bytes]] = []
+        """One process per rank, or the agent that has started them all."""
         self.stop_requested = threading.Event()
 
     def main(self, shown: Shown) -> int:
@@ -116,12 +119,13 @@ class Launcher:
 
     def _attempt(self, number: int, lock_fd: int, bar: Shown) -> int:
         """Start the ranks, wait until the last has gone, and return what the first to leave said."""
+        world_size = self.config.parallel.world_size
         with signals_blocked():  # held back in the ranks until their guards are in place
-            self.ranks = [self._start(rank, number, lock_fd) for rank in range(self.config.parallel.world_size)]
+            self.ranks = [self._start(rank, number, lock_fd) for rank in range(1 if self.agent else world_size)]
         if self.stop_requested.is_set():
             self.send(signal.SIGTERM)
         first_code, deadline = None, 0.0
-        while any(process.poll() is None for process in self.ranks):
+        while [process for process in self.ranks if process.poll() is None]:  # asks each of them
             if first_code is None and (gone := [p.returncode for p in self.ranks if p.returncode is not None]):
                 first_code, deadline = next((c for c in gone if c != 0), 0), time.monotonic() + STRAGGLER_S
             if first_code not in (None, 0) and time.monotonic() > deadline:
@@ -135,6 +139,9 @@ class Launcher:
         codes = [process.returncode for process in self.ranks]
         if self.ranks[0].returncode in (Exit.RESUME_ME, Exit.GAVE_UP):
             return codes[0]  # it speaks for all: the others may have been ended in start-up
+        ended = next((a.ended for a in attempts(self.ledger.read()) if a.number == number), None)
+        if ended is not None and ended["cause"] == "preempted" and Exit.RESUME_ME in codes:
+            return Exit.RESUME_ME  # rank 0 was stuck, and another has spoken for it
         # A rank that was killed is the cause; what its peers then raised is the effect.
         return min((code for code in codes if code < 0), default=first_code or max(codes))
 
@@ -147,7 +154,7 @@ class Launcher:
             "OMP_NUM_THREADS": str(self.config.parallel.cpus_per_rank),
             "PYTHONUNBUFFERED": "1",
         }
-        if world_size > 1:
+        if world_size > 1 and not self.agent:
             if rank == 0:
                 self._port = _free_port()
             env |= {
@@ -158,7 +165,7 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self._port),
             }
-        with open(self.run.log(number, rank), "ab") as log:
+        with open(self._log(number, rank), "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "outlast.rank", str(self.run.path)],
                 stdin=subprocess.DEVNULL,
@@ -169,12 +176,20 @@ class Launcher:
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes on what it means
             )
 
+    def _log(self, number: int, rank: int) -> Path:
+        return self.run.agent_log(number) if self.agent else self.run.log(number, rank)
+
     def _explain(self, code: int, number: int, bar: Shown) -> None:
         failed = next((i for i, process in enumerate(self.ranks) if process.returncode == code), 0)
-        log = self.run.log(number, failed)
+        who, log = f"rank {failed}", self._log(number, failed)
+        if self.agent:
+            who = "the agent"
+            ended = [e for e in self.ledger.read() if e["event"] == "attempt_ended" and e["attempt"] == number]
+            if 0 < code < 128:  # by a rank; one that was killed is named by the agent
+                log = next((self.run.log(number, e["rank"]) for e in ended if "rank" in e), log)
         lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        bar.note("\n".join([f"rank {failed} {how}; the end of {log}:", *(f"    {line}" for line in lines)]))
+        bar.note("\n".join([f"{who} {how}; the end of {log}:", *(f"    {line}" for line in lines)]))
         if code != Exit.REFUSED:
             bar.note("The same command again resumes from the newest checkpoint.")
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpoint import cadence
+from outlast.checkpoint.origin import ResumeRefusedError
 from outlast.config import Config, dump, load
 from outlast.errors import ConfigError
 from outlast.ledger import Ledger
 from outlast.rundir import RunDirectory, write_atomically
 from outlast.sections import SlurmCluster
+from outlast.world_size import layout, origin_of
 
 from . import storage
 
@@ -65,6 +67,7 @@ def make(config: Config, *, with_script: bool = True) -> Plan:
         if lead_s >= limit_s:
             raise ConfigError("preemption.lead_s", lead_s, f"valid: less than the time limit ({limit_s} s)")
         grace |= {"signal": config.preemption.signal, "lead_s": lead_s, "time_limit_s": limit_s}
+        grace["grace_s"] = config.preemption.grace_s
         if lead_s * 4 > limit_s:
             hazards.append(f"each attempt stops {lead_s} s before its time limit of {limit_s} s: much of it is lost")
         if with_script:
@@ -131,8 +134,29 @@ def check_directory(plan: Plan) -> None:
             raise ConfigError(
                 "run.name", run.path.name, f"that run is another one: {changes}. Choose another run.name."
             )
+        check_ranks(config)
     elif run.path.is_dir() and {p.name for p in run.path.iterdir() if p.name[0] != "."} - _BEFORE_A_RUN:
         raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
+
+
+def check_ranks(config: Config) -> None:
+    """See that a run which has begun can go on with this number of ranks, without asking the job.
+
+    Raises:
+        ConfigError: its global batch can't be made of so many.
+    """
+    run = RunDirectory(config.directory)
+    try:
+        made = origin_of(run)
+        if made is not None:
+            layout(
+                made,
+                ranks=config.parallel.world_size,
+                micro_batch=config.trainer.get("per_device_train_batch_size") or made.get("micro_batch", 8),
+                accumulation=config.trainer.get("gradient_accumulation_steps", 1),
+            )
+    except ResumeRefusedError as error:
+        raise ConfigError("parallel.nodes * parallel.ranks_per_node", config.parallel.world_size, str(error)) from None
 
 
 _BEFORE_A_RUN = {"checkpoints", "logs", "plan.json", "cancelled.json"}

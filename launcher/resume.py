@@ -28,7 +28,7 @@ from .status import RunStatus, collect
 from .submissions import sweep_at
 
 LAYOUT = ("parallel.nodes", "parallel.ranks_per_node")
-"""How the ranks are spread over nodes: free, as long as there are as many of them."""
+"""How many ranks there are, and how they are spread over nodes: a run adapts to it."""
 LISTED = 12
 """Runs up to which each has a line; more are counted."""
 LIMIT_S = 10.0
@@ -139,10 +139,7 @@ def changed(run: RunDirectory, overrides: Sequence[str]) -> Config:
     for text in overrides:
         _set(tree, text)
     config = build(tree)
-    made, now = before.parallel.world_size, config.parallel.world_size
-    if made != now:
-        reason = f"the run was made with {made} ranks, this would be {now}; valid: nodes * ranks_per_node = {made}"
-        raise ConfigError("parallel.nodes", config.parallel.nodes, reason)
+    planning.check_ranks(config)
     return config
 
 

@@ -5,6 +5,7 @@ Importing the package imports no torch; that happens where training begins.
 """
 
 from .errors import ConfigError, OutlastError, RunBusyError, SlurmError
-from .run import Run, start
+from .run import Run
+from .script import start
 
 __all__ = ["ConfigError", "OutlastError", "Run", "RunBusyError", "SlurmError", "start"]

@@ -32,6 +32,7 @@ from .sections import (
     SlurmCluster,
     StorageSection,
     TinyModel,
+    Zero,
     require,
 )
 
@@ -39,7 +40,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"tiny": TinyModel, "pretrained": PretrainedModel},
     "data": {"python_docs": PythonDocs, "jsonl": JsonlData, "hub": HubData},
     "peft": {"lora": Lora, "none": NoPeft},
-    "parallel": {"ddp": Ddp},
+    "parallel": {"ddp": Ddp, **dict.fromkeys(("zero1", "zero2", "zero3", "zero3_offload"), Zero)},
     "cluster": {"local": LocalCluster, "slurm": SlurmCluster, "devcluster": SlurmCluster},
 }
 """Sections whose type depends on the group option chosen, which the section names as `kind`."""
@@ -57,7 +58,7 @@ class Config:
     model: TinyModel | PretrainedModel
     data: PythonDocs | JsonlData | HubData
     peft: Lora | NoPeft
-    parallel: Ddp
+    parallel: Ddp | Zero
     cluster: LocalCluster | SlurmCluster
     preemption: PreemptionSection
     checkpoint: CheckpointSection
@@ -84,9 +85,15 @@ class Config:
         """Of what decides the weights: 64 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True, default=str).encode()).hexdigest()
 
+    @property
+    def digest_of_any_ranks(self) -> str:
+        """The same, whatever the number of ranks: a run adapts to that."""
+        return hashlib.sha256(json.dumps(self._compared(), sort_keys=True, default=str).encode()).hexdigest()
+
     def identity(self) -> dict[str, Any]:
         """The sections that decide the weights, as plain values."""
         everything = self.as_dict()
+        del everything["parallel"]["launch"]  # whoever starts the ranks, they do the same
         return {section: everything[section] for section in IDENTITY}
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,11 +107,11 @@ class Config:
         return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
 
     def _compared(self) -> dict[str, Any]:
-        """The identity with the number of ranks in the place of how they are spread over nodes."""
+        """The identity without the number of ranks, which a run adapts to (`world_size.py`)."""
         identity = self.identity()
         parallel = dict(identity["parallel"])
         del parallel["nodes"], parallel["ranks_per_node"]
-        return identity | {"parallel": parallel | {"nodes * ranks_per_node": self.parallel.world_size}}
+        return identity | {"parallel": parallel}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

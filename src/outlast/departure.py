@@ -4,6 +4,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from . import slurm
 from .errors import Exit, OutlastError, SlurmError
@@ -21,13 +23,43 @@ ECHO_S = 2.0
 that the ledger gets the cause and not the effect."""
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A rank without which an attempt can't go on; or, if it is only `late`, could not for a while."""
+
+    rank: int
+    host: str
+    seconds: float
+    """For how long it has been gone, silent or late; `behind`: since the stop was asked for."""
+    how: Literal["gone", "silent", "behind", "late"]
+
+    def __str__(self) -> str:
+        what = {
+            "gone": "is gone",
+            "silent": f"has given no sign of life for {self.seconds:.0f} s",
+            "late": f"has kept the others waiting for {self.seconds:.1f} s",
+            "behind": f"is not where the others are, {self.seconds:.0f} s after the stop was asked for",
+        }
+        return f"rank {self.rank} on {self.host} {what[self.how]}"
+
+
+class LostRankError(Exception):
+    """Another rank is gone, or gives no sign of life; the message names it."""
+
+    def __init__(self, lost: list[Lost]) -> None:
+        super().__init__("; ".join(map(str, lost)))
+        self.rank = lost[0].rank
+
+
 class Departure:
     """One attempt's way out.
 
     Args:
-        record: appends to the ledger (on rank 0; elsewhere it does nothing).
-        say: prints a line in the log (likewise).
+        record: appends to the ledger.
+        say: prints a line in the log.
         job: the Slurm job around this process, or None.
+        attempt: its number.
+        speaks: whether this rank writes down and does what follows, for all; set later where it stands in for rank 0.
     """
 
     def __init__(
@@ -37,18 +69,38 @@ class Departure:
         ledger: Ledger,
         job: slurm.SlurmJob | None,
         preemption: PreemptionSection,
+        attempt: int = 1,
+        speaks: bool = True,
     ) -> None:
-        self._record, self._say, self._ledger, self._job = record, say, ledger, job
+        self.attempt, self.speaks = attempt, speaks
+        self.lost: list[Lost] = []
+        """Ranks that are the reason, if the others have to leave without having saved."""
+        self.ended_it = False
+        """Whether it was this rank that wrote down how the attempt ended."""
+        self._append, self._print, self._ledger, self._job = record, say, ledger, job
         self._preemption = preemption
         self._since = time.time()
         self._view: slurm.JobView | None = None
+        self.notice: slurm.Notice | None = None
+        """What Slurm gives this job between a signal and the kill."""
+        self.deadline: float | None = None
+        """When the job will be killed, once it has been asked to stop; Unix seconds; None: nobody knows."""
         self._asking = threading.Lock()
-        self._requeueing = threading.Lock()
+        self._requeueing, self._failing = threading.Lock(), threading.Lock()
         self._code: Exit | None = None
+        self._failed: Exit | None = None
         self.signal: str | None = None
         """Name of the signal that the ranks agreed on; None while they train."""
         self.asked_at = 0.0
         """When it came, Unix seconds."""
+
+    def _record(self, event: str, **values: Any) -> None:
+        if self.speaks:
+            self._append(event, **values)
+
+    def _say(self, text: str) -> None:
+        if self.speaks:
+            self._print(text)
 
     def ask_slurm(self) -> None:
         """Ask, while the signal is fresh, why it came and how long there is. Runs beside the training step."""
@@ -60,17 +112,31 @@ class Departure:
                     except SlurmError as error:
                         self._say(f"Slurm did not say why: {error}")
 
-    def announce(self, signal: str, guard: PreemptionGuard, step: int, **more: bool) -> None:
-        """The ranks have agreed to stop after `step`."""
+    def announce(self, signal: str, guard: PreemptionGuard, step: int, *, once: bool = False, **more: bool) -> None:
+        """The ranks have agreed to stop after `step`.
+
+        Args:
+            once: another rank may have noted that already.
+        """
         self.signal, self.asked_at = signal, guard.requested_at or time.time()
-        asking = threading.Thread(target=self.ask_slurm, daemon=True)
-        asking.start()
-        asking.join(timeout=2.0)  # the save must not wait for a controller that does not answer
-        end = self._view.end_time if self._view else guard.end_time
-        deadline_s = round(end - self.asked_at, 3) if end is not None else None
+        if self.speaks:
+            asking = threading.Thread(target=self.ask_slurm, daemon=True)
+            asking.start()
+            asking.join(timeout=2.0)  # the save must not wait for a controller that does not answer
+        self.deadline = self.deadline_by(guard)
+        deadline_s = None if self.deadline is None else round(self.deadline - self.asked_at, 3)
+        if once and any(e["event"] == "signal" and e["attempt"] == self.attempt for e in self._ledger.read()):
+            return
         self._record("signal", name=signal, step=step, deadline_s=deadline_s, **more)
         left = f" ({deadline_s:.0f} s left)" if deadline_s is not None else ""
         self._say(f"{signal}: saving step {step} and leaving{left}")
+
+    def deadline_by(self, guard: PreemptionGuard) -> float | None:
+        """When the job will be killed, as far as that is known by now; Unix seconds."""
+        if self._view and self._view.is_ending:  # then its end is when that began
+            wait_s = self.notice.kill_wait_s if self.notice else None
+            return None if wait_s is None else (guard.requested_at or time.time()) + wait_s
+        return self._view.end_time if self._view else guard.end_time
 
     def left_to_settle(self) -> bool:
         """Whether this signal may be the echo of another rank's death, and the batch script will find out.
@@ -93,7 +159,8 @@ class Departure:
         self.ask_slurm()
         if self._view is None:
             return "time_limit" if self.signal == "clock" else "preempted"
-        return self._stop_cause() or "preempted"  # a signal that was sent on purpose means the same
+        # a signal that was sent on purpose means that the nodes are wanted
+        return self._stop_cause() or ("time_limit" if self.signal == "clock" else "preempted")
 
     def requeue(self, step: int) -> Exit:
         """Say why the attempt ended and, by the policy, have Slurm start the next one, on rank 0.
@@ -108,12 +175,18 @@ class Departure:
                 self._code = self._requeue(step)
             return self._code
 
-    def fail(self, error: BaseException, guard: PreemptionGuard, rank: int, attempt: int, step: int) -> Exit:
-        """Note that rank `rank` has raised `error` in the middle of `step`; see `Run.fail`. On any rank.
+    def fail(self, error: BaseException, guard: PreemptionGuard, rank: int, step: int) -> Exit:
+        """Note that rank `rank` has raised `error` in the middle of `step`; see `Run.fail`. On any rank, and once.
 
         Returns:
             The exit code for this rank.
         """
+        with self._failing:
+            if self._failed is None:
+                self._failed = self._fail(error, guard, rank, step)
+            return self._failed
+
+    def _fail(self, error: BaseException, guard: PreemptionGuard, rank: int, step: int) -> Exit:
         refused = isinstance(error, OutlastError)
         if not refused and SETTLES_ENV in os.environ and world_size() > 1:
             deadline = time.monotonic() + ECHO_S
@@ -125,28 +198,52 @@ class Departure:
             self._say(f"{type(error).__name__} while leaving: {error}")
             if self.left_to_settle():
                 return Exit.FAILED
-            self.announce(guard.requested, guard, step)
+            if self.signal is None:
+                self.announce(guard.requested, guard, step)
             return self.requeue(step)
         memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-        try:
-            self._ledger.append_first(
-                "attempt_ended",
-                attempt,
-                cause="out_of_memory" if memory else "failed",
-                step=step,
-                rank=rank,
-                error=f"{type(error).__name__}: {error}"[:2000],
-                refused=refused,
-            )
-        except OSError as full:  # it must not hide what went wrong
-            self._say(f"WARNING: the ledger can't be written: {full}")
+        cause: Cause = "out_of_memory" if memory else "failed"
+        if isinstance(error, LostRankError):
+            self._end(cause, step=step, rank=error.rank, detail=str(error))
+            if self._job is not None and self.ended_it and SETTLES_ENV not in os.environ:
+                return self._follow(cause, step)  # it may be its node's fault
+            return Exit.FAILED
+        self._end(cause, step=step, rank=rank, error=f"{type(error).__name__}: {error}"[:2000], refused=refused)
         return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
+
+    def is_settled(self) -> bool:
+        """Whether the ledger says that the attempt has ended and that what follows has been seen to."""
+        own = [event for event in self._ledger.read() if event["attempt"] == self.attempt]
+        if any(event["event"] in ("requeued", "gave_up") for event in own):
+            return True
+        stays = self._job is None  # then a launcher sees to it
+        return any(e["event"] == "attempt_ended" and (stays or e["cause"] in ("cancelled", "finished")) for e in own)
+
+    def _end(self, cause: Cause, **values: Any) -> None:
+        """Note how the attempt ended, unless another rank has. A full disk must not hide what went wrong."""
+        try:
+            self.ended_it = self._ledger.append_first("attempt_ended", self.attempt, cause=cause, **values)
+        except OSError:
+            self.ended_it = True
+            self._record("attempt_ended", cause=cause, **values)  # it waits
+        if self.ended_it:
+            for one in self.lost:
+                self._append("straggler", **asdict(one))
+
+    def note_late(self, one: Lost) -> None:
+        """Note a rank that has kept the others waiting."""
+        self._record("straggler", **asdict(one))
+        self._say(f"WARNING: {one}")
 
     def _requeue(self, step: int) -> Exit:
         cause = self.cause()
         if self._job is not None and cause == "preempted":
             cause = self._still_preempted()
-        self._record("attempt_ended", cause=cause, step=step)
+        self._end(cause, step=step, **({"detail": "; ".join(map(str, self.lost))} if self.lost else {}))
+        return self._follow(cause, step) if self.ended_it else Exit.RESUME_ME
+
+    def _follow(self, cause: Cause, step: int) -> Exit:
+        """Do what the policy says of an attempt that this rank has noted as ended."""
         decision = decide(cause, self._ledger.read(), self._preemption)
         if decision.action == "give_up":
             self._record("gave_up", reason=decision.reason)

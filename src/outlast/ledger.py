@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,10 @@ _FALLOC_FL_KEEP_SIZE = 1
 EVENTS: dict[str, tuple[str, ...]] = {
     "attempt_started": ("job_id", "restart_count", "hosts", "world_size", "versions"),
     "resumed": ("step", "checkpoint", "seconds"),
+    "converted": ("checkpoint", "ranks", "bytes", "seconds"),
     "signal": ("name", "step", "deadline_s"),
+    "step_cut": ("step", "micro_batches"),
+    "notice_short": ("needed_s", "save_s", "reaction_s", "notice_s", "lead_s"),
     "evaluated": ("step", "metrics"),
     "checkpoint": ("step", "kind", "bytes", "stall_s", "sealed_s"),
     "checkpoint_failed": ("step", "kind", "reason"),
@@ -37,6 +41,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "lightened": ("checkpoint", "reason", "bytes"),
     "interval": ("seconds", "cost_s", "mtbf_s"),
     "requeued": ("cause", "job_id"),
+    "straggler": ("rank", "host", "seconds", "how"),
     "attempt_ended": ("cause", "step"),
     "gave_up": ("reason",),
     "finished": ("step", "seconds"),
@@ -131,19 +136,21 @@ class Recorder:
     """
 
     def __init__(self, ledger: Ledger, attempt: int, say: Callable[[str], None]) -> None:
-        self._ledger, self._attempt, self._say = ledger, attempt, say
+        self._ledger, self.attempt, self._say = ledger, attempt, say
+        self._writing = threading.Lock()
         self.waiting: list[tuple[str, float, dict[str, Any]]] = []
         """Lines that could not be written yet: event, time, fields."""
 
     def __call__(self, event: str, **values: Any) -> None:
-        self.waiting.append((event, time.time(), values))
-        try:
-            while self.waiting:
-                name, at, fields = self.waiting[0]
-                self._ledger.append(name, self._attempt, at=at, **fields)
-                self.waiting.pop(0)
-        except OSError as error:
-            self._say(f"WARNING: the ledger can't be written: {error}; this waits: {json.dumps({event: values})}")
+        with self._writing:
+            self.waiting.append((event, time.time(), values))
+            try:
+                while self.waiting:
+                    name, at, fields = self.waiting[0]
+                    self._ledger.append(name, self.attempt, at=at, **fields)
+                    self.waiting.pop(0)
+            except OSError as error:
+                self._say(f"WARNING: the ledger can't be written: {error}; this waits: {json.dumps({event: values})}")
 
 
 @dataclass

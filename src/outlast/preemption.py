@@ -8,6 +8,7 @@ flag yet, that thread is what lets the job leave.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1
 
 _active: "PreemptionGuard | None" = None
 
@@ -137,12 +139,19 @@ class PreemptionGuard:
 
 
 def shield_worker(worker_id: int = 0) -> None:
-    """`worker_init_fn` for a `DataLoader`: its workers ignore the three signals.
+    """`worker_init_fn` for a `DataLoader`: its workers ignore the three signals, and end with their parent.
 
     Slurm signals every process of a step. PyTorch's workers die from TERM, and the loader then fails the step that the
-    main process would have finished and saved. A worker leaves when its parent does, without being told.
+    main process would have finished and saved. That their parent has gone they notice by themselves only after 5 s, in
+    which they hold the run directory's lock.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    at_parents_death(signal.SIGKILL)
+
+
+def at_parents_death(number: signal.Signals) -> None:
+    """Have the kernel send this process signal `number` when the thread that has started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _before_fork() -> None:

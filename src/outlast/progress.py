@@ -12,7 +12,7 @@ from typing import Literal
 
 from .rundir import RunDirectory, write_atomically
 
-Phase = Literal["starting", "training", "evaluating", "saving", "done"]
+Phase = Literal["starting", "converting", "training", "evaluating", "saving", "done"]
 
 INTERVAL_S = 0.5
 

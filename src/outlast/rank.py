@@ -1,11 +1,11 @@
 """What runs in every rank's process: `python -m outlast.rank RUN_DIR`, or `--sweep SWEEP_DIR` as a task of an array.
 
 Catches signals first of all, reads the frozen configuration, runs the job that it names, and turns the outcome into
-the exit code.
+the exit code. With `parallel.launch=accelerate` the same command is one node's agent, which starts that node's ranks
+(`agent.py`).
 """
 
 import argparse
-import ctypes
 import importlib
 import os
 import signal
@@ -13,17 +13,16 @@ import sys
 import traceback
 from pathlib import Path
 
-from . import slurm
+from . import agent, slurm
 from .cells import cell_directory
 from .config import load
 from .errors import OutlastError
 from .ledger import Ledger, finished
-from .preemption import PreemptionGuard
+from .preemption import SIGNALS, PreemptionGuard, at_parents_death
 from .run import AlreadyFinished, Run
 from .rundir import RunDirectory
 
 PARENT_ENV = "OUTLAST_PARENT"
-_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -37,7 +36,8 @@ def main(arguments: argparse.Namespace) -> None:
     """
     guard = PreemptionGuard()
     guard.install()
-    _die_with_parent()
+    die_with(agent.AGENT_ENV, signal.SIGKILL)  # it would not be waited for: better the last checkpoint than an orphan
+    die_with(PARENT_ENV, signal.SIGTERM)
     run_directory = target_of(arguments)
     config = load(run_directory.config)
     os.environ.setdefault("OMP_NUM_THREADS", str(config.parallel.cpus_per_rank))
@@ -47,12 +47,13 @@ def main(arguments: argparse.Namespace) -> None:
     except AlreadyFinished:
         return
     _log_by_attempt(run)
-    run.describe(config=config.digest[:16])
+    run.describe(config=config.digest_of_any_ranks[:16])
     try:
         job = importlib.import_module(f"outlast.jobs.{config.job.name}")
         job.main(run, config)
         if run.rank == 0 and not finished(Ledger(run_directory.ledger).read()):
             raise OutlastError(f"job {config.job.name} returned without finishing its run")
+        run.agreement.close()
     except Exception as error:
         traceback.print_exc()
         code = run.fail(error)
@@ -83,8 +84,9 @@ def target_of(arguments: argparse.Namespace) -> RunDirectory:
 
 
 def _log_by_attempt(run: Run) -> None:
-    """On Slurm, send this rank's output to a log of this attempt; `srun`'s own log keeps the pointer to it."""
-    if slurm.current() is None:
+    """Send this rank's output to a log of this attempt, unless the local launcher has; the log of `srun`, or of the
+    agent, keeps the pointer to it."""
+    if slurm.current() is None and agent.AGENT_ENV not in os.environ:
         return
     path = run.directory.log(run.attempt, run.rank)
     run.say(f"log: {path}")
@@ -96,18 +98,29 @@ def _log_by_attempt(run: Run) -> None:
     os.close(fd)
 
 
-def _die_with_parent() -> None:
-    """Under the local launcher: if it is killed, be told (TERM), save, and leave, instead of training on unseen."""
-    parent = os.environ.get(PARENT_ENV)
+def die_with(variable: str, number: signal.Signals) -> None:
+    """If the parent that `variable` names is killed, get signal `number`, instead of training on unseen.
+
+    TERM: save and leave.
+    """
+    parent = os.environ.get(variable)
     if parent is not None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        at_parents_death(number)
         if os.getppid() != int(parent):
-            signal.raise_signal(signal.SIGTERM)  # it went before we asked
+            signal.raise_signal(number)  # it went before we asked
 
 
 def _command() -> int:
     try:
-        main(target_arguments("outlast.rank").parse_args())
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the guard is in place
+        arguments = target_arguments("outlast.rank").parse_args()
+        if agent.AGENT_ENV not in os.environ:
+            config = load(target_of(arguments).config)
+            if config.parallel.launch == "accelerate":
+                die_with(PARENT_ENV, signal.SIGTERM)
+                os.environ.pop(PARENT_ENV, None)
+                agent.main(config, sys.argv[1:])
+        main(arguments)
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return error.exit_code

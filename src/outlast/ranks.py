@@ -1,10 +1,15 @@
 """Ranks and their agreement: small collectives on a gloo group of their own, beside the one that trains."""
 
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+CLOSE_S = 2.0
+"""How long leaving the process groups may take; without a peer that is gone it takes milliseconds. A process that stays
+longer than `preemption.requeue_delay_s` (5 s) after the requeue brings Slurm's hold of two minutes back."""
 
 
 def rank() -> int:
@@ -26,6 +31,8 @@ class Agreement:
 
     def __init__(self) -> None:
         self.rank, self.world_size = rank(), world_size()
+        self.calls = 0
+        """How many of these this rank has come to."""
         self._group: ProcessGroup | None = None
 
     def maximum(self, value: int) -> int:
@@ -68,15 +75,25 @@ class Agreement:
         return values
 
     def close(self) -> None:
-        """Leave the process groups, so that no communicator outlives an orderly exit."""
-        if self.world_size > 1:
-            import torch.distributed as dist
+        """Leave the process groups, so that no communicator outlives an orderly exit.
 
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        Where a peer is gone, that could wait for an operation it will never take part in. Everything is saved by now:
+        after `CLOSE_S` the process goes on, and ends, without.
+        """
+        if self.world_size > 1:
+            closing = threading.Thread(target=self._close, daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
+
+    def _close(self) -> None:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
         self._group = None
 
     def _side_group(self) -> "ProcessGroup":
+        self.calls += 1
         if self._group is None:
             import torch.distributed as dist
 

@@ -2,21 +2,21 @@
 
 The way of a signal: `preemption.py` sets the flag; :meth:`Run.step_done` lets all ranks agree at a step's end;
 :meth:`Run.checkpoint` has them save that step (`saving.py`, `checkpoint/store.py`); :meth:`Run.leave` requeues the job
-(`departure.py`, `requeue.py`, `slurm.py`) and ends the process.
+(`departure.py`, `requeue.py`, `slurm/`) and ends the process.
 """
 
 import os
 import socket
-import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import slurm
 from .checkpoint import Sealed, versions
-from .departure import Departure
+from .deadline import Planner, Work
+from .departure import Departure, LostRankError
 from .errors import CheckpointError, Exit, OutlastError, SlurmError
 from .ledger import Ledger, Recorder, attempt_of, attempts, finished
 from .predecessor import settle_predecessor
@@ -26,65 +26,24 @@ from .ranks import Agreement
 from .rundir import RunDirectory, RunLock
 from .saving import Saver
 from .sections import CheckpointSection, PreemptionSection, StorageSection
+from .startup import StartupLeave, exit_at_once
+from .step_end import StepEnd, Verdict
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-ASKED = ("", "save", "clock", "USR1", "USR2", "INT", "TERM")
-"""What a rank may ask for at a step's end; of several, the last in this order is what all do."""
+    from .world_size import Layout
+
 ATTEMPT_ENV = "OUTLAST_ATTEMPT"
 LOCK_FD_ENV = "OUTLAST_LOCK_FD"
 
 
 class AlreadyFinished(SystemExit):
-    """Raised by :func:`start` on a run that has finished: the process ends well, having done nothing."""
+    """Raised by :class:`Run` on a run that has finished: the process ends well, having done nothing."""
 
     def __init__(self, step: int) -> None:
         super().__init__(int(Exit.DONE))
         self.step = step
-
-
-def start(
-    directory: str | Path,
-    *,
-    every: int | str | None = None,
-    every_steps: int | None = None,
-    milestone_every: int | None = None,
-    budget_gb: float = 10.0,
-    lead_s: int = 90,
-    max_requeues: int = 1000,
-    allow: Sequence[str] = (),
-) -> "Run":
-    """Begin, or go on with, a run. Call it first: signals are caught from here on.
-
-    Args:
-        directory: the run directory; made if need be. On a cluster, on a file system that all nodes share.
-        every: when to save: optimizer steps, a time (`"30min"`), or `"auto"`; None leaves it to the loop (a Trainer's
-            own `save_steps`).
-        every_steps: the same in steps.
-        milestone_every: optimizer steps between checkpoints that are kept, without what only a resume needs.
-        budget_gb: what the run directory may take, in GB (10^9 bytes).
-        lead_s: seconds before the job's time limit at which to save and leave if no signal has come.
-        max_requeues: requeues after which the run gives up.
-        allow: what may differ from the run that made the checkpoint: `dataset`, `seed`, `global_batch`, ...
-
-    Raises:
-        ConfigError: an argument is refused.
-        AlreadyFinished: (a `SystemExit` with code 0) the run has finished before.
-        RunBusyError: another attempt is alive on the directory.
-    """
-    guard = PreemptionGuard(interrupt=True)
-    guard.install()
-    return Run(
-        RunDirectory(Path(directory).absolute()),
-        guard,
-        PreemptionSection(lead_s=lead_s, max_requeues=max_requeues),
-        CheckpointSection(
-            every=every or "auto", every_steps=every_steps, milestone_every=milestone_every, allow=list(allow)
-        ),
-        StorageSection(budget_gb=budget_gb),
-        loop_saves=every is None and every_steps is None,
-    )
 
 
 class Run:
@@ -123,7 +82,7 @@ class Run:
             self._lock.acquire(f"job {self._job.job_id}" if self._job else "a training script", wait_s=60.0)
         job = (self._job.job_id, self._job.restart_count) if self._job else None
         self.attempt = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(self._ledger.read(), job)
-        self._recorder = Recorder(self._ledger, self.attempt, self.say)
+        self._recorder = Recorder(self._ledger, self.attempt, _print)
         self._saver = Saver(
             directory, self.agreement, self.record, self.say, section=checkpoint, storage=storage, loop_saves=loop_saves
         )
@@ -131,11 +90,23 @@ class Run:
         self.progress = ProgressWriter(directory)
         self.progress.now.attempt = self.attempt
         self._departure = Departure(
-            self.record, self.say, self._ledger, self._job if self.rank == 0 else None, preemption
+            self._recorder, _print, self._ledger, self._job, preemption, self.attempt, self.rank == 0
+        )
+        self._leave_in_startup = StartupLeave(self._departure, guard, self.store, self._ledger, self.agreement)
+        self._planner = Planner(preemption.lead_s, self._saver.expected_bytes)
+        self._step_end = StepEnd(
+            self.agreement,
+            guard,
+            self._departure,
+            self._saver,
+            self._planner,
+            self._ledger,
+            hang_s=preemption.hang_s,
+            lead_s=preemption.lead_s,
         )
         guard.on_startup, guard.lead_s = self._leave_in_startup, preemption.lead_s
+        guard.on_signal = self._step_end.on_signal
         if self.rank == 0:
-            guard.on_signal = self._departure.ask_slurm
             self._open_attempt()
         if guard.requested is not None and not self.stopping:
             self._leave_in_startup(guard.requested)  # it came before there was a run to leave
@@ -157,7 +128,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line in the log (rank 0 only)."""
         if self.agreement.rank == 0:
-            print(f"[outlast] {text}", flush=True)
+            _print(text)
 
     def record(self, event: str, **values: Any) -> None:
         """Append a line to the ledger (rank 0 only). On a full disk it is kept, and written with the next."""
@@ -169,9 +140,15 @@ class Run:
 
         Args:
             origin: any of `dataset`, `seed`, `global_batch`, `micro_batch`, `trainable`, `config`, as plain values;
-                `checkpoint/origin.py` has what follows if one of them differs on resume.
+                `checkpoint/origin.py` has what follows if one differs on resume. With `accumulation` in the place of
+                `global_batch`, the loop takes it from `run.layout` afterwards: that suits another number of ranks.
         """
-        self._saver.origin |= {name: value for name, value in origin.items() if value is not None}
+        self._saver.describe(**origin)
+
+    @property
+    def layout(self) -> "Layout":
+        """How the rows of each optimizer step are spread; only if :meth:`describe` was told the `accumulation`."""
+        return self._saver.agreed_layout
 
     def _open_attempt(self) -> None:
         decision = settle_predecessor(self.directory, self.attempt, self._job, self._preemption)
@@ -200,8 +177,9 @@ class Run:
             self.say(f"Slurm did not say when this job ends ({error}); its signal is what is left")
             return
         self._guard.end_time = view.end_time
-        if view.end_time is not None:
-            self._guard.lead_s = min(self._preemption.lead_s, max(view.end_time - time.time(), 0.0) / 2)
+        with suppress(SlurmError):
+            self._departure.notice = slurm.notice(job.job_id, self._preemption.grace_s)
+        self._watch_the_clock()
         if view.preempt_time is not None and view.preempt_time >= (view.start_time or 0.0):
             self._leave_in_startup("TERM")  # its signal came before this process could catch one
 
@@ -211,39 +189,58 @@ class Run:
         Raises:
             ResumeRefusedError: it was made by another run than this one; the message says what to do.
         """
-        self.attempt = self.agreement.from_rank_0(self.attempt)
+        self.attempt = self._departure.attempt = self.agreement.from_rank_0(self.attempt)
+        self._recorder.attempt = self.attempt
+        self._step_end.connect()
         return self._saver.resume_point()
 
     def begin(self, step: int) -> None:
         """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together."""
+        self._step_end.connect()
         seconds = time.time() - self._started
         if self._saver.newest_step is not None:
             name, differences = self.store.path(self._saver.newest_step).name, self._saver.differences
             self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences)
             self.say(f"resumed from {name} after {seconds:.1f} s")
-        self._saver.begin(self._ledger.read())
+        events = self._ledger.read()
+        self._saver.begin(events)
+        self._planner.begin(events)
+        self._watch_the_clock()
         self._guard.end_startup()
         self._update_progress(phase="training", step=step, force=True)
         if self.should_stop(step):
             self.leave(step)
 
-    def should_stop(self, step: int) -> bool:
-        """Whether any rank was asked to stop: one small reduction, at the same point on all ranks."""
-        return self._agree(step, save=False) == "stop"
+    def _watch_the_clock(self) -> None:
+        """Leave in time, by what steps and saves were seen to take; say so if the notice is too short (rank 0)."""
+        if self._job is None or self.rank != 0:
+            return
+        if self._guard.end_time is not None:
+            longest = max(self._guard.end_time - self._started, 0.0) / 2
+            self._guard.lead_s = min(self._planner.lead_s, longest)
+        if short := self._planner.shortfall(self._departure.notice):
+            text, fields = short
+            self.record("notice_short", **fields)
+            self.say(f"WARNING: {text}")
 
-    def step_done(self, step: int) -> Literal["go_on", "save", "stop"]:
-        """What all ranks do now that `step` optimizer steps are done: one small reduction."""
-        return self._agree(step, save=self.rank == 0 and self._saver.due(step))
+    def should_stop(self, step: int, work: Work = "step") -> bool:
+        """Whether any rank was asked to stop; to be asked at the same point on all ranks.
 
-    def _agree(self, step: int, *, save: bool) -> Literal["go_on", "save", "stop"]:
-        if self.stopping:
-            return "stop"
-        asked = self._guard.poll() or ("save" if save else "")
-        agreed = ASKED[self.agreement.maximum(ASKED.index(asked))]
-        if agreed in ("", "save"):
-            return "save" if agreed else "go_on"
-        self._departure.announce(agreed, self._guard, step)
-        return "stop"
+        Args:
+            work: what has been done since the last such point: a micro-batch of a step, or an evaluation's batch.
+        """
+        return self._step_end.should_stop(step, work)
+
+    def time_for(self, work: Work, count: int | None) -> bool | None:
+        """Asked to stop: whether `count` more micro-batches or batches can be finished before the save.
+
+        All ranks call it together. None: not known, for want of a deadline or of something to measure by.
+        """
+        return self._step_end.time_for(work, count)
+
+    def step_done(self, step: int) -> Verdict:
+        """What all ranks do now that `step` optimizer steps are done."""
+        return self._step_end.step_done(step)
 
     def step_end(
         self, step: int, save: Callable[[Path], None], *, total: int | None = None, loss: float | None = None
@@ -282,6 +279,7 @@ class Run:
             self.agreement.barrier()
             return self._saver.newest()
         self._update_progress(phase="saving", step=step, force=True)
+        began = time.monotonic()
         sealed = self._saver.save(
             step,
             save,
@@ -292,21 +290,26 @@ class Run:
         )
         if sealed is not None:
             self.progress.now.checkpoint_step, self.progress.now.checkpoint_time = step, time.time()
+            self._planner.saved(time.monotonic() - began)
+            self._watch_the_clock()
         self._update_progress(phase="training", force=True)
         return sealed
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Note an evaluation that ran to its end."""
         self.record("evaluated", step=step, metrics=metrics)
+        self._planner.mark()
 
     def leave(self, step: int) -> NoReturn:
         """Requeue the job, once, and end this process; all ranks call it together, everything being saved."""
         code = int(self._departure.requeue(step)) if self.rank == 0 else int(Exit.RESUME_ME)
+        if self.rank == 0:
+            self._step_end.watch.leaving(Exit(code))
         try:
             code = self.agreement.from_rank_0(code)
             self.agreement.close()
         finally:  # the requeue may have ended a peer already: what is saved is saved, and this rank leaves
-            _exit(code)
+            exit_at_once(code)
 
     def finish(self, step: int, save: Callable[[Path], None] | None = None) -> None:
         """The run is done after `step` steps: publish the model and say so. All ranks call it together.
@@ -320,6 +323,7 @@ class Run:
         if save is not None and self._saver.save(step, save, kind="final") is None:
             raise CheckpointError(f"the finished model could not be written to {self.final}; the same command resumes")
         self.agreement.barrier()
+        self._step_end.watch.close()
         if self.rank == 0:
             first = attempts(self._ledger.read())[0].started
             seconds = time.time() - (first["time"] if first else self._started)
@@ -347,7 +351,7 @@ class Run:
         except Exception as error:
             code = self.fail(error)
             if self._guard.requested is not None:
-                _exit(code)  # on its way out: nothing may hold it up
+                exit_at_once(code)  # on its way out: nothing may hold it up
             raise
         self._guard.uninstall()
         return output
@@ -359,7 +363,10 @@ class Run:
             The exit code. An error raised while the job is being taken away (a worker killed, a peer gone) counts as
             the preemption that caused it: the last sealed checkpoint stands, and the job is requeued.
         """
-        return self._departure.fail(error, self._guard, self.rank, self.attempt, self.progress.now.step)
+        lost = self._step_end.watch.blame(error)
+        if lost is not None:
+            error, self._departure.lost = LostRankError([lost]), [lost]
+        return self._departure.fail(error, self._guard, self.rank, self._step_end.step)
 
     def _update_progress(self, *, force: bool = False, **values: Any) -> None:
         if self.rank == 0:
@@ -368,33 +375,6 @@ class Run:
                 values |= {"bytes_used": room.used(), "bytes_peak": room.peak, "budget_bytes": room.budget()}
             self.progress.update(force=force, **values)
 
-    def _leave_in_startup(self, name: str) -> None:
-        """A signal before the first step: nothing to save. Runs in the guard's thread.
 
-        Rank 0 acts for all. The others follow it, so that no straggler brings Slurm's requeue hold back; if only one
-        of them was signalled, the first agreement finds its flag.
-        """
-        if self.rank == 0:
-            step = max((checkpoint.step for checkpoint in self.store.sealed()), default=0)
-            if self.agreement.world_size > 1 and self._departure.left_to_settle():
-                self._departure.announce(name, self._guard, step, unexplained=True)
-                _exit(Exit.DONE)  # all ranks do: another code, then, is that of one that has died
-            self._departure.announce(name, self._guard, step)
-            _exit(self._departure.requeue(step))
-        threading.Thread(target=self._follow_rank_0, daemon=True).start()
-
-    def _follow_rank_0(self) -> None:
-        # Not before the requeue: srun ends the whole step, rank 0 included, when one rank leaves early.
-        last = ("requeued", "gave_up") if self._job else ("attempt_ended",)
-        while not self.stopping:
-            for event in self._ledger.read():
-                if event["attempt"] == self.attempt and (event["event"] in last or event.get("unexplained")):
-                    _exit(Exit.DONE if event.get("unexplained") else Exit.RESUME_ME)
-            time.sleep(0.2)
-
-
-def _exit(code: int) -> NoReturn:
-    """End at once: no atexit hooks, no destructors, nothing that could take time or fail."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _print(text: str) -> None:
+    print(f"[outlast] {text}", flush=True)

@@ -81,6 +81,10 @@ class RunDirectory:
     def log(self, attempt: int, rank: int) -> Path:
         return self.logs / f"attempt-{attempt:03d}.rank-{rank}.log"
 
+    def agent_log(self, attempt: int) -> Path:
+        """Of the agent that has started the ranks on this machine, and of what they print before they have begun."""
+        return self.logs / f"attempt-{attempt:03d}.agent.log"
+
     def create(self) -> None:
         """Make the directory and those of its parts that every attempt needs.
 

@@ -16,6 +16,7 @@ from .ranks import Agreement
 from .rundir import RunDirectory
 from .sections import CheckpointSection, StorageSection
 from .share import Share
+from .world_size import Layout, layout, origin_of
 
 PROBLEMS = (origin.ResumeRefusedError, PassingError, CheckpointError, OSError)
 """What rank 0 may find when it looks for a checkpoint, the special before the general; all ranks raise it."""
@@ -47,6 +48,7 @@ class Saver:
         self._section, self._loop_saves = section, loop_saves
         self._cadence: Cadence | None = None
         self._asked_limit: int | None = None
+        self._run, self._asked_accumulation = run, 0
         self._footprint, self._reserve, self._measured = _planned(run), storage.reserve, False
         before, estimate = read(run), self._footprint or Footprint()
         room = Room(
@@ -64,6 +66,29 @@ class Saver:
         """Step of the newest checkpoint that can be resumed from."""
         self.differences: dict[str, str] = {}
         """What of the origin has changed since that checkpoint, in words, by name."""
+        self._made: dict[str, Any] = {}
+        self.layout: Layout | None = None
+        """How the rows of a step are spread over the ranks; None if the loop does not leave that to the run."""
+
+    def describe(self, accumulation: int | None = None, **origin: Any) -> None:
+        """Say what this run is; see :meth:`outlast.Run.describe`."""
+        self.origin |= {name: value for name, value in origin.items() if value is not None}
+        if accumulation is not None:
+            self._asked_accumulation = accumulation
+            self._lay_out({"world_size": self._agreement.world_size})
+
+    @property
+    def agreed_layout(self) -> Layout:
+        if self.layout is None:
+            raise RuntimeError("run.layout: say run.describe(micro_batch=..., accumulation=...) first")
+        return self.layout
+
+    def _lay_out(self, made: dict[str, Any]) -> None:
+        if not self._asked_accumulation:
+            return
+        ranks, micro_batch = self._agreement.world_size, int(self.origin["micro_batch"])
+        self.layout = layout(made, ranks=ranks, micro_batch=micro_batch, accumulation=self._asked_accumulation)
+        self.origin |= {"global_batch": self.layout.global_batch, "first": list(self.layout.first)}
 
     def begin(self, events: list[Event]) -> None:
         """Training begins: the time to the first periodic save runs from here.
@@ -80,6 +105,15 @@ class Saver:
                 self._measure(whole[-1], say=False)
             elif self._footprint is not None:
                 self._limit(self._footprint)
+
+    @property
+    def expected_bytes(self) -> int | None:
+        """What a checkpoint takes, by what was measured, else by the plan; None: not known."""
+        return self._footprint.checkpoint_bytes if self._footprint else None
+
+    def due_by_step(self, step: int) -> bool:
+        """Whether a periodic save is due after `step` by its number, which all ranks answer alike."""
+        return self._cadence is not None and self._cadence.due_by_step(step)
 
     def due(self, step: int) -> bool:
         """Whether a periodic save is due after `step` (rank 0's answer counts)."""
@@ -100,10 +134,12 @@ class Saver:
             except (CheckpointError, OSError) as error:
                 problem = str(error)
                 kind = next(i for i, kind in enumerate(PROBLEMS) if isinstance(error, kind))
-        step, problem, kind = self._agreement.from_rank_0((newest.step if newest else None, problem, kind))
+        answer = (newest.step if newest else None, self._made, problem, kind)
+        step, self._made, problem, kind = self._agreement.from_rank_0(answer)
         if kind is not None:
             raise (OSError if PROBLEMS[kind] is PassingError else PROBLEMS[kind])(problem)
         self.newest_step = step
+        self._lay_out(self._made)
         if step is None:
             return None
         found = next((c for c in self.store.sealed() if c.step == step), None)
@@ -113,20 +149,38 @@ class Saver:
         return found
 
     def _compared(self, newest: Sealed | None) -> Sealed | None:
+        if newest is None:  # the run has the global batch of its first attempt, though nothing was saved
+            self._made = origin_of(self._run) or {"world_size": self._agreement.world_size}
+        else:
+            self._made = {"world_size": newest.manifest.world_size, **newest.manifest.origin}
+        self._lay_out(self._made)
+        if newest is None and self.layout is not None and self.layout.accumulation != self._asked_accumulation:
+            self._say(f"it began with {self._made['world_size']} ranks: {self._adapted()}")
         if newest is not None:
-            made = {"world_size": newest.manifest.world_size, **newest.manifest.origin}
             compared = origin.compare(
-                made,
+                self._made,
                 self.origin,
                 versions_made=newest.manifest.versions,
                 versions_now=versions(),
                 allow=self._section.allow,
+                adapted=self._adapted(),
             )
             origin.check(newest.path.name, compared)
             self.differences = compared.noted
             for difference in compared.noted.values():
                 self._say(f"WARNING: resuming although {difference}")
         return newest
+
+    def _adapted(self) -> str | None:
+        """What becomes of the gradient accumulation, in words."""
+        if self.layout is None:
+            return None
+        now, asked = self.layout.accumulation, self._asked_accumulation
+        change = f"is {now}, configured {asked} for {self.layout.first[0]} ranks" if now != asked else f"is {now}"
+        return (
+            f"gradient accumulation {change}; each step has the same {self.layout.global_batch} rows as before; "
+            "random numbers (dropout) are others and sums are rounded in another order"
+        )
 
     def save(
         self,

@@ -14,6 +14,7 @@ from .errors import ConfigError
 
 SIGNALS = ("USR1", "USR2", "TERM")
 JOBS = ("sft", "smoke")
+LAUNCHERS = ("srun", "accelerate")
 DIFFERENCES = ("dataset", "seed", "global_batch", "trainable", "config", "restart")
 """What a checkpoint may be allowed to differ in from the run that resumes it (`checkpoint.allow`); `restart`: begin at
 step 0 if none of the checkpoints verifies."""
@@ -186,16 +187,42 @@ class Ddp:
     """Cores and threads of a rank. The order of CPU sums depends on it, so it is part of what makes a run exact."""
     gpus_per_rank: int = 0
     launch: str = "srun"
+    """What starts a node's ranks: `srun`, one task per rank; or `accelerate launch`, an agent, as its one task."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node", "cpus_per_rank"):
             require(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "valid: a positive integer")
         require(self.gpus_per_rank in (0, 1), "parallel.gpus_per_rank", self.gpus_per_rank, "valid: 0 or 1")
-        require(self.launch == "srun", "parallel.launch", self.launch, "valid: srun")
+        if self.launch not in LAUNCHERS:
+            raise ConfigError("parallel.launch", self.launch, LAUNCHERS)
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @property
+    def zero_stage(self) -> int:
+        """Of DeepSpeed's ZeRO; 0 without DeepSpeed."""
+        return 0
+
+
+@dataclass(kw_only=True)
+class Zero(Ddp):
+    """Data parallel training with DeepSpeed's ZeRO: each rank keeps a part of the optimizer's state (`zero1`), of the
+    gradients too (`zero2`), of the weights too (`zero3`); `zero3_offload` keeps all of these in the CPU's memory."""
+
+    kind: str = "zero1"
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further keys of DeepSpeed's configuration; what outlast derives from the rest of the configuration may not be
+    contradicted (`jobs/deepspeed.py`)."""
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.kind.removeprefix("zero")[0])
+
+    @property
+    def offload(self) -> bool:
+        return self.kind.endswith("_offload")
 
 
 @dataclass(kw_only=True)
@@ -258,6 +285,10 @@ class PreemptionSection:
     """The signal that Slurm sends `lead_s` before the time limit. TERM, USR1 and USR2 all mean "save and leave"."""
     lead_s: int = 90
     """Seconds before the time limit at which the signal comes, and at which the job acts by its own clock."""
+    grace_s: float | None = None
+    """Seconds from a preemption's signal to the kill; None: what Slurm says of the partition or QOS (`GraceTime`)."""
+    hang_s: float | None = 120.0
+    """Seconds without a sign of life from a rank after which the others end the attempt; None: they wait for it."""
     requeue_delay_s: int = 5
     """Seconds from the requeue to the next start: how far Slurm's requeue hold is brought forward."""
     max_requeues: int = 1000
@@ -275,6 +306,10 @@ class PreemptionSection:
             self.requeue_delay_s,
             "valid: seconds, 1 or more",
         )
+        grace, valid = self.grace_s, "valid: seconds, 0 or more, or null"
+        require(grace is None or 0 <= grace < math.inf, "preemption.grace_s", grace, valid)
+        hang, valid = self.hang_s, "valid: seconds, 2 or more, or null"
+        require(hang is None or 2 <= hang < math.inf, "preemption.hang_s", hang, valid)
         require(self.max_requeues >= 0, "preemption.max_requeues", self.max_requeues, "valid: 0 or more")
         require(self.max_crashes >= 0, "preemption.max_crashes", self.max_crashes, "valid: 0 or more")
 

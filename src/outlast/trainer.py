@@ -11,22 +11,22 @@ the files go (the store's staging area instead of `checkpoint-N` itself), what i
 """
 
 import os
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from . import random_state, universal, zero
 from .budget import gb
-from .checkpoint import Sealed, origin
+from .checkpoint import Sealed, origin, read_manifest
 from .checkpoint.frozen import frozen_weights, named
 from .errors import CheckpointError, ConfigError
+from .mid_step import MidStep
 from .preemption import shield_worker
+from .resharding import adapt, seed_rank
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -62,7 +62,8 @@ def train(run: "Run", trainer: "Trainer") -> Any:
     """
     seam = _Seam(run, trainer)
     checkpoint = seam.resume_from()
-    output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    with zero.loading() if trainer.is_deepspeed_enabled else nullcontext():
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
         run.say(f"WARNING: the best, step {state.best_global_step}, could not be saved: final/ will be the last model")
@@ -74,12 +75,16 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
     def __init__(self, run: "Run", trainer: "Trainer") -> None:
         self.run, self.trainer = run, trainer
         self.checkpoint: Sealed | None = None
+        self.conversion: universal.Conversion | None = None
         self.pending_evaluation = False
         self.save_at_epoch_end = False
         self.done = False
         self.rng_after_pending: dict[str, Any] | None = None
         self._looked_for_frozen = False
         self._evaluations = 0  # evaluate() calls itself for each of several datasets
+        self._making_up = False
+        self._batches = 0  # done, of the evaluation under way
+        self._mid_step = MidStep(run, trainer, lambda: self.save(trainer.model_wrapped, None))
 
         args = trainer.args
         if args.save_only_model:
@@ -94,23 +99,32 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         trainer.evaluate = self.evaluate
         trainer._load_rng_state = self.load_rng_state
         trainer._determine_best_metric = self.determine_best
+        if trainer.is_deepspeed_enabled:
+            self._load_best, trainer._load_best_model = trainer._load_best_model, self.load_best
         if not run.loop_saves:
             args.save_strategy = SaveStrategy.NO
         for name in ("get_train_dataloader", "get_eval_dataloader"):
             setattr(trainer, name, _shield_loader(getattr(trainer, name)))
         trainer.add_callback(self)
+        trainer.add_callback(self._mid_step)
 
-    def resume_from(self) -> Sealed | None:
+    def resume_from(self) -> Path | None:
         args, trainer = self.trainer.args, self.trainer
         self.run.describe(
             seed=args.seed if args.data_seed is None else args.data_seed,
-            global_batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             micro_batch=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
             dataset=origin.dataset(trainer.train_dataset),
             trainable=origin.trainable(trainer.model),
         )
         self.checkpoint = self.run.resume_point()
-        return self.checkpoint
+        adapt(trainer, self.run.layout)
+        if self.checkpoint is None:
+            return None
+        if universal.needed(self.checkpoint, trainer):
+            self.conversion = universal.Conversion(self.run, self.checkpoint, trainer)
+            self.conversion.make()
+        return self.conversion.path if self.conversion else self.checkpoint.path
 
     # Callbacks --------------------------------------------------------------------------------------------------
 
@@ -120,6 +134,8 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         self.run.progress.now.total_steps = state.max_steps
         self._point_at_best(state)
         self.run.begin(state.global_step)
+        if self.conversion is not None:
+            self.conversion.drop()
         if self.checkpoint is not None and self.checkpoint.manifest.pending_evaluation:
             self._evaluate_pending()
         # A Trainer that is resumed at its last step would take one more.
@@ -134,9 +150,9 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
         epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
         verdict = self.run.step_done(step)
-        if verdict == "save":
-            # An evaluation may follow at the end of the epoch: what is sealed at this step holds it too.
-            self.save_at_epoch_end, control.should_save = epoch_ends, control.should_save or not epoch_ends
+        # An evaluation may follow at the end of the epoch: what is sealed at this step holds it too.
+        due = control.should_save or verdict == "save"
+        self.save_at_epoch_end, control.should_save = due and epoch_ends, due and not epoch_ends
         if verdict == "stop":
             self.pending_evaluation = control.should_evaluate
             control.should_evaluate = False
@@ -156,9 +172,17 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
             control.should_save, self.save_at_epoch_end = True, False
 
     def on_prediction_step(
-        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        eval_dataloader: Any = None,
+        **_: Any,
     ) -> None:
-        if self._evaluations and self.run.should_stop(state.global_step):
+        if not self._evaluations:
+            return
+        self._batches += 1
+        if self.run.should_stop(state.global_step, "evaluation") and not self._may_finish(eval_dataloader):
             raise _EvaluationCut
 
     def on_log(
@@ -193,27 +217,31 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         """Instead of `Trainer.evaluate`: in training, it can be cut short by a stop and is noted when it is whole."""
         if not self.trainer.is_in_train or self._evaluations:
             return dict(self._evaluate(*args, **kwargs))
-        before = _random_state()
+        before = random_state.capture()
         self._evaluations += 1
+        self._batches = 0
         self._progress("evaluating")
         try:
             metrics = dict(self._evaluate(*args, **kwargs))
         except _EvaluationCut:
-            _set_random_state(before)
+            random_state.restore(before)
             self.pending_evaluation = True
             self.save(self.trainer.model_wrapped, None)  # does not return: the run is stopping
             raise
         finally:
             self._evaluations -= 1
         self._progress("training")
+        self.trainer.control.should_save |= self.run.stopping  # there was time to finish it first
         self.run.evaluated(self.trainer.state.global_step, {k: v for k, v in metrics.items() if "_per_" not in k})
         return metrics
 
     def load_rng_state(self, checkpoint: str | None) -> None:
         """Instead of `Trainer._load_rng_state`: an evaluation that was made up for has used random numbers too."""
-        self._load_rng_state(checkpoint)
+        if self.checkpoint is None or not seed_rank(self.trainer, self.checkpoint):
+            self._load_rng_state(checkpoint)
         if self.rng_after_pending is not None:
-            _set_random_state(self.rng_after_pending)
+            random_state.restore(self.rng_after_pending)
+        self._mid_step.keep()
 
     def determine_best(self, metrics: dict[str, float], trial: Any) -> bool:
         """Instead of `Trainer._determine_best_metric`: a new best is saved, whatever the interval between saves."""
@@ -223,17 +251,34 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
             self.trainer.control.should_save = True
         return new
 
+    def load_best(self) -> None:
+        """Instead of `Trainer._load_best_model` with DeepSpeed: that needs shards, for as many ranks."""
+        best = Path(self.trainer.state.best_model_checkpoint or "")
+        same_ranks = read_manifest(best).world_size == self.trainer.args.world_size
+        if same_ranks and any(best.glob("global_step*")):
+            self._load_best()
+        else:
+            zero.load_weights(self.trainer, best)
+
     # Inside -----------------------------------------------------------------------------------------------------
+
+    def _may_finish(self, loader: Any) -> bool:
+        """Whether an evaluation fits in before the save. Not one that is made up for: its step is sealed already."""
+        known = isinstance(loader, Sized) and not isinstance(self.trainer.eval_dataset, dict)
+        left = len(loader) - self._batches if known and not self._making_up else None
+        return self.run.time_for("evaluation", left) is True
 
     def _evaluate_pending(self) -> None:
         assert self.checkpoint is not None
         trainer, state = self.trainer, self.trainer.state
         self.run.say(f"step {state.global_step}: making up for the evaluation that was cut short")
-        self._load_rng_state(str(self.checkpoint.path))
+        self.load_rng_state(str(self.checkpoint.path))
+        self._making_up = True
         metrics = trainer._evaluate(None, None)
+        self._making_up = False
         self.determine_best(metrics, None)
         self._point_at_best(state)
-        self.rng_after_pending = _random_state()
+        self.rng_after_pending = random_state.capture()
 
     def _point_at_best(self, state: "TrainerState") -> None:
         """Say where the best checkpoint is. The path in a saved state may be from before the run was moved."""
@@ -245,7 +290,8 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
 
     def _write(self, staged: Path, model: Any, trial: Any) -> None:
         trainer, state = self.trainer, self.trainer.state
-        with self._quiet(staged.parent):
+        holding = zero.saving(trainer, staged) if trainer.is_deepspeed_enabled else nullcontext()
+        with self._quiet(staged.parent), holding:
             self._save_checkpoint(model, trial)
         # The Trainer took the staging area for its output directory when it noted where the best checkpoint is.
         if state.best_global_step:
@@ -271,6 +317,9 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         args = self.trainer.args
         rng = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
         needed: dict[str, tuple[str, ...]] = {"state of the random numbers": (rng,)}
+        if self.trainer.is_deepspeed_enabled:
+            shard = f"global_step*/*zero_pp_rank_{args.process_index}_*optim_states.pt"
+            needed["optimizer's shard of this rank"] = (shard,)
         if args.should_save:
             needed["optimizer's state"] = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
             needed["schedule"] = ("scheduler.pt", "global_step*")
@@ -317,22 +366,3 @@ def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:
         return loader
 
     return shielded
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cpu": torch.random.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.random.get_rng_state_all()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.random.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.random.set_rng_state_all(state["cuda"])

@@ -30,7 +30,7 @@ class Attempt:
     budget_gb: float = 1.0
     hidden: int = 16
     stop_at: int | None = None
-    """The step in which the last rank signals itself (USR1)."""
+    """The step in which every rank signals itself (USR1)."""
     arming: Arming | None = None
     bound: bool = False
     """Give up root's privilege to read and write whatever it likes."""

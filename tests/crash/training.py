@@ -127,7 +127,7 @@ class Conductor(TrainerCallback):
             fill(Path(attempt.ballast), attempt.leave, Path(attempt.directory) / "ledger.jsonl")
         if rank() == 0 and state.global_step == attempt.free_at:
             Path(attempt.ballast).unlink()
-        if rank() == last_rank() and state.global_step == attempt.stop_at:
+        if state.global_step == attempt.stop_at:  # on all ranks: then none passes the end of this step
             os.kill(os.getpid(), signal.SIGUSR1)
 
 

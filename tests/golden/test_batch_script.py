@@ -82,6 +82,13 @@ def test_of_a_run(tmp_path: Path) -> None:
     assert batch_script(config, target_of(config)) == expected(tmp_path, "%j.log", f"'{tmp_path}/my run'")
 
 
+def test_with_an_agent_each_node_has_one_task_with_the_cores_of_all_its_ranks(tmp_path: Path) -> None:
+    config = compose([*OVERRIDES, f"run.root={tmp_path}", "parallel.launch=accelerate"])
+    by_ranks = expected(tmp_path, "%j.log", f"'{tmp_path}/my run'")
+    by_agents = by_ranks.replace("--ntasks-per-node=4", "--ntasks-per-node=1").replace("per-task=3", "per-task=12")
+    assert batch_script(config, target_of(config)) == by_agents
+
+
 def test_of_a_sweep(tmp_path: Path) -> None:
     sweep = make([*OVERRIDES, f"run.root={tmp_path}", "seed=1,2"])
     assert sweep.script() == expected(tmp_path, "%A_%a.log", f"--sweep '{tmp_path}/my run'")

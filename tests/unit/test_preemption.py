@@ -63,6 +63,24 @@ print(os.WEXITSTATUS(status), guard.poll())
     assert out == "7 None"
 
 
+def test_a_shielded_child_ends_with_its_parent() -> None:
+    out = run("""
+import select
+read, write = os.pipe()
+parent = os.fork()
+if parent == 0:
+    ready, done = os.pipe()
+    if os.fork() == 0:
+        shield_worker()
+        os.write(done, b"1"); time.sleep(60); os._exit(0)
+    os.read(ready, 1); os._exit(0)
+os.close(write)
+os.waitpid(parent, 0)
+print(select.select([read], [], [], 3.0)[0] == [read] and os.read(read, 1))  # its end, when no child has it open
+""")
+    assert out == "b''"
+
+
 def test_in_start_up_the_callback_runs_also_while_the_main_thread_is_in_a_c_call() -> None:
     out = run("""
 import threading

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,18 @@ def test_the_cause_of_a_restart_that_slurm_made(slurm: Slurm, sacct: str, nodes:
     assert RESTARTED.stop_cause(JOB, lead_s=90) == cause
 
 
-class FakeRecord:
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+class Recorded:
+    """Appends to a ledger, and shows what is in it."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
 
     def __call__(self, event: str, **values: Any) -> None:
-        self.events.append({"event": event, **values})
+        self.ledger.append(event, 1, **values)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return self.ledger.read()
 
     @property
     def names(self) -> list[str]:
@@ -146,13 +153,32 @@ class FakeRecord:
 
 
 @pytest.fixture
-def record() -> FakeRecord:
-    return FakeRecord()
+def record(tmp_path: Path) -> Recorded:
+    return Recorded(Ledger(tmp_path / "ledger"))
 
 
 @pytest.fixture
-def departure(tmp_path: Path, record: FakeRecord) -> Departure:
-    return Departure(record, print, Ledger(tmp_path / "ledger"), JOB, PreemptionSection())
+def departure(record: Recorded) -> Departure:
+    return Departure(record, print, record.ledger, JOB, PreemptionSection())
+
+
+def test_of_ranks_that_end_an_attempt_at_once_one_requeues(slurm: Slurm, record: Recorded) -> None:
+    slurm.says("scontrol", RUNNING)
+    ranks = [Departure(record, print, record.ledger, JOB, PreemptionSection()) for _ in range(8)]
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        codes = set(threads.map(lambda rank: rank.requeue(5), ranks))
+    assert codes == {75}
+    assert record.names == ["attempt_ended", "requeued"]
+    assert len(slurm.calls("scontrol requeue")) == 1
+    assert sum(rank.ended_it for rank in ranks) == 1
+
+
+def test_a_rank_that_does_not_speak_for_all_writes_nothing(slurm: Slurm, record: Recorded) -> None:
+    silent = Departure(record, print, record.ledger, JOB, PreemptionSection(), speaks=False)
+    silent.announce("TERM", PreemptionGuard(), 5)
+    assert silent.signal == "TERM"
+    assert record.events == []
+    assert not slurm.calls("scontrol")
 
 
 RUNNING = "JobState=RUNNING PreemptTime=None Restarts=0"
@@ -161,7 +187,7 @@ CANCELLED_IN_GRACE = PREEMPTED.replace("RUNNING", "COMPLETING")
 
 
 def test_a_departure_requeues_once_however_often_it_is_asked(
-    slurm: Slurm, departure: Departure, record: FakeRecord
+    slurm: Slurm, departure: Departure, record: Recorded
 ) -> None:
     slurm.says("scontrol", RUNNING)
     assert departure.requeue(5) == departure.requeue(5) == 75
@@ -171,7 +197,7 @@ def test_a_departure_requeues_once_however_often_it_is_asked(
 
 
 def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(
-    slurm: Slurm, departure: Departure, record: FakeRecord
+    slurm: Slurm, departure: Departure, record: Recorded
 ) -> None:
     slurm.says("scontrol", "JobState=COMPLETING Restarts=1")
     slurm.says("sacct", "NODE_FAIL")
@@ -181,7 +207,7 @@ def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(
     assert record.events[1]["by"] == "slurm"
 
 
-def test_a_refused_requeue_is_not_noted_as_one(slurm: Slurm, departure: Departure, record: FakeRecord) -> None:
+def test_a_refused_requeue_is_not_noted_as_one(slurm: Slurm, departure: Departure, record: Recorded) -> None:
     slurm.says("scontrol", RUNNING)
     slurm.refuse_requeue()
     assert departure.requeue(5) == 75
@@ -190,7 +216,7 @@ def test_a_refused_requeue_is_not_noted_as_one(slurm: Slurm, departure: Departur
 
 @pytest.mark.parametrize("ending", ["JobState=COMPLETING StartTime=2020-01-01T00:00:00", CANCELLED_IN_GRACE])
 def test_a_job_cancelled_during_its_save_is_not_brought_back(
-    slurm: Slurm, departure: Departure, record: FakeRecord, ending: str
+    slurm: Slurm, departure: Departure, record: Recorded, ending: str
 ) -> None:
     slurm.says("scontrol", PREEMPTED)
     departure.ask_slurm()
@@ -203,7 +229,7 @@ def test_a_job_cancelled_during_its_save_is_not_brought_back(
 
 
 def test_with_preempt_mode_cancel_a_job_past_its_grace_period_is_still_brought_back(
-    slurm: Slurm, departure: Departure, record: FakeRecord
+    slurm: Slurm, departure: Departure, record: Recorded
 ) -> None:
     slurm.says("scontrol", PREEMPTED.replace("2099", "2020"))
     departure.ask_slurm()
@@ -213,7 +239,7 @@ def test_with_preempt_mode_cancel_a_job_past_its_grace_period_is_still_brought_b
 
 
 def test_what_outlast_cancel_marked_is_cancelled_whatever_slurm_says(
-    slurm: Slurm, departure: Departure, record: FakeRecord, tmp_path: Path
+    slurm: Slurm, departure: Departure, record: Recorded, tmp_path: Path
 ) -> None:
     slurm.says("scontrol", PREEMPTED)
     (tmp_path / "cancelled.json").write_text(f'{{"time": {time.time() + 1}}}')
@@ -230,7 +256,7 @@ def test_who_finds_out_what_a_signal_meant(slurm: Slurm, departure: Departure, m
 
 
 def test_a_preemption_is_never_left_to_the_batch_script(
-    slurm: Slurm, departure: Departure, record: FakeRecord, monkeypatch: pytest.MonkeyPatch
+    slurm: Slurm, departure: Departure, record: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SETTLES_ENV, "1")
     slurm.says("scontrol", PREEMPTED)
@@ -250,6 +276,6 @@ def test_a_connection_that_breaks_because_a_peer_has_died_is_not_the_cause(
     guard = PreemptionGuard()
     if signalled:
         threading.Timer(0.1, guard.request, ["TERM"]).start()
-    departure.fail(RuntimeError("Connection closed by peer"), guard, rank, 1, 5)
+    departure.fail(RuntimeError("Connection closed by peer"), guard, rank, 5)
     ended = [event["rank"] for event in Ledger(tmp_path / "ledger").read()]
     assert ended == ([] if signalled else [rank])

@@ -51,7 +51,6 @@ def test_a_run_is_where_its_directory_is(run: RunDirectory) -> None:
         ("trainer.max_steps=10", "it decides the weights"),
         ("parallel.cpus_per_rank=2", "it decides the weights"),
         ("model=pretrained", "it decides the weights"),
-        ("parallel.nodes=4", "made with 2 ranks, this would be 4; valid: nodes . ranks_per_node = 2"),
         ("run.name=other", "a run is its directory"),
         ("cluster=local", "not groups; valid: cluster.<key>="),
         ("cluster.time_min=1,2", "valid: one value"),

@@ -145,17 +145,20 @@ class Cadence:
         milestone = self._section.milestone_every
         return text if milestone is None else f"{text}; and a milestone every {milestone} steps"
 
+    def due_by_step(self, step: int) -> bool:
+        """Whether a save is due after `step` by its number alone: as configured, or as a milestone."""
+        intervals = (self._section.steps, self._section.milestone_every)
+        return any(each is not None and step % each == 0 for each in intervals)
+
     def due(self, step: int, now: float) -> bool:
         """Whether a periodic save is due after `step`.
 
         Where time decides, a save that was due and has not been made (the disk is full) is due again after the lower
         bound, not at each step.
         """
-        milestone, steps, seconds = self._section.milestone_every, self._section.steps, self.seconds
-        if milestone is not None and step % milestone == 0:
-            return True
-        if seconds is None:
-            return steps is not None and step % steps == 0
+        seconds = self.seconds
+        if self.due_by_step(step) or seconds is None:
+            return self.due_by_step(step)
         if now - self._last < seconds:
             return False
         tried_step, tried = self._tried

@@ -19,7 +19,9 @@ def frozen_weights(directory: Path, model: "torch.nn.Module") -> dict[str, int]:
     """
     from safetensors import safe_open
 
-    frozen = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if not p.requires_grad}
+    # With ZeRO 3 a rank holds none of a parameter; its size is noted beside it.
+    sizes = {name: getattr(p, "ds_numel", p.numel()) * p.element_size() for name, p in model.named_parameters()}
+    frozen = {name: sizes[name] for name, p in model.named_parameters() if not p.requires_grad}
     found: dict[str, int] = {}
     for path in sorted(directory.glob("*.safetensors")) if frozen else ():
         with safe_open(path, framework="pt") as file:

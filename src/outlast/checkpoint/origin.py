@@ -2,7 +2,7 @@
 
 | differs | then | because |
 |---|---|---|
-| `world_size` | refused | per-rank files and the order of the data belong to it |
+| `world_size` | adapted | the accumulation follows, so each step has the same rows; random states are per rank |
 | `global_batch` | refused | the step no longer says how many samples have been seen |
 | `dataset` | refused | the position in the data would point at other samples |
 | `seed` | refused | the order of the data after the resume would be another one |
@@ -11,8 +11,9 @@
 | `config` | allowed | something else that decides the weights was changed, such as the learning rate |
 | a library's version | allowed | the weights may differ from those of a run that was not upgraded |
 
-What is refused can be accepted by name, but for `world_size`: `checkpoint.allow=[dataset]`. What is adapted or allowed
-is said in the log and in the ledger's `resumed` line.
+A loop that can't take its gradient accumulation from the run (`run.layout`) is refused another
+`world_size`. What else is refused can be accepted by name: `checkpoint.allow=[dataset]`. What is adapted or allowed is
+said in the log and in the ledger's `resumed` line.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 REFUSED = {
-    "world_size": "run it with parallel.nodes * parallel.ranks_per_node = {made}",
+    "world_size": "run it with {made} ranks, or have the loop use run.layout",
     "global_batch": "set per-device batch size * gradient accumulation * ranks to {made}",
     "dataset": "give it the data that it was made with",
     "seed": "set seed={made}",
@@ -68,18 +69,22 @@ def compare(
     versions_made: dict[str, str],
     versions_now: dict[str, str],
     allow: Iterable[str] = (),
+    adapted: str | None = None,
 ) -> Comparison:
     """Apply the rules of this module. What either side does not say is not compared.
 
     Args:
         made: the checkpoint's origin; now: that of the run at hand.
         allow: names of differences that the user accepts.
+        adapted: how the run at hand adapts to another `world_size`, in words; None if it can't.
     """
     refused, noted = {}, {}
     for name, advice in REFUSED.items():
         if name in made and name in now and made[name] != now[name]:
             change = f"{name} is {now[name]}, it was {made[name]}"
-            if name in allow:
+            if name == "world_size" and adapted is not None:
+                noted[name] = f"{change}: {adapted}"
+            elif name in allow:
                 noted[name] = f"{change} (accepted by checkpoint.allow)"
             else:
                 accept = "" if name == "world_size" else f", or accept it with checkpoint.allow=[{name}]"
@@ -101,7 +106,9 @@ def check(checkpoint: str, comparison: Comparison) -> None:
 
 def trainable(model: "torch.nn.Module") -> str:
     """Digest of names, shapes and types of the parameters that are trained."""
-    found = sorted((n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad)
+    # With ZeRO 3 a rank holds none of a parameter; its shape is noted beside it.
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found = sorted((name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype)) for name, p in trained)
     return _digest(found)
 
 

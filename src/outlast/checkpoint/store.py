@@ -205,11 +205,11 @@ class CheckpointStore:
     def _allowance(self, free: int, kind: str) -> int:
         """What this rank may write of `free` bytes: what the others did not write the last time.
 
-        Before that is known, all: in data parallel training rank 0 writes nearly everything, and `_publish` sees to the
-        sum.
+        Before that is known, rank 0 may write all, since it writes most, another its share: one shard of as many as
+        there are ranks, or next to nothing. `_publish` sees to the sum.
         """
         if kind == "final" or not self._bytes_by_rank:
-            return max(free, 0)
+            return max(free, 0) // (self._agreement.world_size if self._agreement.rank else 1)
         others = sum(self._bytes_by_rank) - self._bytes_by_rank[self._agreement.rank]
         return max(free - others, 0)
 
@@ -253,17 +253,18 @@ class CheckpointStore:
 
     # Making room ------------------------------------------------------------------------------------------------
 
-    def make_room(self, *, kind: str) -> bool:
+    def make_room(self, *, kind: str, need: int | None = None) -> bool:
         """Free bytes, in the order of `retention.py`, until the next save fits the budget (rank 0).
 
         Args:
             kind: `periodic`, `emergency` or `final`; the last two go before the best checkpoint.
+            need: the bytes that must fit, if it is not the next save.
 
         Returns:
             Whether it fits. If all that may go would not do, nothing is touched.
         """
         sealed, emergency = self.sealed(), kind != "periodic"
-        need, freed = self.room.need(sealed, final=kind == "final"), {}
+        need, freed = self.room.need(sealed, final=kind == "final") if need is None else need, {}
         free = self.room.free()
         if free >= need:
             return True

@@ -1,0 +1,129 @@
+"""`parallel.launch=accelerate`: one agent per node, which is `accelerate launch`, starts that node's ranks.
+
+The agent starts as a rank does, with the three signals blocked, and keeps them so: torch's elastic agent, which it
+runs, would answer a signal by ending its ranks within a time limit, and a second signal by leaving them alone in the
+middle of a save. One thread takes the signals instead and passes them on; the agent only notices that its ranks have
+left. They inherit the blocked signals, so that an early one waits for their guards.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import NoReturn
+
+import psutil
+
+from . import slurm
+from .config import Config
+from .errors import ConfigError, Exit
+from .preemption import SIGNALS
+
+AGENT_ENV = "OUTLAST_AGENT"
+"""Tells a rank the pid of the agent that has started it."""
+START_S = 20.0
+"""How long a signal waits for ranks that are yet to be started: less than Slurm waits (`KillWait`) before it kills."""
+
+
+def main(config: Config, arguments: list[str]) -> NoReturn:
+    """Start this node's ranks, wait until the last has gone, and end this process.
+
+    Its exit code is, as `srun`'s is, the highest of its ranks'; 128 and the signal's number for one that was killed.
+
+    Args:
+        arguments: what the ranks are told, as `outlast.rank` takes it.
+
+    Raises:
+        ConfigError: the step has more than one task on a node.
+        SlurmError: the first node has no address that resolves.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    step = slurm.step()
+    command = launch_arguments(config, step)
+    ranks = config.parallel.ranks_per_node if step else config.parallel.world_size
+    os.environ[AGENT_ENV] = str(os.getpid())
+    if sys.flags.safe_path:
+        os.environ["PYTHONSAFEPATH"] = "1"  # the agent has no `-P` for its ranks
+    threading.Thread(target=_pass_on_signals, args=(ranks,), daemon=True).start()
+    codes = _launch([*command, "--module", "outlast.rank", *arguments])
+    for rank, code in sorted(codes.items()):
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        print(f"[outlast] rank {rank} {how}", flush=True)
+    sys.stderr.flush()
+    os._exit(max((128 - code if code < 0 else code for code in codes.values()), default=Exit.DONE))
+
+
+def launch_arguments(config: Config, step: slurm.Step | None) -> list[str]:
+    """The arguments of `accelerate launch`, less the program.
+
+    Args:
+        step: the `srun` step around the agent, one task per node; None on a single machine.
+
+    Raises:
+        ConfigError: the step has more than one task on a node.
+    """
+    ranks = config.parallel.ranks_per_node
+    if step is not None and step.local_task > 0:
+        valid = f"valid with one task per node (--ntasks-per-node=1), which starts all {ranks} ranks of it"
+        raise ConfigError("parallel.launch", config.parallel.launch, valid)
+    world_size = step.tasks * ranks if step else config.parallel.world_size
+    return [
+        f"--num_machines={step.tasks if step else 1}",
+        f"--machine_rank={step.task if step else 0}",
+        f"--num_processes={world_size}",
+        f"--main_process_ip={step.address if step else '127.0.0.1'}",
+        f"--main_process_port={step.port if step else 0}",  # 0: any that is free
+        *(["--multi_gpu"] if world_size > 1 else []),  # which means several processes, also without GPUs
+        "--max_restarts=0",
+        # What the training needs of these it says itself; they only keep `accelerate launch` from guessing.
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+    ]
+
+
+def _launch(arguments: list[str]) -> dict[int, int]:
+    """Run `accelerate launch`; the exit codes, by rank, of this node's ranks that did not end with 0."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        # In the place of the user's own `accelerate config`, which is not part of the run.
+        json.dump({"distributed_type": "NO", "parallelism_config": {}}, file)
+        file.flush()
+        try:
+            launch_command(launch_command_parser().parse_args([f"--config_file={file.name}", *arguments]))
+        except ChildFailedError as error:
+            return {rank: failure.exitcode for rank, failure in error.failures.items()}
+        except subprocess.CalledProcessError as error:
+            return {0: error.returncode}
+    return {}
+
+
+def _pass_on_signals(ranks: int) -> None:
+    """Send every signal that this process gets to all of its ranks, also to those that it has yet to start."""
+    while True:
+        number = signal.sigwait(SIGNALS)
+        told: set[int] = set()
+        deadline = time.monotonic() + START_S
+        while len(told) < ranks and time.monotonic() < deadline:
+            for child in psutil.Process().children():
+                if child.pid not in told and _send(child, number):
+                    told.add(child.pid)
+            time.sleep(0.05)
+        if not told:
+            print(f"[outlast] {signal.Signals(number).name}: there is no rank to save, leaving", flush=True)
+            os._exit(Exit.FAILED)
+
+
+def _send(child: psutil.Process, number: int) -> bool:
+    try:
+        if "outlast.rank" not in child.cmdline():
+            return False
+        child.send_signal(number)
+    except psutil.NoSuchProcess:
+        return False
+    return True

@@ -1,0 +1,54 @@
+"""The library in a user's own script: `run = outlast.start("runs/mine")`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .preemption import PreemptionGuard
+from .run import Run
+from .rundir import RunDirectory
+from .sections import CheckpointSection, PreemptionSection, StorageSection
+
+
+def start(
+    directory: str | Path,
+    *,
+    every: int | str | None = None,
+    every_steps: int | None = None,
+    milestone_every: int | None = None,
+    budget_gb: float = 10.0,
+    lead_s: int = 90,
+    hang_s: float | None = 120.0,
+    max_requeues: int = 1000,
+    allow: Sequence[str] = (),
+) -> Run:
+    """Begin, or go on with, a run. Call it first: signals are caught from here on.
+
+    Args:
+        directory: the run directory; made if need be. On a cluster, on a file system that all nodes share.
+        every: when to save: optimizer steps, a time (`"30min"`), or `"auto"`; None leaves it to the loop (a Trainer's
+            own `save_steps`).
+        every_steps: the same in steps.
+        milestone_every: optimizer steps between checkpoints that are kept, without what only a resume needs.
+        budget_gb: what the run directory may take, in GB (10^9 bytes).
+        lead_s: seconds before the job's time limit at which to save and leave if no signal has come.
+        hang_s: seconds without a sign of life from a rank after which the others leave; None: they wait for it.
+        max_requeues: requeues after which the run gives up.
+        allow: what may differ from the run that made the checkpoint: `dataset`, `seed`, `global_batch`, ...
+
+    Raises:
+        ConfigError: an argument is refused.
+        AlreadyFinished: (a `SystemExit` with code 0) the run has finished before.
+        RunBusyError: another attempt is alive on the directory.
+    """
+    guard = PreemptionGuard(interrupt=True)
+    guard.install()
+    return Run(
+        RunDirectory(Path(directory).absolute()),
+        guard,
+        PreemptionSection(lead_s=lead_s, hang_s=hang_s, max_requeues=max_requeues),
+        CheckpointSection(
+            every=every or "auto", every_steps=every_steps, milestone_every=milestone_every, allow=list(allow)
+        ),
+        StorageSection(budget_gb=budget_gb),
+        loop_saves=every is None and every_steps is None,
+    )

@@ -1,0 +1,119 @@
+"""What a job's environment says: the job, the `srun` step, its ranks and its nodes."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+from outlast.errors import SlurmError
+
+from .commands import pairs, run
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The job (or array task) that this process belongs to."""
+
+    job_id: str
+    """As Slurm's commands take it: `123`, or `123_4` for one task of an array. An array task's bare number would,
+    for one of the tasks, name the whole array."""
+    restart_count: int
+    nodelist: str
+
+
+def current() -> SlurmJob | None:
+    """The Slurm job around this process, or None."""
+    env = os.environ
+    if "SLURM_JOB_ID" not in env:
+        return None
+    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    job_id = f"{array}_{task}" if array and task else env["SLURM_JOB_ID"]
+    return SlurmJob(job_id, int(env.get("SLURM_RESTART_COUNT", "0") or 0), env.get("SLURM_JOB_NODELIST", ""))
+
+
+def node() -> str:
+    """This machine's name: Slurm's, which is not always the host's, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def environment_without_job() -> dict[str, str]:
+    """This process's environment with no trace of a Slurm job around it: for ranks that a foreground launcher starts
+    inside an interactive allocation, which must not requeue it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The `srun` step around this process, one of its tasks."""
+
+    task: int
+    tasks: int
+    local_task: int
+    """Of those on this node."""
+    local_tasks: int
+    address: str
+    """Of the first task's node; it resolves."""
+    port: int
+
+
+def step() -> Step | None:
+    """The `srun` step around this process, or None.
+
+    Raises:
+        SlurmError: the first node has no address that resolves.
+    """
+    env = os.environ
+    if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
+        return None
+    # Unlike from attempt to attempt and from job to job, and below the range of ports that the kernel gives out.
+    job, restart = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_RESTART_COUNT", "0") or 0)
+    tasks = int(env["SLURM_NTASKS"])
+    return Step(
+        task=int(env["SLURM_PROCID"]),
+        tasks=tasks,
+        local_task=int(env.get("SLURM_LOCALID", "0")),
+        local_tasks=int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]),
+        address="127.0.0.1" if tasks == 1 else address_of(hostnames(env["SLURM_JOB_NODELIST"])[0]),
+        port=10_000 + (job * 7 + restart) % 10_000,
+    )
+
+
+def export_ranks() -> None:
+    """Say to torch and accelerate what `srun` said to this task: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, and so on.
+
+    Does nothing outside an `srun` step, or where a launcher has set them already (`agent.py`: a step has then one
+    task per node).
+
+    Raises:
+        SlurmError: the first node has no address that resolves.
+    """
+    if "RANK" in os.environ or (here := step()) is None:
+        return
+    os.environ |= {
+        "RANK": str(here.task),
+        "WORLD_SIZE": str(here.tasks),
+        "LOCAL_RANK": str(here.local_task),
+        "LOCAL_WORLD_SIZE": str(here.local_tasks),
+        "MASTER_ADDR": here.address,
+        "MASTER_PORT": str(here.port),
+    }
+
+
+def hostnames(nodelist: str) -> list[str]:
+    """Node names of a compressed list: `n[0-1]` gives `["n0", "n1"]`."""
+    return run("scontrol", "show", "hostnames", nodelist).split()
+
+
+def address_of(node: str) -> str:
+    """An address that resolves: the node's name where it does, else the address by which Slurm itself reaches it."""
+    address = node
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError:
+        address = pairs(run("scontrol", "show", "node", node, "-o")).get("NodeAddr", "")
+        try:
+            socket.getaddrinfo(address, None)
+        except OSError:
+            raise SlurmError(
+                f"node {node}: neither its name nor Slurm's address for it ({address or 'none'}) resolves"
+            ) from None
+    return address
