@@ -21,8 +21,8 @@ RECENT = 9
 """How many of the last measurements count: a run changes its pace, and so does a file system."""
 SLACK = 1.5
 """How much longer than the longest of these the next one may take."""
-LEAVE_S = 3.0
-"""From sealed to gone, in seconds: asking Slurm, the requeue (two commands), leaving the process groups."""
+MARGIN_S = 5.0
+"""Before the kill: the requeue, which are two of Slurm's commands, and the ranks' leaving."""
 ASSUMED_BYTES_S = 0.2e9
 """Bytes a second of a save, before one was measured: little, but what a busy network file system gives."""
 EXAMPLE_MTBF_S = 4 * 3600.0
@@ -90,7 +90,7 @@ class Planner:
     @property
     def needed_s(self) -> float | None:
         """Seconds from a signal to gone; None if nothing is known of a save."""
-        return None if self.save_s is None else SLACK * (self.reaction_s + self.save_s) + LEAVE_S
+        return None if self.save_s is None else SLACK * (self.reaction_s + self.save_s) + MARGIN_S
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Planner:
         """
         if deadline is None or seconds is None:
             return None
-        if now + SLACK * (seconds + (self.save_s or 0.0)) + LEAVE_S > deadline:
+        if now + SLACK * (seconds + (self.save_s or 0.0)) + MARGIN_S > deadline:
             return False
         return None if self.save_s is None else True
 
@@ -135,7 +135,7 @@ class Planner:
         how = "" if self._saves else f" (by its size, at {ASSUMED_BYTES_S / 1e9:g} GB a second)"
         said = [
             f"to save and leave takes up to {needed:.0f} s: {self.reaction_s:.2g} s until the ranks can act and "
-            f"{save:.3g} s to save{how}, {SLACK:g} times that to be safe, {LEAVE_S:g} s to leave"
+            f"{save:.3g} s to save{how}, {SLACK:g} times that to be safe, {MARGIN_S:g} s to leave"
         ]
         if preempted and notice is not None:
             every, hours = cadence.interval(save, EXAMPLE_MTBF_S), EXAMPLE_MTBF_S / 3600

@@ -64,7 +64,9 @@ class StepEnd:
         print(f"[outlast] rank {self._agreement.rank} received {self._guard.requested}", flush=True)
         if self._agreement.rank == 0:
             threading.Thread(target=self._departure.ask_slurm, daemon=True).start()
-        if self._guard.requested is not None and self._agreement.world_size > 1:
+        if self._agreement.world_size == 1:
+            self.watch.alone()
+        elif self._guard.requested is not None:
             self._consensus.ask(self._guard.requested)
 
     def _on_stop(self, name: str) -> None:
@@ -120,5 +122,7 @@ class StepEnd:
         if agreed in ("", "save"):
             self._save_asked |= agreed == "save"  # in an evaluation, until the next step's end
             return "go_on"
+        if self._agreement.world_size == 1:
+            self.watch.alone()
         self._departure.announce(agreed, self._guard, step)
         return "stop"

@@ -19,17 +19,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .consensus import Consensus
+from .deadline import MARGIN_S
 from .departure import SETTLES_ENV, Departure, Lost, LostRankError
 from .errors import Exit
 from .ledger import Ledger
-from .peers import Message, Peers
+from .peers import TICK_S, Message, Peers
 from .preemption import PreemptionGuard
 from .startup import exit_at_once
 
 GONE_S = 1.0
 """How long the main thread may take to notice by itself that a peer is gone, as it does in a collective."""
-MARGIN_S = 5.0
-"""Before the kill: the requeue, which are two of Slurm's commands, and the ranks' leaving."""
 LATE_S = 2.0
 """From when on a rank for which the others wait is named."""
 LEAVE_S = 5.0
@@ -78,7 +77,7 @@ class Watch:
         self._departure, self._ledger, self._now_at = departure, ledger, now_at
         self._hang_s, self._lead_s = hang_s, lead_s
         self._others = {rank: Peer() for rank in peers.others}
-        self._asking = False
+        self._asking = self._alone = False
         self._over = threading.Event()
 
     # In the peers' thread ---------------------------------------------------------------------------------------
@@ -122,7 +121,7 @@ class Watch:
 
     def _note_late(self, elapsed_s: float) -> None:
         """Name ranks for which the others wait in a save, or to begin it; not rank 0, which does more there."""
-        furthest = max(self._now_at()[1], *(peer.at[1] for peer in self._others.values()))
+        furthest = max([self._now_at()[1], *(peer.at[1] for peer in self._others.values())])
         for rank, peer in self._others.items():
             if peer.at[1] < furthest:
                 peer.late_s += elapsed_s
@@ -235,6 +234,16 @@ class Watch:
         timer = threading.Timer(LEAVE_S, exit_at_once, args=(code,))
         timer.daemon = True
         timer.start()
+
+    def alone(self) -> None:
+        """For a run of one rank, which has no peers' thread, once it has been asked to stop."""
+        if not self._alone:
+            self._alone = True
+            threading.Thread(target=self._tick_alone, name="outlast-watch", daemon=True).start()
+
+    def _tick_alone(self) -> None:
+        while not self._over.wait(TICK_S):
+            self.tick(TICK_S)
 
     def close(self) -> None:
         """The run has finished: from here on a rank may go as it likes."""

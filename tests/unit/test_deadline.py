@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from outlast.deadline import LEAVE_S, SLACK, Planner
+from outlast.deadline import MARGIN_S, SLACK, Planner
 from outlast.slurm import Notice
 
 NOTICE = Notice(30.0, "GraceTime of partition low", 30.0)
@@ -73,12 +73,12 @@ def test_a_stretch_runs_from_one_point_to_the_next_without_the_saves_between(mon
     made.reached("evaluation")
     assert (made.each_s("step"), made.each_s("evaluation")) == (2.0, 3.0)
     assert made.reaction_s == 3.0
-    assert made.needed_s == SLACK * (3.0 + 8.0) + LEAVE_S
+    assert made.needed_s == SLACK * (3.0 + 8.0) + MARGIN_S
 
 
 def test_work_is_finished_first_only_if_the_save_still_fits_after_it() -> None:
     made, now = planner(4.0), 1000.0
-    deadline = now + SLACK * (2.0 + 4.0) + LEAVE_S
+    deadline = now + SLACK * (2.0 + 4.0) + MARGIN_S
     assert made.time_for(2.0, deadline, now) is True
     assert made.time_for(2.1, deadline, now) is False
     assert made.time_for(None, deadline, now) is None
@@ -87,7 +87,7 @@ def test_work_is_finished_first_only_if_the_save_still_fits_after_it() -> None:
 
 def test_the_own_clock_acts_as_early_as_it_must() -> None:
     assert planner(10.0).lead_s == 90.0
-    assert planner(100.0).lead_s == SLACK * 100.0 + LEAVE_S
+    assert planner(100.0).lead_s == SLACK * 100.0 + MARGIN_S
 
 
 @pytest.mark.parametrize("notice", [NOTICE, None, Notice(None, "jobs are not preempted here", 30.0)])
@@ -100,11 +100,11 @@ def test_a_notice_that_is_too_short_is_said_once_with_what_would_help() -> None:
     said = made.shortfall(NOTICE)
     assert said is not None
     text, fields = said
-    assert "up to 63 s" in text
+    assert "up to 65 s" in text
     assert "gives 30 s (GraceTime of partition low)" in text
     assert "checkpoint.every=17min" in text  # sqrt(2 * 40 * 14400) s, less the save: a preemption every four hours
     assert "lead_s" not in text
-    assert fields == {"needed_s": 63.0, "save_s": 40.0, "reaction_s": 0.0, "notice_s": 30.0, "lead_s": 90.0}
+    assert fields == {"needed_s": 65.0, "save_s": 40.0, "reaction_s": 0.0, "notice_s": 30.0, "lead_s": 90.0}
     assert made.shortfall(NOTICE) is None
 
 
