@@ -64,6 +64,11 @@ class RunProbe:
         assert files, f"no weights in {self.path / 'final'}"
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
+    def saved(self, attempt: int = 1) -> int:
+        """The last step that an attempt has sealed a checkpoint of."""
+        kept = [e for e in self.events("checkpoint") if e["attempt"] == attempt and e["kind"] != "final"]
+        return int(kept[-1]["step"])
+
     def steps_repeated(self) -> int:
         """Steps that were made more than once, over all attempts."""
         ended = {e["attempt"]: e["step"] for e in self.events("attempt_ended")}

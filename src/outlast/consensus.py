@@ -45,9 +45,12 @@ class Consensus:
         """What has been asked for, or None; known before all ranks are there."""
 
     def ask(self, what: str) -> None:
-        """Have all ranks do `what` at the same, next possible poll. From any thread."""
+        """Have all ranks do `what` at the same, next possible poll. From any thread.
+
+        Before the ranks are connected it has no effect: whoever was signalled asks again at the first poll.
+        """
         with self._changed:
-            if self._over or what in self._asks or self.stop is not None:
+            if not self._peers.connected or self._over or what in self._asks or self.stop is not None:
                 return
             if self._peers.rank == 0:
                 self._asked(what)

@@ -1,9 +1,11 @@
 """Why this attempt stops, until when it may go on, and what follows; rank 0 writes it down and acts."""
 
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -88,6 +90,7 @@ class Departure:
         self._asking = threading.Lock()
         self._requeueing, self._failing = threading.Lock(), threading.Lock()
         self._code: Exit | None = None
+        self._requeued_at: float | None = None
         self._failed: Exit | None = None
         self.signal: str | None = None
         """Name of the signal that the ranks agreed on; None while they train."""
@@ -132,11 +135,23 @@ class Departure:
         self._say(f"{signal}: saving step {step} and leaving{left}")
 
     def deadline_by(self, guard: PreemptionGuard) -> float | None:
-        """When the job will be killed, as far as that is known by now; Unix seconds."""
-        if self._view and self._view.is_ending:  # then its end is when that began
+        """When the job will be killed, as far as that is known by now; Unix seconds.
+
+        Where Slurm does not say why the job was signalled, the time limit says nothing of it: then it is what the user
+        has said (`preemption.grace_s`); while Slurm has not answered, also what it gives at a preemption.
+        """
+        asked_at, view, limit = guard.requested_at or time.time(), self._view, guard.end_time
+        if self._job is None or guard.requested == "clock":
+            return limit
+        if view and view.is_ending:  # then its end is when that began
             wait_s = self.notice.kill_wait_s if self.notice else None
-            return None if wait_s is None else (guard.requested_at or time.time()) + wait_s
-        return self._view.end_time if self._view else guard.end_time
+            return None if wait_s is None else asked_at + wait_s
+        if view and self._stop_cause() is not None:
+            return view.end_time
+        grace_s = self._preemption.grace_s
+        if grace_s is None and view is None and self.notice is not None:
+            grace_s = self.notice.preemption_s
+        return None if grace_s is None else min(asked_at + grace_s, limit or math.inf)
 
     def left_to_settle(self) -> bool:
         """Whether this signal may be the echo of another rank's death, and the batch script will find out.
@@ -165,7 +180,8 @@ class Departure:
     def requeue(self, step: int) -> Exit:
         """Say why the attempt ended and, by the policy, have Slurm start the next one, on rank 0.
 
-        Once: a requeue makes Slurm end the other ranks, and what this rank then raises ends here a second time.
+        Once: a requeue makes Slurm end the other ranks, and what this rank then raises ends here a second time. If that
+        was some time ago (`watch.py`: a save that needed longer), the next start is brought forward anew.
 
         Returns:
             The exit code for all ranks.
@@ -173,6 +189,11 @@ class Departure:
         with self._requeueing:
             if self._code is None:
                 self._code = self._requeue(step)
+            elif self._requeued_at is not None and time.monotonic() - self._requeued_at > 1.0:
+                self._requeued_at = time.monotonic()
+                assert self._job is not None
+                with suppress(SlurmError):
+                    slurm.bring_forward(self._job, self._preemption.requeue_delay_s)
             return self._code
 
     def fail(self, error: BaseException, guard: PreemptionGuard, rank: int, step: int) -> Exit:
@@ -251,6 +272,7 @@ class Departure:
         elif decision.action == "again" and self._job is not None:
             try:
                 done = slurm.requeue(self._job, self._preemption.requeue_delay_s)
+                self._requeued_at = time.monotonic()
             except SlurmError as error:
                 what = "the batch script looks for another way" if SETTLES_ENV in os.environ else "submit it again"
                 self._say(f"could not requeue: {error}; step {step} is saved, {what}")

@@ -17,13 +17,14 @@ from contextlib import suppress
 from typing import Any
 
 from . import slurm
-from .errors import OutlastError
 from .ranks import Agreement
 
 Message = dict[str, Any]
 
 TICK_S = 0.25
 CONNECT_S = 30.0
+STRANGER_S = 1.0
+"""How long a connection may be silent before it has said which rank it is."""
 LONGEST = 4096
 """Bytes of a message; what is longer was not sent by a rank."""
 
@@ -57,11 +58,11 @@ class Peers:
                 stopped in between (a job that is suspended) is told of one tick, not of the time it has slept.
 
         Raises:
-            OutlastError: a rank can't be reached.
+            ConnectionError: a rank can't be reached.
         """
         if self.world_size == 1 or self.connected:
             return
-        server = socket.create_server(("", 0), backlog=self.world_size) if self.rank == 0 else None
+        server = _listen(self.world_size + 16) if self.rank == 0 else None
         secret = (server.getsockname()[1], secrets.token_hex(16)) if server is not None else (0, "")
         port, token = agreement.from_rank_0(secret)
         problem = None
@@ -76,7 +77,7 @@ class Peers:
         found = agreement.from_all((slurm.node(), os.getpid(), problem))
         for _, _, problem in found:
             if problem is not None:
-                raise OutlastError(f"{problem}. Ranks need TCP between their nodes, as gloo does")
+                raise ConnectionError(f"{problem}. Ranks need TCP between their nodes, as gloo does")
         self.hosts, self.pids = [host for host, _, _ in found], [pid for _, pid, _ in found]
         self.connected = True
         _open.extend(self._sockets.values())
@@ -105,7 +106,7 @@ class Peers:
         while len(self._sockets) < self.world_size - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             line, _ = server.accept()
-            line.settimeout(5.0)
+            line.settimeout(STRANGER_S)
             with suppress(OSError, ValueError, KeyError, TypeError):  # a stranger's
                 hello = json.loads(line.recv(LONGEST))
                 if secrets.compare_digest(str(hello["token"]), token):
@@ -147,6 +148,16 @@ class Peers:
             if now - last >= TICK_S:
                 tick(min(now - last, 2 * TICK_S))
                 last = now
+
+
+def _listen(backlog: int) -> socket.socket:
+    """A port of rank 0's. Where all ranks are on this machine, by the address they were given, nobody else sees it.
+
+    Not on what a host's name resolves to: on its own machine that may be a loopback address, elsewhere another.
+    """
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    here = address if address in ("127.0.0.1", "localhost") else ""
+    return socket.create_server((here, 0), backlog=backlog)
 
 
 def _ready(line: socket.socket) -> socket.socket:

@@ -63,6 +63,8 @@ class PreemptionGuard:
         self.end_time: float | None = None
         """When the job will be killed anyway, Unix seconds, if that is known (its time limit)."""
         self.lead_s = 90.0
+        self.ask_end_time: Callable[[], float | None] | None = None
+        """Asked once more before the clock acts: a job's time limit may have been raised meanwhile."""
         self.on_startup = on_startup
         self.on_signal = on_signal
         self._pid = os.getpid()
@@ -114,7 +116,10 @@ class PreemptionGuard:
     def poll(self) -> str | None:
         """The name of the signal, if this process was asked to stop; its own clock asks near the time limit."""
         if self.requested is None and self.end_time is not None and time.time() >= self.end_time - self.lead_s:
-            self.request("clock")
+            later = self.ask_end_time() if self.ask_end_time is not None else None
+            self.end_time = max(self.end_time, later or 0.0)
+            if time.time() >= self.end_time - self.lead_s:
+                self.request("clock")
         return self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -176,7 +176,7 @@ class Run:
         except SlurmError as error:
             self.say(f"Slurm did not say when this job ends ({error}); its signal is what is left")
             return
-        self._guard.end_time = view.end_time
+        self._guard.end_time, self._guard.ask_end_time = view.end_time, lambda: slurm.end_time(job.job_id)
         with suppress(SlurmError):
             self._departure.notice = slurm.notice(job.job_id, self._preemption.grace_s)
         self._watch_the_clock()

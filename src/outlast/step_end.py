@@ -39,7 +39,7 @@ class StepEnd:
     ) -> None:
         self._agreement, self._guard, self._departure, self._saver = agreement, guard, departure, saver
         self._planner = planner
-        self._save_asked = False
+        self._save_asked = self._save_pending = False
         self.step = 0
         """The last step whose end was polled."""
         self._peers = Peers(agreement.rank, agreement.world_size)
@@ -92,7 +92,7 @@ class StepEnd:
         if verdict == "go_on" and (by_step or self._save_asked):
             verdict = "save"
         if verdict == "save":
-            self._save_asked = False
+            self._save_asked = self._save_pending = False
         return verdict
 
     def time_for(self, work: Work, count: int | None) -> bool | None:
@@ -104,7 +104,7 @@ class StepEnd:
         if self._agreement.rank == 0:
             each = self._planner.each_s(work)
             seconds = None if each is None or count is None else each * count
-            fits = self._planner.time_for(seconds, self._departure.deadline, time.time())
+            fits = self._planner.time_for(seconds, self._departure.deadline_by(self._guard), time.time())
         found: bool | None = self._agreement.from_rank_0(fits)
         return found
 
@@ -112,7 +112,8 @@ class StepEnd:
         if self._departure.signal is not None:
             return "stop"
         self.step = step
-        asked = self._guard.poll() or ("save" if save else "")
+        asked = self._guard.poll() or ("save" if save and not self._save_pending else "")
+        self._save_pending |= asked == "save" and self._agreement.world_size > 1
         if self._agreement.world_size == 1:
             agreed = asked
         else:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .run import Run
 
 POLL_S, SAY_S = 1.0, 30.0
+PROBLEMS: dict[str, type[Exception]] = {"refused": ResumeRefusedError, "failed": CheckpointError, "passing": OSError}
+"""What rank 0 may meet, the special before the general; all ranks raise it."""
 SMALL_FILE = 2_000
 """Bytes that a tensor's file has beside the tensor, rounded up."""
 
@@ -54,6 +56,7 @@ class Conversion:
         Raises:
             ResumeRefusedError: the budget has no room for the copy; nothing was changed.
             CheckpointError: DeepSpeed could not convert it.
+            OSError: the file system would not have it.
         """
         expect(self._trainer)
         self._loading.enter_context(_all_of_stage_3())
@@ -71,7 +74,7 @@ class Conversion:
                     run.say(f"converting: {gb(bytes_used(self.path, skip_unreadable=True))} written")
             state = run.agreement.from_rank_0(state)
         if state is not None:
-            raise (ResumeRefusedError if state[0] == "refused" else CheckpointError)(state[1])
+            raise PROBLEMS[state[0]](state[1])
         if run.rank == 0:
             seconds, size = time.monotonic() - began, bytes_used(self.path, skip_unreadable=True)
             ranks = run.agreement.world_size
@@ -89,8 +92,7 @@ class Conversion:
         if self._problem is None:
             return None
         self._run.store.sweep()
-        refused = isinstance(self._problem, ResumeRefusedError)
-        return ("refused" if refused else "failed"), str(self._problem)
+        return next(name for name, kind in PROBLEMS.items() if isinstance(self._problem, kind)), str(self._problem)
 
     def _try(self) -> None:
         try:
@@ -99,7 +101,7 @@ class Conversion:
             name = self._checkpoint.path.name
             if isinstance(error, OSError) and error.errno == errno.EDQUOT:
                 error = self._no_room(self._need())
-            elif not isinstance(error, ResumeRefusedError):
+            elif not isinstance(error, ResumeRefusedError | OSError):  # the disk may be better next time
                 error = CheckpointError(f"{name} can't be converted for {self._ranks} ranks: {error!r}")
             self._problem = error
 

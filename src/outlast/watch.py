@@ -130,12 +130,13 @@ class Watch:
 
     def _caught_up(self, rank: int, peer: Peer) -> None:
         late_s, peer.late_s = peer.late_s, 0.0
-        if late_s >= LATE_S:
-            self._departure.note_late(self._named(rank, "late", late_s))
+        if late_s >= LATE_S:  # the ledger may be what is slow: the peers' thread must not wait for it
+            late = self._named(rank, "late", late_s)
+            threading.Thread(target=self._departure.note_late, args=(late,), daemon=True).start()
 
     def _lost(self) -> list[Lost] | None:
         """Ranks without which this attempt can't go on; None: all is well. Empty: there is no time left, and none is
-        behind the others."""
+        behind the others: then the job is requeued, and the save goes on."""
         now, limit_s, give_up = time.monotonic(), self._hang_s, None
         if self._stopping:
             asked_at, deadline = self._guard.requested_at, self._departure.deadline_by(self._guard)
@@ -189,10 +190,19 @@ class Watch:
             code = self._departure.requeue(step)
             if not self._departure.ended_it:
                 code = self._followed()  # another rank was first
+            elif not lost:
+                code = self._wait_for_the_save(step)
         else:
             code = self._departure.fail(LostRankError(lost), self._guard, rank, step)
-        self._peers.send_all(leave=int(code), lost=[str(one) for one in lost])
+        self._peers.send_all(leave=int(code), lost=[str(one) for one in lost] or ["no time left"])
         return code
+
+    def _wait_for_the_save(self, step: int) -> Exit:
+        """All ranks are in the save, which is slow: it may take what Slurm still gives a job that is requeued."""
+        notice = self._departure.notice
+        time.sleep(max((notice.kill_wait_s or 0.0) - 2 * MARGIN_S if notice else 0.0, 0.0))  # leaving ends it
+        print("[outlast] the save is given up", flush=True)
+        return self._departure.requeue(step)
 
     def _settled(self) -> Exit | None:
         """The exit code, if the ledger says that this attempt has ended, or that the batch script will see to it."""
@@ -212,6 +222,8 @@ class Watch:
         deadline = time.monotonic() + (FOLLOW_S if self._stopping else LEAVE_S)
         while time.monotonic() < deadline and not self._departure.is_settled():
             time.sleep(0.2)
+        if any(e["event"] == "gave_up" and e["attempt"] == self._departure.attempt for e in self._ledger.read()):
+            return Exit.GAVE_UP
         return Exit.RESUME_ME if self._stopping else Exit.FAILED
 
     def _show(self, lost: list[Lost]) -> None:

@@ -41,6 +41,7 @@ def saving(trainer: "Trainer", directory: Path) -> Iterator[None]:
         (engine, "save_checkpoint", functools.partial(engine.save_checkpoint, save_latest=False)),
         (engine, "_copy_recovery_script", held(engine._copy_recovery_script)),
         (engine.checkpoint_engine, "save", held(engine.checkpoint_engine.save)),
+        (engine.checkpoint_engine, "makedirs", held(engine.checkpoint_engine.makedirs)),
     ]
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replaced]
     for owner, name, value in replaced:

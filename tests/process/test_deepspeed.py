@@ -81,13 +81,14 @@ def test_a_missing_shard_is_found_before_any_rank_loads(outlast: Start, probe: P
     command.signal(signal.SIGINT)
     assert command.wait() == 75, command.output
     last = newest(run)
+    before = (int(last.name.split("-")[1]) - 1) // 8 * 8
     next(last.glob("global_step*/zero_pp_rank_1_*optim_states.pt")).unlink()
     best = lighten_best(run)
     again = outlast("train", *arguments, "run.name=r")
     assert again.wait() == 0, again.output
     assert [e["checkpoint"] for e in run.events("quarantined")] == [last.name]
     assert "zero_pp_rank_1_mp_rank_00_optim_states.pt can't be read" in run.events("quarantined")[0]["reason"]
-    assert run.events("resumed")[0]["step"] == 16
+    assert run.events("resumed")[0]["step"] == before
     assert twin.wait() == 0, twin.output
     state = json.loads((newest(probe("twin")) / "trainer_state.json").read_text())
     assert state["best_global_step"] == best == 8

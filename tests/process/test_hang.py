@@ -41,8 +41,17 @@ def test_a_rank_stopped_in_the_grace_window_is_left_behind(outlast: Start, probe
     first = run.events("attempt_ended")[0]
     assert f"rank {stuck} on {socket.gethostname()} has given no sign of life for" in first["detail"]
     assert first["time"] - began < 6
-    assert run.events("resumed")[0]["step"] == first["step"] // 20 * 20
+    assert run.events("resumed")[0]["step"] == run.saved()
     assert not (run.path / "checkpoints" / ".staging").exists()
+
+
+def test_one_rank_signalled_in_start_up_is_enough(outlast: Start, probe: Probe) -> None:
+    """Rank 0 would leave by itself; another can't yet tell the others, and must not wait for an answer."""
+    command, run = outlast("train", *SMOKE, *LONG), probe("r")
+    wait_for(lambda: run.events("attempt_started"), "the start")
+    command.ranks()[1].send_signal(signal.SIGUSR1)
+    assert command.wait(90) == 0, command.output
+    assert run.causes() == ["preempted", "finished"]
 
 
 def test_a_rank_stopped_in_training_ends_the_attempt(outlast: Start, probe: Probe) -> None:

@@ -1,6 +1,6 @@
 """The one place of the library that knows Slurm. No `SLURM_*` name and no Slurm command stands anywhere else in it."""
 
-from .actions import Requeued, max_array_size, requeue, sbatch
+from .actions import Requeued, bring_forward, max_array_size, requeue, sbatch
 from .commands import run, timestamp
 from .environment import (
     SlurmJob,
@@ -13,7 +13,17 @@ from .environment import (
     node,
     step,
 )
-from .view import STATE_CAUSES, JobView, Notice, accounted_state, notice, ran_out_of_memory, restart_cause, show_job
+from .view import (
+    STATE_CAUSES,
+    JobView,
+    Notice,
+    accounted_state,
+    end_time,
+    notice,
+    ran_out_of_memory,
+    restart_cause,
+    show_job,
+)
 
 __all__ = [
     "STATE_CAUSES",
@@ -24,7 +34,9 @@ __all__ = [
     "Step",
     "accounted_state",
     "address_of",
+    "bring_forward",
     "current",
+    "end_time",
     "environment_without_job",
     "export_ranks",
     "hostnames",

@@ -40,10 +40,19 @@ def requeue(job: SlurmJob, delay_s: int) -> Requeued:
             raise
         by = "slurm"
     try:
-        run("scontrol", "update", f"JobId={job.job_id}", f"StartTime=now+{delay_s}")
+        bring_forward(job, delay_s)
     except SlurmError:
         return Requeued(by, False)
     return Requeued(by, True)
+
+
+def bring_forward(job: SlurmJob, delay_s: int) -> None:
+    """Have a job that has been requeued start `delay_s` from now.
+
+    Raises:
+        SlurmError: it was refused.
+    """
+    run("scontrol", "update", f"JobId={job.job_id}", f"StartTime=now+{delay_s}")
 
 
 def sbatch(script: Path, flags: list[str], keep_open: int | None = None) -> str:

@@ -90,6 +90,13 @@ def show_job(job_id: str, timeout_s: float = 20.0) -> JobView:
     )
 
 
+def end_time(job_id: str) -> float | None:
+    """When a job will reach its time limit, Unix seconds; None if Slurm does not answer at once."""
+    with suppress(SlurmError):
+        return show_job(job_id, timeout_s=2.0).end_time
+    return None
+
+
 @dataclass(frozen=True)
 class Notice:
     """What a job is given between a signal and the kill."""
