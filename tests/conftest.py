@@ -1,5 +1,6 @@
 """What tests of every room share: the `outlast` command as a real process, and conditions awaited with a limit."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,8 +102,12 @@ class Command:
 
     def ranks(self) -> list[psutil.Process]:
         """Its rank processes, by rank."""
-        children = [c for c in psutil.Process(self.process.pid).children() if "outlast.rank" in c.cmdline()]
-        return sorted(children, key=lambda child: int(child.environ().get("RANK", "0")))
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a command of Slurm's that has just ended
+                if "outlast.rank" in child.cmdline():
+                    found[int(child.environ().get("RANK", "0"))] = child
+        return [found[rank] for rank in sorted(found)]
 
     def wait(self, limit_s: float = 240.0) -> int:
         try:

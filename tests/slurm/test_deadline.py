@@ -61,6 +61,7 @@ def test_a_notice_that_is_too_short_is_said_once(devcluster: Cluster, tmp_path: 
         arguments = [*SMOKE, "cluster=devcluster", "trainer.max_steps=60", f"run.name={name}", *grace]
         train = Command(tmp_path, "train", "--wait", *arguments, OUTLAST_DEVCLUSTER=str(devcluster.directory))
         assert train.wait(120) == 0, train.output
+    devcluster.cancel_all()
     run, enough = (RunProbe(tmp_path / "runs" / name) for name in ("short", "long"))
     (short,) = run.events("notice_short")
     assert short["notice_s"] == 1

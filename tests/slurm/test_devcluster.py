@@ -49,6 +49,7 @@ def preempt(cluster: Cluster, tmp_path: Path) -> tuple[str, str, dict[str, str],
 
 
 def test_every_node_is_idle(devcluster: Cluster) -> None:
+    devcluster.cancel_all()  # what an earlier test's job leaves behind
     status = launcher_devcluster.status(devcluster.directory)
     assert status.up
     assert status.nodes == dict.fromkeys(("n0", "n1", "n2", "n3"), "idle")
