@@ -302,6 +302,7 @@ class Run:
 
     def leave(self, step: int) -> NoReturn:
         """Requeue the job, once, and end this process; all ranks call it together, everything being saved."""
+        self._step_end.watch.all_saved()
         code = int(self._departure.requeue(step)) if self.rank == 0 else int(Exit.RESUME_ME)
         if self.rank == 0:
             self._step_end.watch.leaving(Exit(code))

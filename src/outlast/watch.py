@@ -77,7 +77,7 @@ class Watch:
         self._departure, self._ledger, self._now_at = departure, ledger, now_at
         self._hang_s, self._lead_s = hang_s, lead_s
         self._others = {rank: Peer() for rank in peers.others}
-        self._asking = self._alone = False
+        self._asking = self._alone = self._saved = False
         self._over = threading.Event()
 
     # In the peers' thread ---------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class Watch:
                 found.append(self._named(rank, "gone", now - peer.gone_at))
             elif peer.gone_at is None and limit_s is not None and peer.silent_s >= limit_s:
                 found.append(self._named(rank, "silent", peer.silent_s))
-        if found or give_up is None or time.time() < give_up or self._peers.rank != 0:
+        if found or give_up is None or time.time() < give_up or self._peers.rank != 0 or self._saved:
             return found or None
         places = {rank: peer.at for rank, peer in self._others.items()} | {
             0: (self._consensus.polls, self._now_at()[1])
@@ -246,6 +246,10 @@ class Watch:
         timer = threading.Timer(LEAVE_S, exit_at_once, args=(code,))
         timer.daemon = True
         timer.start()
+
+    def all_saved(self) -> None:
+        """What is left to do can't be too late, and rank 0, which requeues the job, is not behind the others."""
+        self._saved = True
 
     def alone(self) -> None:
         """For a run of one rank, which has no peers' thread, once it has been asked to stop."""
