@@ -18,7 +18,7 @@ from typing import Any
 
 from outlast.config import Config
 from outlast.errors import ConfigError
-from outlast.sections import Zero
+from outlast.sections import LocalCluster, Zero
 
 SHARED_MEMORY = "deepspeed_shm_comm"
 """A C++ extension for inference on CPUs."""
@@ -51,6 +51,8 @@ def check(config: Config) -> None:
     for key in parallel.deepspeed:
         if key in RESERVED:
             raise ConfigError(f"parallel.deepspeed.{key}", parallel.deepspeed[key], RESERVED[key])
+    if isinstance(config.cluster, LocalCluster):
+        _check_precision(config)
     _check_said_twice(config, parallel)
     if parallel.deepspeed:
         _check_by_deepspeed(parallel)
@@ -103,9 +105,7 @@ def prepare(config: Config) -> dict[str, Any]:
     arguments = {"deepspeed": configuration(config), "ddp_backend": None}
     if torch.cuda.is_available():
         return arguments
-    for key in ("bf16", "fp16"):
-        if config.trainer.get(key):
-            raise ConfigError(f"trainer.{key}", True, "valid without a GPU: false; there is none here")
+    _check_precision(config)
     # With `use_cpu` the Trainer would silently do without DeepSpeed, so it is told of a state that is there already.
     env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
     import deepspeed.ops
@@ -116,6 +116,14 @@ def prepare(config: Config) -> dict[str, Any]:
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
     PartialState(backend="gloo", timeout=timedelta(seconds=config.trainer.get("ddp_timeout", 1800)))
     return arguments | {"accelerator_config": {"use_configured_state": True}, "use_cpu": False, "bf16": False}
+
+
+def _check_precision(config: Config) -> None:
+    import torch
+
+    for key in ("bf16", "fp16"):
+        if config.trainer.get(key) and not torch.cuda.is_available():
+            raise ConfigError(f"trainer.{key}", True, "valid without a GPU: false; there is none here")
 
 
 def _said(config: Config, parallel: Zero) -> Iterator[tuple[str, str, Any]]:

@@ -7,8 +7,8 @@ the tokenized, packed data. A resumed attempt reads it and tokenizes nothing.
 from typing import TYPE_CHECKING, Any
 
 from outlast.config import Config
-from outlast.errors import OutlastError
-from outlast.sections import TinyModel
+from outlast.errors import ConfigError, OutlastError
+from outlast.sections import LocalCluster, TinyModel
 
 from . import data, deepspeed, models, prepared, trainer_args
 
@@ -21,8 +21,17 @@ def check(config: Config) -> None:
     """Refuse, before anything starts, what this job would not accept (ConfigError)."""
     models.check(config)
     trainer_args.check(config)
+    _check_gpus(config)
     deepspeed.check(config)
     data.check(config)
+
+
+def _check_gpus(config: Config) -> None:
+    import torch
+
+    gpus = config.parallel.gpus_per_rank
+    if gpus and isinstance(config.cluster, LocalCluster) and not torch.cuda.is_available():
+        raise ConfigError("parallel.gpus_per_rank", gpus, "valid on this machine: 0; torch sees no GPU")
 
 
 def footprint(config: Config) -> "Footprint":

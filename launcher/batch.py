@@ -52,9 +52,18 @@ class Target:
 
 
 def use_cluster(config: Config) -> None:
-    """Point Slurm's commands at the cluster that `config` names."""
+    """Point Slurm's commands at the cluster that `config` names.
+
+    Raises:
+        SlurmError: it is the devcluster, which is not up.
+    """
     if config.cluster.kind == "devcluster":
-        os.environ.update(devcluster.env(devcluster.default_directory()))
+        directory = devcluster.default_directory()
+        variables = devcluster.env(directory)
+        if not os.path.exists(variables["SLURM_CONF"]):  # the commands would try for a minute
+            where = "`outlast devcluster up` starts one; OUTLAST_DEVCLUSTER=DIR says where one is"
+            raise SlurmError(f"no devcluster is up in {directory}: {where}")
+        os.environ.update(variables)
 
 
 def batch_script(config: Config, target: Target) -> str:

@@ -180,6 +180,11 @@ class Launcher:
         return self.run.agent_log(number) if self.agent else self.run.log(number, rank)
 
     def _explain(self, code: int, number: int, bar: Shown) -> None:
+        lost = [e for e in self.ledger.read() if e["event"] == "straggler" and e["attempt"] == number]
+        why = [e["detail"] for e in self.ledger.read() if e["event"] == "attempt_ended" and "detail" in e]
+        if lost and why:
+            bar.note(f"{why[-1]}, so the attempt was ended; its logs: {self.run.log(number, 0).parent}")
+            return
         failed = next((i for i, process in enumerate(self.ranks) if process.returncode == code), 0)
         who, log = f"rank {failed}", self._log(number, failed)
         if self.agent:

@@ -27,7 +27,7 @@ from .runs import is_named, runs_named
 from .status import RunStatus, collect
 from .submissions import sweep_at
 
-LAYOUT = ("parallel.nodes", "parallel.ranks_per_node")
+LAYOUT = ("parallel.nodes", "parallel.ranks_per_node", "parallel.launch")
 """How many ranks there are, and how they are spread over nodes: a run adapts to it."""
 LISTED = 12
 """Runs up to which each has a line; more are counted."""

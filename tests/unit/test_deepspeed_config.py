@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from outlast.config import Config, build
 from outlast.errors import ConfigError
@@ -87,6 +88,17 @@ def test_without_deepspeed_it_is_refused_before_anything_starts(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # so Python finds none
     with pytest.raises(ConfigError, match=r"pip install 'outlast\[deepspeed\]'"):
         sft.check(config())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("key", ["trainer.bf16", "parallel.gpus_per_rank"])
+def test_what_takes_a_gpu_is_refused_where_the_run_would_start_without_one(key: str) -> None:
+    tree: dict[str, Any] = {"parallel": {"kind": "zero2"}, "trainer": {"bf16": True}}
+    if key == "parallel.gpus_per_rank":
+        tree = {"parallel": {"gpus_per_rank": 1}}
+    with pytest.raises(ConfigError, match=rf"^{key}: "):
+        sft.check(build(tree))
+    sft.check(build(tree | {"cluster": {"kind": "slurm"}}))  # the compute node may have one
 
 
 def test_the_hand_written_loop_has_no_zero() -> None:

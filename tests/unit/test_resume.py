@@ -8,6 +8,7 @@ import pytest
 from outlast.config import build, dump
 from outlast.errors import ConfigError, SlurmError
 from outlast.launcher import resume
+from outlast.launcher.batch import use_cluster
 from outlast.launcher.slurm_queue import Answer
 from outlast.launcher.status import collect
 from outlast.ledger import Ledger
@@ -33,11 +34,13 @@ def test_resources_may_change(run: RunDirectory) -> None:
         "cluster.sbatch.reservation='a b'",
         "storage.budget_gb=2",
     ]
-    config = resume.changed(run, [*overrides, "parallel.nodes=1", "parallel.ranks_per_node=2", "checkpoint.every=7"])
+    overrides += ["parallel.nodes=1", "parallel.ranks_per_node=2", "parallel.launch=accelerate"]
+    config = resume.changed(run, [*overrides, "checkpoint.every=7"])
     assert (config.cluster.time_min, config.cluster.partition, config.cluster.setup) == (240, "long", ["export A=${B}"])
     assert config.cluster.sbatch == {"reservation": "a b"}
     assert (config.storage.budget_gb, config.checkpoint.steps) == (2.0, 7)
-    assert (config.parallel.nodes, config.parallel.ranks_per_node) == (1, 2)
+    parallel = config.parallel
+    assert (parallel.nodes, parallel.ranks_per_node, parallel.launch) == (1, 2, "accelerate")
 
 
 def test_a_run_is_where_its_directory_is(run: RunDirectory) -> None:
@@ -74,6 +77,12 @@ def test_what_exists_is_a_name_even_with_an_equals_sign(tmp_path: Path) -> None:
     assert (names, overrides) == (["s/seed=1"], ["cluster.time_min=3"])
     with pytest.raises(ConfigError, match="valid: a run or a sweep"):
         resume.sorted_out(["cluster.time_min=3"], tmp_path)
+
+
+def test_a_devcluster_that_is_not_up_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTLAST_DEVCLUSTER", str(tmp_path))
+    with pytest.raises(SlurmError, match=r"no devcluster is up in .*OUTLAST_DEVCLUSTER=DIR says where"):
+        use_cluster(build({"cluster": {"kind": "devcluster"}}))
 
 
 def test_slurm_does_not_answer(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
