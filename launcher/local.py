@@ -180,16 +180,18 @@ class Launcher:
         return self.run.agent_log(number) if self.agent else self.run.log(number, rank)
 
     def _explain(self, code: int, number: int, bar: Shown) -> None:
-        lost = [e for e in self.ledger.read() if e["event"] == "straggler" and e["attempt"] == number]
-        why = [e["detail"] for e in self.ledger.read() if e["event"] == "attempt_ended" and "detail" in e]
-        if lost and why:
+        own = [e for e in self.ledger.read() if e["attempt"] == number]
+        # A rank that is "gone" has an exit code, which says more; one that was late for a save is no cause at all.
+        stuck = any(e["event"] == "straggler" and e["how"] in ("silent", "behind") for e in own)
+        why = [e["detail"] for e in own if e["event"] == "attempt_ended" and "detail" in e]
+        if stuck and why:
             bar.note(f"{why[-1]}, so the attempt was ended; its logs: {self.run.log(number, 0).parent}")
             return
         failed = next((i for i, process in enumerate(self.ranks) if process.returncode == code), 0)
         who, log = f"rank {failed}", self._log(number, failed)
         if self.agent:
             who = "the agent"
-            ended = [e for e in self.ledger.read() if e["event"] == "attempt_ended" and e["attempt"] == number]
+            ended = [e for e in own if e["event"] == "attempt_ended"]
             if 0 < code < 128:  # by a rank; one that was killed is named by the agent
                 log = next((self.run.log(number, e["rank"]) for e in ended if "rank" in e), log)
         lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []

@@ -68,6 +68,7 @@ class PreemptionGuard:
         self.on_startup = on_startup
         self.on_signal = on_signal
         self._pid = os.getpid()
+        self._interrupts = 0
         self._in_startup = True
         self._startup_lock = threading.Lock()
 
@@ -124,9 +125,12 @@ class PreemptionGuard:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:
-            if number == signal.SIGINT and self.requested is not None:
-                raise KeyboardInterrupt
             self.request(signal.Signals(number).name.removeprefix("SIG"))
+            if number == signal.SIGINT:
+                # Not `requested` decides which is the first: the watching thread may have noted it before this runs.
+                self._interrupts += 1
+                if self._interrupts > 1:
+                    raise KeyboardInterrupt
 
     def _watch(self) -> None:
         prepared = False

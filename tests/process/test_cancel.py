@@ -7,7 +7,7 @@ from ..conftest import SMOKE, Command, RunProbe, wait_for
 
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
-STEPS = ["trainer.max_steps=60", "trainer.step_s=0.05"]
+STEPS = ["trainer.max_steps=200", "trainer.step_s=0.05"]  # longer than a few commands take to start
 
 
 def state(outlast: Start, name: str) -> str:
@@ -29,10 +29,10 @@ def test_a_run_is_cancelled_and_resumed(outlast: Start, probe: Probe) -> None:
     assert again.wait() == 0
     assert "r was cancelled before" in again.output
 
-    resume = outlast("resume", "r", "checkpoint.every_steps=30")
+    resume = outlast("resume", "r", "checkpoint.every_steps=100")
     assert resume.wait() == 0, resume.output
     assert run.steps_repeated() == 0
-    assert [e["step"] for e in run.events("checkpoint") if e["attempt"] == 2 and e["kind"] == "periodic"] == [30, 60]
+    assert [e["step"] for e in run.events("checkpoint") if e["attempt"] == 2 and e["kind"] == "periodic"] == [100, 200]
     assert state(outlast, "r") == "finished"
     late = outlast("cancel", "r")
     assert late.wait() == 0
@@ -56,7 +56,16 @@ def test_all_is_not_by_accident(outlast: Start, probe: Probe) -> None:
 
 
 def test_one_cell_of_a_local_sweep(outlast: Start, probe: Probe) -> None:
-    command = outlast("train", "-m", *SMOKE, *STEPS, "run.name=s", "seed=1,2,3", "cluster.parallel_cells=2")
+    command = outlast(
+        "train",
+        "-m",
+        *SMOKE,
+        "trainer.max_steps=100",
+        *STEPS[1:],
+        "run.name=s",
+        "seed=1,2,3",
+        "cluster.parallel_cells=2",
+    )
     first = probe("s/seed=1")
     first.reach(5)
     cancel = outlast("cancel", "s/seed=1", "s/seed=3")

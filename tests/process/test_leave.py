@@ -15,7 +15,7 @@ from ..conftest import SMOKE, Command, RunProbe, wait_for
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
 
-TWO = [*SMOKE, "parallel.ranks_per_node=2", "trainer.max_steps=60", "trainer.step_s=0.05"]
+TWO = [*SMOKE, "parallel.ranks_per_node=2", "trainer.max_steps=100", "trainer.step_s=0.05"]
 AGENT = [*TWO, "parallel.launch=accelerate", "run.name=r"]
 
 
@@ -23,7 +23,7 @@ AGENT = [*TWO, "parallel.launch=accelerate", "run.name=r"]
 def twin(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Weights of the uninterrupted run of two ranks, started without an agent."""
     directory = tmp_path_factory.mktemp("twin")
-    command = Command(directory, "train", *SMOKE, "parallel.ranks_per_node=2", "trainer.max_steps=60", "run.name=twin")
+    command = Command(directory, "train", *SMOKE, "parallel.ranks_per_node=2", "trainer.max_steps=100", "run.name=twin")
     assert command.wait() == 0, command.output
     return RunProbe(directory / "runs" / "twin").weights()
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 GUARD = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from outlast.preemption import PreemptionGuard, shield_worker, signals_blocked
 """
 
@@ -23,6 +23,37 @@ for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1):
 print(guard.poll(), 0 <= time.time() - guard.requested_at < 5)
 """)
     assert out == "USR2 True"
+
+
+INTERRUPTED = """
+guard = PreemptionGuard(interrupt=True); guard.install(); guard.end_startup()
+read, write = os.pipe()
+
+def interrupt():
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+    while guard.requested is None: time.sleep(0.01)  # noted by the guard's thread,
+    os.write(write, b"1")
+
+threading.Thread(target=interrupt).start()
+os.read(read, 1)  # and only now can the main thread, which was inside this call, run the handler
+"""
+
+
+def test_the_first_ctrl_c_saves_also_when_the_main_thread_hears_of_it_last() -> None:
+    assert run(INTERRUPTED + "print(guard.poll())") == "INT"
+
+
+def test_the_second_ctrl_c_interrupts() -> None:
+    out = run(
+        INTERRUPTED
+        + """
+try:
+    os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
+except KeyboardInterrupt:
+    print(guard.poll(), "interrupted")
+"""
+    )
+    assert out == "INT interrupted"
 
 
 def test_a_signal_that_was_held_back_arrives_when_the_guard_is_in_place() -> None:
