@@ -10,7 +10,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from copy import deepcopy
-from dataclasses import fields
 from datetime import timedelta
 from difflib import get_close_matches
 from io import StringIO
@@ -19,6 +18,8 @@ from typing import Any
 from outlast.config import Config
 from outlast.errors import ConfigError
 from outlast.sections import LocalCluster, Zero
+
+from . import trainer_args
 
 SHARED_MEMORY = "deepspeed_shm_comm"
 """A C++ extension for inference on CPUs."""
@@ -87,6 +88,20 @@ def configuration(config: Config) -> dict[str, Any]:
     return _merged(derived, given)
 
 
+def resolved(config: Config) -> dict[str, Any]:
+    """The same with what the Trainer will fill in, as far as the run's configuration says it: for the plan."""
+    parallel, found = config.parallel, configuration(config)
+    assert isinstance(parallel, Zero)
+    for key, _, value in _said(config, parallel):
+        *path, last = key.split(".")
+        section = found
+        for name in path:
+            section = section[name]
+        if section.get(last) == "auto" and value is not None:  # None: it depends on the machine
+            section[last] = value
+    return found
+
+
 def prepare(config: Config) -> dict[str, Any]:
     """Set up the process group for DeepSpeed, on this machine; all ranks, before anything else asks for one.
 
@@ -128,9 +143,7 @@ def _check_precision(config: Config) -> None:
 
 def _said(config: Config, parallel: Zero) -> Iterator[tuple[str, str, Any]]:
     """What DeepSpeed's configuration would say again: its key, the key that decides, and the value."""
-    from trl import SFTConfig
-
-    trainer: dict[str, Any] = {f.name: f.default for f in fields(SFTConfig)} | config.trainer
+    trainer = trainer_args.with_defaults(config)
     micro, steps = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
     yield "train_micro_batch_size_per_gpu", "trainer.per_device_train_batch_size", micro
     yield "gradient_accumulation_steps", "trainer.gradient_accumulation_steps", steps

@@ -45,6 +45,16 @@ def footprint(config: Config) -> "Footprint":
     return footprint.footprint(config)
 
 
+def training(config: Config) -> dict[str, Any]:
+    """What the plan says of the training: rows a forward pass, accumulation, and DeepSpeed's whole configuration."""
+    trainer = trainer_args.with_defaults(config)
+    batch = {
+        "micro_batch": trainer["per_device_train_batch_size"],
+        "accumulation": trainer["gradient_accumulation_steps"],
+    }
+    return batch | ({"deepspeed": deepspeed.resolved(config)} if config.parallel.zero_stage else {})
+
+
 def changes(config: Config) -> list[tuple[str, Config]]:
     """What could be changed so that less is written: as it would be typed, and the configuration with it."""
     from . import footprint

@@ -7,7 +7,7 @@ seconds and stands in for a real job in tests and drills; `trainer.step_s` makes
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outlast.config import Config, section
 from outlast.errors import ConfigError
@@ -50,6 +50,15 @@ def footprint(config: Config) -> "Footprint":
     optimizer = {"optimizer": 8 * (18 * width + 1) + 4_200, "random states": 14_600 * ranks}
     fixed = {"records and logs": 65_536 + 16_384 * ranks + settings.max_steps}
     return Footprint(checkpoint=parts | optimizer, final=parts, fixed=fixed)
+
+
+def training(config: Config) -> dict[str, Any]:
+    """What the plan says of the training: rows a forward pass, and accumulation."""
+    settings: SmokeTrainer = section("trainer", SmokeTrainer, config.trainer)
+    return {
+        "micro_batch": settings.per_device_train_batch_size,
+        "accumulation": settings.gradient_accumulation_steps,
+    }
 
 
 def changes(config: Config) -> list[tuple[str, Config]]:

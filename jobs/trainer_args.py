@@ -54,6 +54,13 @@ BATCH = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_
 POSITIVE = (*BATCH, "num_train_epochs", "save_total_limit", "max_length")
 
 
+def with_defaults(config: Config) -> dict[str, Any]:
+    """`config.trainer`, and for what it leaves out the defaults of the installed `SFTConfig`."""
+    from trl import SFTConfig
+
+    return {f.name: f.default for f in fields(SFTConfig)} | config.trainer
+
+
 def check(config: Config) -> None:
     """Check `config.trainer` against the installed `SFTConfig`; its values are replaced by converted ones.
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -14,7 +15,7 @@ from outlast.config import Config, dump, load
 from outlast.errors import ConfigError
 from outlast.ledger import Ledger
 from outlast.rundir import RunDirectory, write_atomically
-from outlast.sections import SlurmCluster
+from outlast.sections import LocalCluster, SlurmCluster
 from outlast.world_size import layout, origin_of
 
 from . import storage
@@ -30,6 +31,8 @@ class Plan:
     """The batch script, as it will be submitted; None for `cluster=local`."""
     grace: dict[str, Any]
     storage: dict[str, Any]
+    training: dict[str, Any]
+    """How the rows of an optimizer step are spread, and the configuration of the engine that trains, if it has one."""
     checkpoint: dict[str, Any]
     """When periodic checkpoints are made, and why then."""
     hazards: list[str] = field(default_factory=list)
@@ -75,11 +78,18 @@ def make(config: Config, *, with_script: bool = True) -> Plan:
             from .submit import target_of
 
             script = batch_script(config, target_of(config))
+    if isinstance(cluster, LocalCluster) and parallel.nodes > 1:
+        hazards.append(f"parallel.nodes is {parallel.nodes}: all {parallel.world_size} ranks run on this one machine")
+    training, refusal = _training(config, job.training(config))
+    if refusal:
+        hazards.append(f"train would refuse this number of ranks: {refusal}")
     stored, storage_hazards = storage.decide(config, job, own_code=with_script)
     return Plan(
         config=config,
         resources={
             "cluster": cluster.kind,
+            "parallel": parallel.kind,
+            "launch": parallel.launch,
             "nodes": parallel.nodes,
             "ranks": parallel.world_size,
             "cpus_per_rank": parallel.cpus_per_rank,
@@ -88,9 +98,25 @@ def make(config: Config, *, with_script: bool = True) -> Plan:
         script=script,
         grace=grace,
         storage=stored,
+        training=training,
         checkpoint=_checkpoint(config),
         hazards=[*hazards, *storage_hazards],
     )
+
+
+def _training(config: Config, values: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """How a step's rows are spread, for a run that has begun by what it began with; and why that can't be, if so."""
+    ranks, micro_batch, accumulation = config.parallel.world_size, values["micro_batch"], values["accumulation"]
+    refusal = None
+    with suppress(OSError):
+        try:
+            if (made := origin_of(RunDirectory(config.directory))) is not None:
+                found = layout(made, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation)
+                accumulation = found.accumulation
+        except ResumeRefusedError as error:
+            refusal = str(error)
+    rows = ranks * micro_batch * accumulation
+    return values | {"accumulation": accumulation, "ranks": ranks, "global_batch": rows}, refusal
 
 
 def _checkpoint(config: Config) -> dict[str, Any]:

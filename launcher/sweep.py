@@ -83,6 +83,11 @@ class SweepPlan:
         """Of the cluster, the same for all cells."""
         return self.cells[0].plan.config.cluster.kind
 
+    @property
+    def hazards(self) -> list[str]:
+        """Those of all cells, each once."""
+        return list(dict.fromkeys(hazard for cell in self.cells for hazard in cell.plan.hazards))
+
     def script(self) -> str | None:
         """The batch script of the first cell's array, as `outlast plan` shows it; None for `cluster=local`."""
         config = self.cells[0].plan.config

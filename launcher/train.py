@@ -20,12 +20,16 @@ from .storage import describe
 from .sweep import Outcome, SweepPlan
 from .wait import Result, exit_code, metric_text, result, wait
 
+WARNINGS = 5
+"""Lines at most: each cell of a sweep may have one of its own."""
+
 
 def train(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, as_json: bool) -> int:
     """`outlast train`: the exit code of the command."""
     plan = planning.make(compose(overrides, config_dir=config_dir))
     planning.check_directory(plan)
     run, console = plan.directory, _console(as_json)
+    _warn(plan.hazards, console)
     if done := finished(Ledger(run.ledger).read()):
         console.print(f"{run.path} has finished already, at step {done['step']}; its model is in {run.final}")
     elif plan.config.cluster.kind == "local":
@@ -43,6 +47,13 @@ def train(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, a
     return _ended(lambda: [result(row) for row in wait([run], console)], console, as_json=as_json)
 
 
+def _warn(hazards: list[str], console: Console) -> None:
+    for hazard in hazards[:WARNINGS]:
+        console.print(f"warning: {hazard}")
+    if more := hazards[WARNINGS:]:
+        console.print(f"warning: and {len(more)} more; `outlast plan` has them all")
+
+
 def _submit(plan: Plan, console: Console) -> None:
     from .submit import submit
 
@@ -58,6 +69,7 @@ def _submit(plan: Plan, console: Console) -> None:
 def train_sweep(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, as_json: bool) -> int:
     """`outlast train -m`: the exit code of the command."""
     sweep, console = sweeping.make(overrides, config_dir=config_dir), _console(as_json)
+    _warn(sweep.hazards, console)
     if sweep.kind != "local":
         _describe(sweep, sweeping.submit(sweep), console)
         if not (waiting or as_json):
@@ -153,13 +165,15 @@ def plan(overrides: Sequence[str], config_dir: Path | None, *, sweep: bool, as_j
     if as_json:
         print(json.dumps(values, indent=1))
         return Exit.DONE
-    script = values.pop("script")
+    script, engine = values.pop("script"), values["training"].pop("deepspeed", None)
     values["checkpoint"] = values["checkpoint"]["explanation"]
     values["storage"] = f"\n{'':11}".join(describe(values["storage"]))
     values["hazards"] = f"\n{'':11}".join(values["hazards"])
     for key, value in values.items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value or "none"
         print(f"{key:10} {shown}")
+    if engine:
+        print(f"deepspeed  {json.dumps(engine)}")
     _print_script(script)
     return Exit.DONE
 
@@ -176,7 +190,7 @@ def _print_sweep(sweep: SweepPlan, *, as_json: bool) -> int:
     print(f"sweep      {sweep.directory}")
     for cell in sweep.cells:
         print(f"cell       {cell.name}")
-    for hazard in dict.fromkeys(hazard for cell in sweep.cells for hazard in cell.plan.hazards):
+    for hazard in sweep.hazards:
         print(f"hazard     {hazard}")
     _print_script(script)
     return Exit.DONE

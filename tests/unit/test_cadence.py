@@ -285,7 +285,9 @@ def test_the_plan_explains_it(tmp_path: Path) -> None:
     assert timed["explanation"] == "every 30 min, as configured"
     # a run that has begun: by its own saves and failures
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in KILLED))
+    (tmp_path / "r" / "ledger.jsonl").write_text(
+        "".join(json.dumps(line | ({"world_size": 1} if "world_size" in line else {})) + "\n" for line in KILLED)
+    )
     assert planned()["explanation"] == explain(interval(2.0, (DAY + 2000) / 2), 2.0, (DAY + 2000) / 2)
 
 

@@ -32,6 +32,16 @@ def test_the_derived_configuration() -> None:
     assert "train_batch_size" not in zero3
 
 
+def test_the_plan_shows_what_the_trainer_will_fill_in() -> None:
+    found = config("zero3", {"prescale_gradients": True}, gradient_accumulation_steps=3)
+    deepspeed.check(found)
+    shown = deepspeed.resolved(found)
+    assert (shown["train_micro_batch_size_per_gpu"], shown["gradient_accumulation_steps"]) == (4, 3)
+    assert (shown["gradient_clipping"], shown["prescale_gradients"]) == (1.0, True)
+    assert shown["bf16"] == {"enabled": "auto"}, "by default whatever the machine has"
+    assert sft.training(found) == {"micro_batch": 4, "accumulation": 3, "deepspeed": shown}
+
+
 def test_what_is_given_is_merged_into_it() -> None:
     given = {"zero_optimization": {"overlap_comm": False, "offload_param": {"pin_memory": True}}, "dump_state": True}
     found = config("zero3_offload", given)

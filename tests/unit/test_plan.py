@@ -1,0 +1,52 @@
+"""What `outlast plan` says besides the budget, the script and the checkpoint interval."""
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from outlast.launcher import plan, train
+from outlast.launcher.compose import compose
+from outlast.launcher.plan import Plan
+from outlast.ledger import Ledger
+
+STARTED: dict[str, Any] = {"job_id": None, "restart_count": 0, "hosts": ["here"], "world_size": 2, "versions": {}}
+
+
+def planned(root: Path, *overrides: str) -> Plan:
+    return plan.make(compose(["job=smoke", f"run.root={root}", "run.name=r", *overrides]))
+
+
+def test_the_rows_of_an_optimizer_step(tmp_path: Path) -> None:
+    made = planned(tmp_path, "parallel.ranks_per_node=2", "trainer.gradient_accumulation_steps=3")
+    assert made.training == {"micro_batch": 8, "accumulation": 3, "ranks": 2, "global_batch": 48}
+    assert (made.resources["parallel"], made.resources["launch"]) == ("ddp", "srun")
+
+
+def test_a_run_that_has_begun_keeps_them_on_another_number_of_ranks(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    Ledger(tmp_path / "r" / "ledger.jsonl").append("attempt_started", 1, **STARTED)
+    assert planned(tmp_path, "parallel.ranks_per_node=2").training["accumulation"] == 1
+    made = planned(tmp_path)
+    assert made.training == {"micro_batch": 8, "accumulation": 2, "ranks": 1, "global_batch": 16}
+    assert made.hazards == []
+    (hazard,) = planned(tmp_path, "parallel.ranks_per_node=3").hazards
+    assert hazard.startswith("train would refuse this number of ranks: global batch 16 can't be made of 3 ranks")
+
+
+def test_several_nodes_on_one_machine_are_pointed_out(tmp_path: Path) -> None:
+    assert planned(tmp_path, "parallel.nodes=2", "parallel.ranks_per_node=2").hazards == [
+        "parallel.nodes is 2: all 4 ranks run on this one machine"
+    ]
+
+
+@pytest.mark.parametrize(("hazards", "last"), [(2, "hazard 1"), (train.WARNINGS + 3, "and 3 more")])
+def test_train_warns_of_them_in_a_few_lines(hazards: int, last: str) -> None:
+    out = StringIO()
+    train._warn([f"hazard {i}" for i in range(hazards)], Console(file=out))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "warning: hazard 0"
+    assert last in lines[-1]
+    assert len(lines) <= train.WARNINGS + 1
