@@ -183,11 +183,11 @@ def test_a_change_is_told_once_and_only_if_it_is_noticeable() -> None:
 
 
 KILLED = [
-    event(0.0, 1, "attempt_started"),
+    event(0.0, 1, "attempt_started", world_size=1),
     saved(1000.0, 1, 50),
     saved(2000.0, 1, 100),
     ended(90000.0, 1, 130, "node_failure", detail="killed"),
-    event(90000.0, 2, "attempt_started"),
+    event(90000.0, 2, "attempt_started", world_size=1),
     event(90100.0, 2, "resumed", step=100),
 ]
 """Killed at step 130, found dead a day later."""
@@ -285,9 +285,7 @@ def test_the_plan_explains_it(tmp_path: Path) -> None:
     assert timed["explanation"] == "every 30 min, as configured"
     # a run that has begun: by its own saves and failures
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "ledger.jsonl").write_text(
-        "".join(json.dumps(line | ({"world_size": 1} if "world_size" in line else {})) + "\n" for line in KILLED)
-    )
+    (tmp_path / "r" / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in KILLED))
     assert planned()["explanation"] == explain(interval(2.0, (DAY + 2000) / 2), 2.0, (DAY + 2000) / 2)
 
 
