@@ -72,8 +72,7 @@ def test_from_submit_to_done(outlast_on: Run, devcluster: Cluster, probe: Probe)
     assert "was cancelled before" in outlast_on("cancel", "r")
     assert jobs(devcluster, earlier) == before
 
-    one_node = ["parallel.nodes=1", "parallel.ranks_per_node=2"]
-    said = outlast_on("resume", "r", "cluster.time_min=30", "cluster.partition=high", *one_node)
+    said = outlast_on("resume", "r", "cluster.time_min=30", "cluster.partition=high", "parallel.nodes=1")
     again = said.split("r: job ")[1].split()[0]
     run.reach(run.events("attempt_ended")[0]["step"] + 2, attempt=2)
     now = devcluster.job(again)
@@ -81,6 +80,7 @@ def test_from_submit_to_done(outlast_on: Run, devcluster: Cluster, probe: Probe)
     assert "is running already" in outlast_on("resume", "r")
     wait_for(lambda: run.events("finished"), "the end")
     assert run.steps_repeated() == 0
+    assert "accumulation is 2, configured 1 for 2 ranks" in run.events("resumed")[0]["differences"]["world_size"]
     assert status(outlast_on)["r"]["state"] == "finished"
     assert "has finished already" in outlast_on("resume", "r")
 
