@@ -36,8 +36,8 @@ class RunProbe:
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         ledger = self.path / "ledger.jsonl"
-        lines = ledger.read_text().splitlines() if ledger.exists() else []
-        events = [json.loads(line) for line in lines]
+        text = ledger.read_text() if ledger.exists() else ""
+        events = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return [event for event in events if name in (None, event["event"])]
 
     def causes(self) -> list[str]:

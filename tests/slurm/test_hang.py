@@ -38,12 +38,11 @@ def test_a_rank_stopped_in_the_grace_period(
     # Slurm sends CONT before TERM: one that has received TERM stays stopped
     wait_for(lambda: f"rank {stuck} received TERM" in run_log(run, stuck), "the signal", 30)
     process.suspend()
-    wait_for(lambda: run.events("attempt_ended"), "the end of the attempt", 30)
+    wait_for(lambda: run.events("requeued"), "the requeue", 30)
     signal, ended = run.events("signal")[0], run.events("attempt_ended")[0]
     assert ended["cause"] == "preempted"
     assert f"rank {stuck} on n" in ended["detail"]
     assert [(e["rank"], e["how"]) for e in run.events("straggler")] == [(stuck, "silent")]
-    wait_for(lambda: run.events("requeued"), "the requeue", 10)
     assert run.events("requeued")[0]["time"] < signal["time"] + GRACE_S
     wait_for(lambda: run.events("finished"), "the end", 150)
     print("rank stopped in the grace period, requeue to the next attempt, s:", seconds_to_start(run))
