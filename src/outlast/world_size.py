@@ -68,14 +68,12 @@ def layout(made: dict[str, Any], *, ranks: int, micro_batch: int, accumulation: 
 
 def origin_of(run: RunDirectory) -> dict[str, Any] | None:
     """What a run is, by its newest checkpoint, or else by its first attempt; None before it has begun."""
-    found = []
-    for path in run.checkpoints.glob("checkpoint-*"):
+    steps = (path.name.rpartition("-")[2] for path in run.checkpoints.glob("checkpoint-*"))
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
         with suppress(CheckpointError):
-            found.append(read_manifest(path))
-    whole = [manifest for manifest in found if not manifest.light]
-    if whole:
-        newest = max(whole, key=lambda manifest: manifest.step)
-        return {"world_size": newest.world_size, **newest.origin}
+            newest = read_manifest(run.checkpoints / f"checkpoint-{step}")
+            if not newest.light:
+                return {"world_size": newest.world_size, **newest.origin}
     started = [event for event in Ledger(run.ledger).read() if event["event"] == "attempt_started"]
     return {"world_size": started[0]["world_size"]} if started else None
 
