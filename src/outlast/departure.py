@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from . import slurm
+from .agent import AGENT_ENV
 from .errors import Exit, OutlastError, SlurmError
 from .ledger import Cause, Ledger, Record
 from .preemption import PreemptionGuard
@@ -51,6 +52,7 @@ class LostRankError(Exception):
     def __init__(self, lost: list[Lost]) -> None:
         super().__init__("; ".join(map(str, lost)))
         self.rank = lost[0].rank
+        self.gone = any(one.how == "gone" for one in lost)
 
 
 class Departure:
@@ -165,6 +167,13 @@ class Departure:
         self.ask_slurm()
         return self._view is None or self._stop_cause() is None
 
+    def may_be_echo(self) -> bool:
+        """Whether TERM may be the answer of what has started the ranks to the death of one of them.
+
+        `srun` does so, and torch's agent. Where there is a batch script, it sees how each of them ended.
+        """
+        return SETTLES_ENV in os.environ or (self._job is None and AGENT_ENV in os.environ)
+
     def cause(self) -> Cause:
         """Why, by what Slurm said; without an answer, by what the signal alone can tell."""
         if self._job is None:
@@ -213,14 +222,17 @@ class Departure:
             deadline = time.monotonic() + ECHO_S
             while guard.requested is None and time.monotonic() < deadline:
                 time.sleep(0.05)
-        if guard.requested is not None and rank != 0:
+        # Without a job nobody else will say which rank died, and that it was no preemption.
+        died = isinstance(error, LostRankError) and error.gone and self._job is None and self.may_be_echo()
+        stopping = None if died else guard.requested
+        if stopping is not None and rank != 0:
             return Exit.RESUME_ME  # rank 0 speaks for all
-        if guard.requested is not None and not refused:
+        if stopping is not None and not refused:
             self._say(f"{type(error).__name__} while leaving: {error}")
             if self.left_to_settle():
                 return Exit.FAILED
             if self.signal is None:
-                self.announce(guard.requested, guard, step)
+                self.announce(stopping, guard, step)
             return self.requeue(step)
         memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
         cause: Cause = "out_of_memory" if memory else "failed"
@@ -242,14 +254,15 @@ class Departure:
 
     def _end(self, cause: Cause, **values: Any) -> None:
         """Note how the attempt ended, unless another rank has. A full disk must not hide what went wrong."""
+        before: list[tuple[str, dict[str, Any]]] = [("straggler", asdict(one)) for one in self.lost]
         try:
-            self.ended_it = self._ledger.append_first("attempt_ended", self.attempt, cause=cause, **values)
+            self.ended_it = self._ledger.append_first(
+                "attempt_ended", self.attempt, before=before, cause=cause, **values
+            )
         except OSError:
             self.ended_it = True
-            self._record("attempt_ended", cause=cause, **values)  # it waits
-        if self.ended_it:
-            for one in self.lost:
-                self._append("straggler", **asdict(one))
+            for name, fields in [*before, ("attempt_ended", {"cause": cause, **values})]:
+                self._record(name, **fields)  # they wait
 
     def note_late(self, one: Lost) -> None:
         """Note a rank that has kept the others waiting."""

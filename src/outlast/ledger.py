@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -86,8 +86,13 @@ class Ledger:
         finally:
             os.close(fd)
 
-    def append_first(self, event: str, attempt: int, **values: Any) -> bool:
+    def append_first(
+        self, event: str, attempt: int, *, before: Sequence[tuple[str, dict[str, Any]]] = (), **values: Any
+    ) -> bool:
         """As :meth:`append`, unless the attempt has a line of this event. Of ranks that do it at once, one does.
+
+        Args:
+            before: lines to go with it, as event and fields: who finds this one finds them, too.
 
         Returns:
             Whether the line is this caller's.
@@ -97,6 +102,8 @@ class Ledger:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if any(e["event"] == event and e["attempt"] == attempt for e in self.read()):
                 return False
+            for name, fields in before:
+                self.append(name, attempt, **fields)
             self.append(event, attempt, **values)
             return True
 

@@ -79,6 +79,7 @@ class Watch:
         self._others = {rank: Peer() for rank in peers.others}
         self._asking = self._alone = self._saved = False
         self._over = threading.Event()
+        self._noting: list[threading.Thread] = []
 
     # In the peers' thread ---------------------------------------------------------------------------------------
 
@@ -132,7 +133,8 @@ class Watch:
         late_s, peer.late_s = peer.late_s, 0.0
         if late_s >= LATE_S:  # the ledger may be what is slow: the peers' thread must not wait for it
             late = self._named(rank, "late", late_s)
-            threading.Thread(target=self._departure.note_late, args=(late,), daemon=True).start()
+            self._noting.append(threading.Thread(target=self._departure.note_late, args=(late,), daemon=True))
+            self._noting[-1].start()
 
     def _lost(self) -> list[Lost] | None:
         """Ranks without which this attempt can't go on; None: all is well. Empty: there is no time left, and none is
@@ -184,7 +186,7 @@ class Watch:
             return self._followed()
         self._departure.lost, self._departure.speaks = lost, True
         gone = any(one.how == "gone" for one in lost)
-        if self._stopping and not (gone and SETTLES_ENV in os.environ):
+        if self._stopping and not (gone and self._departure.may_be_echo()):
             if rank != 0 or self._departure.signal is None:
                 self._departure.announce(self._guard.requested or "TERM", self._guard, step, once=True)
             code = self._departure.requeue(step)
@@ -267,6 +269,8 @@ class Watch:
         self._consensus.end()
         self._peers.close()
         self._all_caught_up()
+        for note in list(self._noting):
+            note.join(LEAVE_S)
 
     def _all_caught_up(self) -> None:
         """The save is done, though not every rank's thread has said so yet."""

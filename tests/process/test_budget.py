@@ -31,7 +31,7 @@ SFT = [
     "trainer.max_length=64",
     "trainer.per_device_train_batch_size=2",
     "trainer.eval_steps=6",
-    "trainer.max_steps=40",
+    "trainer.max_steps=80",
     "trainer.learning_rate=0.02",
 ]
 LARGE = ["trainer.hidden_size=40000", "trainer.max_steps=60", "trainer.step_s=0.05", "checkpoint.every=4"]
@@ -117,8 +117,8 @@ def test_the_reserve_is_given_up_for_an_emergency_save(outlast: Start, probe: Pr
     job = [*SMOKE[:2], *LARGE, "storage.reserve=true"]
     smallest = plan(tmp_path, *job)["smallest_budget_gb"]
     command, run = outlast("train", *job, "run.name=r", f"storage.budget_gb={smallest}"), probe("r")
-    wait_for((run.path / ".reserve").exists, "the reserve")
-    size = (run.path / ".reserve").stat().st_size
+    reserve = run.path / ".reserve"
+    size = wait_for(lambda: reserve.exists() and reserve.stat().st_size, "the reserve")
     assert size >= max(e["bytes"] for e in run.events("checkpoint"))
     run.reach(run.events("checkpoint")[-1]["step"] + 5)
     # what somebody else left in the run directory takes the room that the next save needs

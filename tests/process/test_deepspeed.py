@@ -74,7 +74,7 @@ def test_a_missing_shard_is_found_before_any_rank_loads(outlast: Start, probe: P
     """With evaluations, and a best model of which nothing is left but the weights when the run ends."""
     arguments = [*SFT, TWO, "parallel=zero3", "peft=none", "trainer.eval_steps=8", "checkpoint.every=8"]
     # The loss falls, so that the first evaluation is taken for the best.
-    arguments += ["trainer.greater_is_better=true", "trainer.learning_rate=0.002", "trainer.max_steps=40"]
+    arguments += ["trainer.greater_is_better=true", "trainer.learning_rate=0.002", "trainer.max_steps=80"]
     twin = outlast("train", *arguments, "run.name=twin")
     command, run = outlast("train", *arguments, "run.name=r"), probe("r")
     run.reach(18)

@@ -141,7 +141,7 @@ run.begin(0)
 def save(directory):
     (directory / f"rank-{run.rank}").write_text("x")
     if run.rank == 2:
-        time.sleep(3)
+        time.sleep(4)
 
 for step in range(1, 5):
     run.step_end(step, save)
@@ -174,17 +174,19 @@ agreement = Agreement()
 peers = Peers(agreement.rank, agreement.world_size)
 consensus = Consensus(peers, lambda name: None)
 peers.connect(agreement, consensus.receive, lambda seconds: None)
-began = time.monotonic()
+saved_at = 1_000_000
 pause = (0.001, 0.005, 0.02)[agreement.rank]
 while True:
     time.sleep(pause)
     if agreement.rank == 0 and consensus.polls == 20:
         consensus.ask("save")
-    if agreement.rank == 1 and consensus.polls == 30:
+    if agreement.rank == 1 and consensus.polls == saved_at + 10:
         consensus.ask("TERM")
-    if agreement.rank == 2 and consensus.polls == 7:
+    if agreement.rank == 2 and consensus.polls == saved_at + 2:
         consensus.ask("USR1")
     found = consensus.poll()
+    if found == "save":
+        saved_at = consensus.polls
     if found:
         print(found, consensus.polls, flush=True)
     if found not in ("", "save"):

@@ -66,7 +66,14 @@ class Processes:
 
     def alive(self) -> list[psutil.Process]:
         self.look()
-        return [process for process in self.seen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self.seen if is_alive(process)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # between the two
+        return False
 
 
 @pytest.mark.parametrize("launch", ["srun", "accelerate"])
@@ -86,7 +93,7 @@ def test_a_preempted_job_leaves_nothing_behind_and_none_of_it_is_killed(
     started = timestamp(devcluster.job(job)["StartTime"])
     assert started is not None
     print(f"{launch}: processes gone {gone - requeued:.1f} s, next start {started - requeued:.1f} s after the requeue")
-    assert gone < started <= requeued + 10
+    assert gone < started <= requeued + 30  # Slurm alone holds it for 120
     log = (run.path / "logs" / f"{job}.log").read_text()
     assert set(re.findall(r"srun: error: n\d: tasks? [\d-]+: (.*)", log)) == {"Exited with exit code 75"}
     if launch == "accelerate":
@@ -122,6 +129,6 @@ def test_an_agent_that_is_killed_takes_its_ranks_along_and_the_job_is_retried(
     wait_for(lambda: run.events("finished"), "the end")
     assert run.causes() == ["failed", "finished"]
     assert run.events("resumed")[0]["step"] == run.saved()
-    assert run.events("requeued")[0]["time"] - killed < 10
+    assert run.events("requeued")[0]["time"] - killed < 30
     assert run.events("attempt_started")[0]["world_size"] == 4
     devcluster.wait_for_state(job, "COMPLETED", 30)

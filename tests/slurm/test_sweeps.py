@@ -67,7 +67,7 @@ def test_twelve_cells_with_everything_that_happens_to_them(
 ) -> None:
     good = list(range(8, 18))
     sizes = ",".join(str(size) for size in [*good, 18, -1])  # a negative width makes that cell crash
-    arguments = ["run.name=s", f"trainer.hidden_size={sizes}", "trainer.max_steps=50", "trainer.step_s=0.1"]
+    arguments = ["run.name=s", f"trainer.hidden_size={sizes}", "trainer.max_steps=100", "trainer.step_s=0.1"]
     arguments += ["cluster.array_parallelism=6", "preemption.max_crashes=0"]
 
     path = sbatch_that(tmp_path, '"$sbatch" "$@" > /dev/null', "kill -9 $PPID")
@@ -107,7 +107,7 @@ def test_twelve_cells_with_everything_that_happens_to_them(
     assert len(manifest(tmp_path)["submissions"]) == 1
 
     widths = ",".join(map(str, good))
-    twins = ["run.name=twins", f"trainer.hidden_size={widths}", "trainer.max_steps=50", "cluster.parallel_cells=2"]
+    twins = ["run.name=twins", f"trainer.hidden_size={widths}", "trainer.max_steps=100", "cluster.parallel_cells=2"]
     command = outlast("train", "-m", *SMOKE, *twins)
     assert command.wait() == 0, command.output
     for size in good:

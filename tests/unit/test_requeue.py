@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from outlast.departure import SETTLES_ENV, Departure
+from outlast.agent import AGENT_ENV
+from outlast.departure import SETTLES_ENV, Departure, Lost, LostRankError
 from outlast.ledger import Ledger
 from outlast.preemption import PreemptionGuard
 from outlast.requeue import decide
@@ -179,6 +180,21 @@ def test_a_rank_that_does_not_speak_for_all_writes_nothing(slurm: Slurm, record:
     assert silent.signal == "TERM"
     assert record.events == []
     assert not slurm.calls("scontrol")
+
+
+@pytest.mark.parametrize(("agent", "cause"), [(True, "failed"), (False, "preempted")])
+def test_the_agents_term_is_the_echo_of_a_death(
+    record: Recorded, monkeypatch: pytest.MonkeyPatch, agent: bool, cause: str
+) -> None:
+    """torch's agent ends the other ranks, by TERM, when one has died; whichever they notice first."""
+    if agent:
+        monkeypatch.setenv(AGENT_ENV, "1")
+    departure, guard = Departure(record, print, record.ledger, None, PreemptionSection()), PreemptionGuard()
+    guard.request("TERM")
+    departure.lost = [Lost(rank=1, host="here", seconds=0.1, how="gone")]
+    departure.fail(LostRankError(departure.lost), guard, 0, 7)
+    assert record.events[-1]["cause"] == cause
+    assert record.names == [*([] if agent else ["signal"]), "straggler", "attempt_ended"]
 
 
 RUNNING = "JobState=RUNNING PreemptTime=None Restarts=0"
