@@ -84,7 +84,8 @@ def configuration(config: Config) -> dict[str, Any]:
     }
     given = deepcopy(parallel.deepspeed)
     for key, _, _ in _said(config, parallel):
-        _drop(given, key)  # checked to be the same
+        section, last = _place(given, key)
+        section.pop(last, None)  # checked to be the same
     return _merged(derived, given)
 
 
@@ -93,10 +94,7 @@ def resolved(config: Config) -> dict[str, Any]:
     parallel, found = config.parallel, configuration(config)
     assert isinstance(parallel, Zero)
     for key, _, value in _said(config, parallel):
-        *path, last = key.split(".")
-        section = found
-        for name in path:
-            section = section[name]
+        section, last = _place(found, key)
         if section.get(last) == "auto" and value is not None:  # None: it depends on the machine
             section[last] = value
     return found
@@ -209,11 +207,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _drop(tree: dict[str, Any], dotted: str) -> None:
+def _place(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The section that a dotted key is in, and its name there."""
     *path, last = dotted.split(".")
     for key in path:
         tree = tree.get(key, {})
-    tree.pop(last, None)
+    return tree, last
 
 
 def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

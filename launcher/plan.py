@@ -80,9 +80,6 @@ def make(config: Config, *, with_script: bool = True) -> Plan:
             script = batch_script(config, target_of(config))
     if isinstance(cluster, LocalCluster) and parallel.nodes > 1:
         hazards.append(f"parallel.nodes is {parallel.nodes}: all {parallel.world_size} ranks run on this one machine")
-    training, refusal = _training(config, job.training(config))
-    if refusal:
-        hazards.append(f"train would refuse this number of ranks: {refusal}")
     stored, storage_hazards = storage.decide(config, job, own_code=with_script)
     return Plan(
         config=config,
@@ -98,25 +95,28 @@ def make(config: Config, *, with_script: bool = True) -> Plan:
         script=script,
         grace=grace,
         storage=stored,
-        training=training,
+        training=_training(config, job.training(config)),
         checkpoint=_checkpoint(config),
         hazards=[*hazards, *storage_hazards],
     )
 
 
-def _training(config: Config, values: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """How a step's rows are spread, for a run that has begun by what it began with; and why that can't be, if so."""
+def _training(config: Config, values: dict[str, Any]) -> dict[str, Any]:
+    """How a step's rows are spread: for a run that has begun as it began, whatever the number of ranks.
+
+    Raises:
+        ConfigError: its global batch can't be made of so many.
+    """
     ranks, micro_batch, accumulation = config.parallel.world_size, values["micro_batch"], values["accumulation"]
-    refusal = None
-    with suppress(OSError):
-        try:
-            if (made := origin_of(RunDirectory(config.directory))) is not None:
-                found = layout(made, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation)
-                accumulation = found.accumulation
-        except ResumeRefusedError as error:
-            refusal = str(error)
-    rows = ranks * micro_batch * accumulation
-    return values | {"accumulation": accumulation, "ranks": ranks, "global_batch": rows}, refusal
+    made = None
+    with suppress(OSError):  # `check_directory` says what is wrong with the place
+        made = origin_of(RunDirectory(config.directory))
+    try:
+        if made is not None:
+            accumulation = layout(made, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation).accumulation
+    except ResumeRefusedError as error:
+        raise ConfigError("parallel.nodes * parallel.ranks_per_node", ranks, str(error)) from None
+    return values | {"accumulation": accumulation, "global_batch": ranks * micro_batch * accumulation}
 
 
 def _checkpoint(config: Config) -> dict[str, Any]:
@@ -160,29 +160,8 @@ def check_directory(plan: Plan) -> None:
             raise ConfigError(
                 "run.name", run.path.name, f"that run is another one: {changes}. Choose another run.name."
             )
-        check_ranks(config)
     elif run.path.is_dir() and {p.name for p in run.path.iterdir() if p.name[0] != "."} - _BEFORE_A_RUN:
         raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
-
-
-def check_ranks(config: Config) -> None:
-    """See that a run which has begun can go on with this number of ranks, without asking the job.
-
-    Raises:
-        ConfigError: its global batch can't be made of so many.
-    """
-    run = RunDirectory(config.directory)
-    try:
-        made = origin_of(run)
-        if made is not None:
-            layout(
-                made,
-                ranks=config.parallel.world_size,
-                micro_batch=config.trainer.get("per_device_train_batch_size") or made.get("micro_batch", 8),
-                accumulation=config.trainer.get("gradient_accumulation_steps", 1),
-            )
-    except ResumeRefusedError as error:
-        raise ConfigError("parallel.nodes * parallel.ranks_per_node", config.parallel.world_size, str(error)) from None
 
 
 _BEFORE_A_RUN = {"checkpoints", "logs", "plan.json", "cancelled.json"}

@@ -28,6 +28,14 @@ def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 90.0) -> 
     return found
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs: it has not ended, waited for or not."""
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # between the two
+        return False
+
+
 class RunProbe:
     """Reads a run directory from outside, as a user's script would."""
 

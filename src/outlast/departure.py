@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from . import slurm
-from .agent import AGENT_ENV
 from .errors import Exit, OutlastError, SlurmError
 from .ledger import Cause, Ledger, Record
 from .preemption import PreemptionGuard
@@ -21,6 +20,8 @@ from .sections import PreemptionSection
 
 SETTLES_ENV = "OUTLAST_SETTLES"
 """Set by `prologue.sh`: the batch script calls `outlast.settle` when the ranks are gone."""
+ELASTIC_ENV = "TORCHELASTIC_RUN_ID"
+"""Set by torch's agent for its ranks, under `accelerate launch` and `torchrun`."""
 ECHO_S = 2.0
 """A rank whose peer has died sees its connection break at once, and a moment later `srun`'s TERM. It waits for that, so
 that the ledger gets the cause and not the effect."""
@@ -52,7 +53,6 @@ class LostRankError(Exception):
     def __init__(self, lost: list[Lost]) -> None:
         super().__init__("; ".join(map(str, lost)))
         self.rank = lost[0].rank
-        self.gone = any(one.how == "gone" for one in lost)
 
 
 class Departure:
@@ -168,11 +168,12 @@ class Departure:
         return self._view is None or self._stop_cause() is None
 
     def may_be_echo(self) -> bool:
-        """Whether TERM may be the answer of what has started the ranks to the death of one of them.
+        """Whether a rank has died, and TERM may be the answer to that of what has started the ranks.
 
         `srun` does so, and torch's agent. Where there is a batch script, it sees how each of them ended.
         """
-        return SETTLES_ENV in os.environ or (self._job is None and AGENT_ENV in os.environ)
+        died = any(one.how == "gone" for one in self.lost)
+        return died and (SETTLES_ENV in os.environ or (self._job is None and ELASTIC_ENV in os.environ))
 
     def cause(self) -> Cause:
         """Why, by what Slurm said; without an answer, by what the signal alone can tell."""
@@ -223,7 +224,7 @@ class Departure:
             while guard.requested is None and time.monotonic() < deadline:
                 time.sleep(0.05)
         # Without a job nobody else will say which rank died, and that it was no preemption.
-        died = isinstance(error, LostRankError) and error.gone and self._job is None and self.may_be_echo()
+        died = isinstance(error, LostRankError) and self._job is None and self.may_be_echo()
         stopping = None if died else guard.requested
         if stopping is not None and rank != 0:
             return Exit.RESUME_ME  # rank 0 speaks for all

@@ -185,8 +185,7 @@ class Watch:
         if rank not in (0, 1) and os.environ.get("LOCAL_RANK", "0") != "0":
             return self._followed()
         self._departure.lost, self._departure.speaks = lost, True
-        gone = any(one.how == "gone" for one in lost)
-        if self._stopping and not (gone and self._departure.may_be_echo()):
+        if self._stopping and not self._departure.may_be_echo():
             if rank != 0 or self._departure.signal is None:
                 self._departure.announce(self._guard.requested or "TERM", self._guard, step, once=True)
             code = self._departure.requeue(step)

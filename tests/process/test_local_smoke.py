@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ..conftest import SMOKE, Command, RunProbe, wait_for
+from ..conftest import SMOKE, Command, RunProbe, is_alive, wait_for
 
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
@@ -143,7 +143,7 @@ def test_ranks_of_a_killed_command_save_and_the_next_command_waits_for_them(
     command.wait()
     again = outlast("train", *SMOKE, *steps(2), "run.name=r")
     assert again.wait() == 0, again.output
-    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    assert not any(is_alive(rank) for rank in ranks)
     assert run.steps_repeated() == 0
     assert run.weights() == twins[2]
 

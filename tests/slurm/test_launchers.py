@@ -11,7 +11,7 @@ import pytest
 
 from outlast.slurm import timestamp
 
-from ..conftest import SMOKE, Command, RunProbe, wait_for
+from ..conftest import SMOKE, Command, RunProbe, is_alive, wait_for
 from .cluster import Cluster
 from .test_runs import LONG, sbatch
 
@@ -67,13 +67,6 @@ class Processes:
     def alive(self) -> list[psutil.Process]:
         self.look()
         return [process for process in self.seen if is_alive(process)]
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:  # between the two
-        return False
 
 
 @pytest.mark.parametrize("launch", ["srun", "accelerate"])

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from outlast.launcher import plan, train
+from outlast.errors import ConfigError
+from outlast.launcher import plan, sweep, train
 from outlast.launcher.compose import compose
 from outlast.launcher.plan import Plan
 from outlast.ledger import Ledger
@@ -21,7 +22,7 @@ def planned(root: Path, *overrides: str) -> Plan:
 
 def test_the_rows_of_an_optimizer_step(tmp_path: Path) -> None:
     made = planned(tmp_path, "parallel.ranks_per_node=2", "trainer.gradient_accumulation_steps=3")
-    assert made.training == {"micro_batch": 8, "accumulation": 3, "ranks": 2, "global_batch": 48}
+    assert made.training == {"micro_batch": 8, "accumulation": 3, "global_batch": 48}
     assert (made.resources["parallel"], made.resources["launch"]) == ("ddp", "srun")
 
 
@@ -30,10 +31,10 @@ def test_a_run_that_has_begun_keeps_them_on_another_number_of_ranks(tmp_path: Pa
     Ledger(tmp_path / "r" / "ledger.jsonl").append("attempt_started", 1, **STARTED)
     assert planned(tmp_path, "parallel.ranks_per_node=2").training["accumulation"] == 1
     made = planned(tmp_path)
-    assert made.training == {"micro_batch": 8, "accumulation": 2, "ranks": 1, "global_batch": 16}
+    assert made.training == {"micro_batch": 8, "accumulation": 2, "global_batch": 16}
     assert made.hazards == []
-    (hazard,) = planned(tmp_path, "parallel.ranks_per_node=3").hazards
-    assert hazard.startswith("train would refuse this number of ranks: global batch 16 can't be made of 3 ranks")
+    with pytest.raises(ConfigError, match="global batch 16 can't be made of 3 ranks"):
+        planned(tmp_path, "parallel.ranks_per_node=3")
 
 
 def test_several_nodes_on_one_machine_are_pointed_out(tmp_path: Path) -> None:
@@ -42,11 +43,20 @@ def test_several_nodes_on_one_machine_are_pointed_out(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("hazards", "last"), [(2, "hazard 1"), (train.WARNINGS + 3, "and 3 more")])
-def test_train_warns_of_them_in_a_few_lines(hazards: int, last: str) -> None:
+def test_train_warns_of_what_the_plan_points_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["job=smoke", f"run.root={tmp_path}", "run.name=r", "parallel.nodes=2"]
+    run = plan.freeze(planned(tmp_path, "parallel.nodes=2"))
+    Ledger(run.ledger).append("finished", 1, step=9, seconds=1.0)  # so that nothing is started
+    train.train(overrides, None, waiting=False, as_json=False)
+    warning, finished = capsys.readouterr().out.splitlines()
+    assert warning == "warning: parallel.nodes is 2: all 2 ranks run on this one machine"
+    assert "has finished already" in finished
+    assert sweep.make([*overrides, "run.name=s", "seed=1,2"]).hazards == [warning.removeprefix("warning: ")]
+
+
+def test_many_warnings_are_a_few_lines() -> None:
     out = StringIO()
-    train._warn([f"hazard {i}" for i in range(hazards)], Console(file=out))
+    train._warn([f"hazard {i}" for i in range(train.WARNINGS + 3)], Console(file=out))
     lines = out.getvalue().splitlines()
-    assert lines[0] == "warning: hazard 0"
-    assert last in lines[-1]
-    assert len(lines) <= train.WARNINGS + 1
+    assert len(lines) == train.WARNINGS + 1
+    assert "and 3 more" in lines[-1]

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from outlast.agent import AGENT_ENV
-from outlast.departure import SETTLES_ENV, Departure, Lost, LostRankError
+from outlast.departure import ELASTIC_ENV, SETTLES_ENV, Departure, Lost, LostRankError
 from outlast.ledger import Ledger
 from outlast.preemption import PreemptionGuard
 from outlast.requeue import decide
@@ -188,7 +187,7 @@ def test_the_agents_term_is_the_echo_of_a_death(
 ) -> None:
     """torch's agent ends the other ranks, by TERM, when one has died; whichever they notice first."""
     if agent:
-        monkeypatch.setenv(AGENT_ENV, "1")
+        monkeypatch.setenv(ELASTIC_ENV, "1")
     departure, guard = Departure(record, print, record.ledger, None, PreemptionSection()), PreemptionGuard()
     guard.request("TERM")
     departure.lost = [Lost(rank=1, host="here", seconds=0.1, how="gone")]
