@@ -23,7 +23,7 @@ from typing import Any
 
 from footprint_cases import RANKS, Case, cases, estimate, prepare, train
 
-PRELOADED = ("outlast", "outlast.jobs.footprint", "torch", "transformers", "trl", "peft", "deepspeed")
+PRELOADED = ("outlast", "outlast.jobs.estimate.footprint", "torch", "transformers", "trl", "peft", "deepspeed")
 
 
 def _logged(act: Any, log: Path, *arguments: Any) -> None:
@@ -36,8 +36,8 @@ def _logged(act: Any, log: Path, *arguments: Any) -> None:
 
 def compare(case: Case, scratch: Path) -> dict[str, Any]:
     """Estimate and truth of one case, in bytes, by part."""
-    from outlast.budget import Footprint, by_part
     from outlast.checkpoint.manifest import MANIFEST, read_manifest
+    from outlast.storage.budget import Footprint, by_part
 
     port = _free_port()
     logs = [scratch / f"rank-{rank}.log" for rank in range(RANKS if case.stage else 1)]

@@ -33,7 +33,7 @@ class Case:
         return int(self.parallel[-1]) if self.parallel.startswith("zero") else 0
 
     def config(self, scratch: Path) -> Any:
-        from outlast import config
+        from outlast.config import configuration as config
 
         trainer: dict[str, Any] = {"optim": self.optim, "max_steps": 1, "max_length": 64, "logging_steps": 1}
         trainer |= {"report_to": "none", "gradient_checkpointing": False, "per_device_train_batch_size": 2}
@@ -65,8 +65,8 @@ def cases(pattern: str) -> list[Case]:
 
 def prepare(scratch: Path) -> None:
     """The model that all cases start from, and the data."""
-    from outlast import config
-    from outlast.jobs import models  # noqa: TID251
+    from outlast.config import configuration as config
+    from outlast.jobs.training import models
 
     (scratch / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
     texts = (row["text"] for row in TEXTS)
@@ -75,7 +75,7 @@ def prepare(scratch: Path) -> None:
 
 def estimate(case: Case, scratch: Path) -> None:
     """What the plan would say."""
-    from outlast.jobs import footprint  # noqa: TID251
+    from outlast.jobs.estimate import footprint
 
     found = footprint.footprint(case.config(scratch), zero_stage=case.stage)
     (scratch / "estimate.json").write_text(json.dumps(found.as_dict()))
@@ -98,7 +98,8 @@ def train(case: Case, scratch: Path, rank: int, port: int) -> None:
     from datasets import Dataset
     from trl import SFTTrainer
 
-    from outlast.jobs import models, trainer_args  # noqa: TID251
+    from outlast.jobs.training import models
+    from outlast.jobs.training import trainer_arguments as trainer_args
 
     torch.set_num_threads(1)
     config = case.config(scratch)

@@ -24,7 +24,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from outlast.launcher import devcluster, sweep  # noqa: TID251
+from outlast.launcher.devcluster import cluster as devcluster
+from outlast.launcher.execution import sweep
 
 COUNTER = """#!/bin/bash
 echo 1 >> {log}

@@ -6,15 +6,16 @@ the tokenized, packed data. A resumed attempt reads it and tokenizes nothing.
 
 from typing import TYPE_CHECKING, Any
 
-from outlast.config import Config
+from outlast.config.configuration import Config
+from outlast.config.sections import LocalCluster, TinyModel
 from outlast.errors import ConfigError, OutlastError
-from outlast.sections import LocalCluster, TinyModel
 
-from . import data, deepspeed, models, prepared, trainer_args
+from .training import data, deepspeed, models, prepared
+from .training import trainer_arguments as trainer_args
 
 if TYPE_CHECKING:
     from outlast import Run
-    from outlast.budget import Footprint
+    from outlast.storage.budget import Footprint
 
 
 def check(config: Config) -> None:
@@ -40,7 +41,7 @@ def footprint(config: Config) -> "Footprint":
     Raises:
         Exception: the model's configuration or tokenizer can't be read.
     """
-    from . import footprint
+    from .estimate import footprint
 
     return footprint.footprint(config)
 
@@ -57,7 +58,7 @@ def training(config: Config) -> dict[str, Any]:
 
 def changes(config: Config) -> list[tuple[str, Config]]:
     """What could be changed so that less is written: as it would be typed, and the configuration with it."""
-    from . import footprint
+    from .estimate import footprint
 
     return footprint.changes(config)
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlast.config import Config, section
+from outlast.config.configuration import Config, section
 from outlast.errors import ConfigError
-from outlast.world_size import derived_seed
+from outlast.ranks.layout import derived_seed
 
 if TYPE_CHECKING:
     from outlast import Run
-    from outlast.budget import Footprint
+    from outlast.storage.budget import Footprint
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
 
 def footprint(config: Config) -> "Footprint":
     """What the run will write, in bytes: what `accelerator.save_state` and `save_model` make of a model this small."""
-    from outlast.budget import Footprint
+    from outlast.storage.budget import Footprint
 
     settings: SmokeTrainer = section("trainer", SmokeTrainer, config.trainer)
     ranks, width = config.parallel.world_size, settings.hidden_size

@@ -26,37 +26,37 @@ def main() -> None:
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "status":
-            from . import status
+            from .commands import status
 
             states = status.states_named(arguments.state) if arguments.state else None
             shown = {"states": states, "watch_s": arguments.watch, "as_json": arguments.json}
             return status.main(arguments.runs, arguments.root, **shown)
         case "logs":
-            from . import logs
+            from .commands import logs
 
             chosen = {"attempt": arguments.attempt, "rank": arguments.rank, "job": arguments.job}
             return logs.main(arguments.run, arguments.root, **chosen, follow=arguments.follow, lines=arguments.lines)
         case "cancel":
-            from . import cancel
+            from .commands import cancel
 
             return cancel.main(arguments.runs, arguments.root, everything=arguments.all, sure=arguments.yes)
         case "resume":
-            from . import resume
+            from .commands import resume
 
             return resume.main(arguments.runs, arguments.root)
         case "report":
-            from . import report
+            from .commands import report
 
             return report.main(arguments.run, arguments.root, as_json=arguments.json)
         case "checkpoints":
-            from . import checkpoints
+            from .commands import checkpoints
 
             return checkpoints.main(arguments.run, arguments.root, verify=arguments.verify, as_json=arguments.json)
         case "devcluster":
             return _devcluster(arguments)
         case "prepare":
             return _prepare(arguments)
-    from . import train
+    from .commands import train
 
     chosen = {"as_json": arguments.json}
     if arguments.command == "plan":
@@ -66,13 +66,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from . import plan as planning
-    from .compose import compose
+    from .planning import plan as planning
+    from .planning.compose import compose
 
     if arguments.prologue:
         print(f". {shlex.quote(str(planning.shell_file('prologue.sh')))}; python={shlex.quote(sys.executable)}")
     elif arguments.multirun:
-        from . import sweep
+        from .execution import sweep
 
         cells = sweep.make(arguments.overrides, config_dir=arguments.config_dir)
         print(sweep.prepare(cells, arguments.cell).path)
@@ -83,7 +83,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _devcluster(arguments: argparse.Namespace) -> int:
-    from . import devcluster
+    from .devcluster import cluster as devcluster
 
     directory = arguments.dir or devcluster.default_directory()
     match arguments.verb:

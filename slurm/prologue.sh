@@ -1,5 +1,5 @@
 # Sourced by every job's batch script, before `srun`. Site settings (modules, environment) go into a file of your own,
-# named by OUTLAST_SITE_PROLOGUE. A script that sources this runs `outlast.settle` when its ranks are gone: see
+# named by OUTLAST_SITE_PROLOGUE. A script that sources this runs `outlast.epilogue` when its ranks are gone: see
 # train.sbatch.
 
 # A signal to the batch shell must not end it while its ranks are saving.
@@ -16,7 +16,7 @@ if env --block-signal=TERM,USR1,USR2 true 2>/dev/null; then
     OUTLAST_HOLD=(env --block-signal=TERM,USR1,USR2)
 fi
 
-# Ranks that can't know why they were signalled leave it to `outlast.settle`.
+# Ranks that can't know why they were signalled leave it to `outlast.epilogue`.
 export OUTLAST_SETTLES=1
 
 # Since Slurm 22.05 `srun` no longer takes over what the job asked for: without this each rank is bound to one core.

@@ -9,9 +9,9 @@ import threading
 import time
 from pathlib import Path
 
-from outlast.ledger import Ledger
-from outlast.progress import read
-from outlast.rundir import RunDirectory
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
+from outlast.rundir.progress import read
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 RUN = RunDirectory(Path("runs/demo").absolute())

@@ -18,10 +18,10 @@ from typing import NoReturn
 
 import psutil
 
-from . import slurm
-from .config import Config
+from .config.configuration import Config
 from .errors import ConfigError, Exit
-from .preemption import SIGNALS
+from .preemption.signals import SIGNALS
+from .slurm.environment import Step, current_step
 
 AGENT_ENV = "OUTLAST_AGENT"
 """Tells a rank the pid of the agent that has started it."""
@@ -42,7 +42,7 @@ def main(config: Config, arguments: list[str]) -> NoReturn:
         SlurmError: the first node has no address that resolves.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    step = slurm.step()
+    step = current_step()
     command = launch_arguments(config, step)
     ranks = config.parallel.ranks_per_node if step else config.parallel.world_size
     os.environ[AGENT_ENV] = str(os.getpid())
@@ -57,7 +57,7 @@ def main(config: Config, arguments: list[str]) -> NoReturn:
     os._exit(max((128 - code if code < 0 else code for code in codes.values()), default=Exit.DONE))
 
 
-def launch_arguments(config: Config, step: slurm.Step | None) -> list[str]:
+def launch_arguments(config: Config, step: Step | None) -> list[str]:
     """The arguments of `accelerate launch`, less the program.
 
     Args:

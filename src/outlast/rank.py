@@ -13,14 +13,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from . import agent, slurm
-from .cells import cell_directory
-from .config import load
+from . import agent
+from .config.configuration import load
 from .errors import OutlastError
-from .ledger import Ledger, finished
-from .preemption import SIGNALS, PreemptionGuard, at_parents_death
+from .preemption.signals import SIGNALS, PreemptionGuard, at_parents_death
 from .run import AlreadyFinished, Run
-from .rundir import RunDirectory
+from .rundir.directory import RunDirectory
+from .rundir.ledger import Ledger, finished
+from .rundir.sweep import cell_directory
+from .slurm.environment import current_job
 
 PARENT_ENV = "OUTLAST_PARENT"
 
@@ -86,7 +87,7 @@ def target_of(arguments: argparse.Namespace) -> RunDirectory:
 def _log_by_attempt(run: Run) -> None:
     """Send this rank's output to a log of this attempt, unless the local launcher has; the log of `srun`, or of the
     agent, keeps the pointer to it."""
-    if slurm.current() is None and agent.AGENT_ENV not in os.environ:
+    if current_job() is None and agent.AGENT_ENV not in os.environ:
         return
     path = run.directory.log(run.attempt, run.rank)
     run.say(f"log: {path}")

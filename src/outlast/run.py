@@ -13,26 +13,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import slurm
-from .checkpoint import Sealed, versions
-from .deadline import Planner, Work
-from .departure import Departure, LostRankError
+from .attempt.saving import Saver
+from .attempt.steps import StepEnd, Verdict
+from .checkpoint.manifest import Sealed, versions
+from .config.sections import CheckpointSection, PreemptionSection, StorageSection
 from .errors import CheckpointError, Exit, OutlastError, SlurmError
-from .ledger import Ledger, Recorder, attempt_of, attempts, finished
-from .predecessor import settle_predecessor
-from .preemption import PreemptionGuard
-from .progress import ProgressWriter
-from .ranks import Agreement
-from .rundir import RunDirectory, RunLock
-from .saving import Saver
-from .sections import CheckpointSection, PreemptionSection, StorageSection
-from .startup import StartupLeave, exit_at_once
-from .step_end import StepEnd, Verdict
+from .preemption.deadline import Planner, Work
+from .preemption.previous_attempt import settle_predecessor
+from .preemption.shutdown import Departure, LostRankError
+from .preemption.signals import PreemptionGuard
+from .preemption.startup import StartupLeave, exit_at_once
+from .ranks.collectives import Agreement
+from .rundir.directory import RunDirectory, RunLock
+from .rundir.ledger import Ledger, Recorder, attempt_of, attempts, finished
+from .rundir.progress import ProgressWriter
+from .slurm.environment import current_job, export_ranks, hostnames
+from .slurm.view import end_time_of, notice_of, show_job
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from .world_size import Layout
+    from .ranks.layout import Layout
 
 ATTEMPT_ENV = "OUTLAST_ATTEMPT"
 LOCK_FD_ENV = "OUTLAST_LOCK_FD"
@@ -67,8 +68,8 @@ class Run:
         self._preemption = preemption
         self._started = time.time()
         self._guard = guard
-        self._job = slurm.current()
-        slurm.export_ranks()
+        self._job = current_job()
+        export_ranks()
         self.agreement = Agreement()
         self._ledger = Ledger(directory.ledger)
         events = self._ledger.read()
@@ -158,7 +159,7 @@ class Run:
             raise SystemExit(int(Exit.GAVE_UP))
         self.store.sweep()
         job = self._job
-        hosts = slurm.hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
+        hosts = hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
         self.record(
             "attempt_started",
             job_id=job.job_id if job else None,
@@ -172,13 +173,13 @@ class Run:
         if job is None:
             return
         try:
-            view = slurm.show_job(job.job_id, timeout_s=5.0)
+            view = show_job(job.job_id, timeout_s=5.0)
         except SlurmError as error:
             self.say(f"Slurm did not say when this job ends ({error}); its signal is what is left")
             return
-        self._guard.end_time, self._guard.ask_end_time = view.end_time, lambda: slurm.end_time(job.job_id)
+        self._guard.end_time, self._guard.ask_end_time = view.end_time, lambda: end_time_of(job.job_id)
         with suppress(SlurmError):
-            self._departure.notice = slurm.notice(job.job_id, self._preemption.grace_s)
+            self._departure.notice = notice_of(job.job_id, self._preemption.grace_s)
         self._watch_the_clock()
         if view.preempt_time is not None and view.preempt_time >= (view.start_time or 0.0):
             self._leave_in_startup("TERM")  # its signal came before this process could catch one
@@ -345,7 +346,7 @@ class Run:
         Returns:
             The Trainer's `TrainOutput`.
         """
-        from .trainer import train
+        from .huggingface.trainer import train
 
         try:
             output = train(self, trainer)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .preemption import PreemptionGuard
+from .config.sections import CheckpointSection, PreemptionSection, StorageSection
+from .preemption.signals import PreemptionGuard
 from .run import Run
-from .rundir import RunDirectory
-from .sections import CheckpointSection, PreemptionSection, StorageSection
+from .rundir.directory import RunDirectory
 
 
 def start(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpoint import verify
+from outlast.checkpoint.manifest import verify
 from outlast.errors import CheckpointError
 
 from .harness import (

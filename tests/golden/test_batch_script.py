@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from outlast.errors import ConfigError
-from outlast.launcher.batch import batch_script
-from outlast.launcher.compose import compose
-from outlast.launcher.submit import target_of
-from outlast.launcher.sweep import make
+from outlast.launcher.execution.submit import target_of
+from outlast.launcher.execution.sweep import make
+from outlast.launcher.planning.batch_script import batch_script
+from outlast.launcher.planning.compose import compose
 
 EXPECTED = """#!/bin/bash
 
@@ -43,7 +43,7 @@ code=0
 srun --unbuffered --kill-on-bad-exit=1 --cpu-bind=cores '--label-io=a b' "${{OUTLAST_HOLD[@]}}" "$python" \
 -P -u -m outlast.rank {arguments} || code=$?
 # What the ranks can't see to when they are gone; its exit code is the job's.
-"$python" -P -m outlast.settle {arguments} --exit-code "$code"
+"$python" -P -m outlast.epilogue {arguments} --exit-code "$code"
 """
 OVERRIDES = [
     "job=smoke",
@@ -93,7 +93,7 @@ def test_of_a_sweep(tmp_path: Path) -> None:
     sweep = make([*OVERRIDES, f"run.root={tmp_path}", "seed=1,2"])
     assert sweep.script() == expected(tmp_path, "%A_%a.log", f"--sweep '{tmp_path}/my run'")
     beyond = batch_script(sweep.cells[0].plan.config, sweep.target(offset=1001))
-    assert f"outlast.settle --sweep '{tmp_path}/my run' --offset 1001 --exit-code" in beyond
+    assert f"outlast.epilogue --sweep '{tmp_path}/my run' --offset 1001 --exit-code" in beyond
 
 
 @pytest.mark.parametrize("name", ["it's", "$(touch x)", "`touch x`", 'a"b', "ä ö", "a;b", "!!", "#x", "*"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.storage import bytes_used
+from outlast.files import bytes_used
 
 from ..conftest import OUTLAST, SMOKE, Command, RunProbe, wait_for
 

@@ -11,7 +11,7 @@ import pytest
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
-from outlast.checkpoint import verify
+from outlast.checkpoint.manifest import verify
 
 from ..conftest import SMOKE, Command, RunProbe, wait_for
 from .test_library import SCRIPT, run_script

@@ -13,7 +13,7 @@ import pytest
 
 from outlast.checkpoint.manifest import Sealed, read_manifest
 from outlast.checkpoint.removal import Remover
-from outlast.rundir import RunDirectory
+from outlast.rundir.directory import RunDirectory
 
 from ..conftest import Command, RunProbe, wait_for
 

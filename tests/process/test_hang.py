@@ -165,9 +165,9 @@ def test_ranks_that_are_far_apart_stop_at_the_same_poll(tmp_path: Path) -> None:
 APART = """
 import os, sys, time
 import torch.distributed as dist
-from outlast.consensus import Consensus
-from outlast.peers import Peers
-from outlast.ranks import Agreement
+from outlast.ranks.agreement import Consensus
+from outlast.ranks.channel import Peers
+from outlast.ranks.collectives import Agreement
 
 dist.init_process_group("gloo")
 agreement = Agreement()

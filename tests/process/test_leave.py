@@ -101,7 +101,7 @@ LEAVES_ALONE = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from outlast.ranks import Agreement
+from outlast.ranks.collectives import Agreement
 
 dist.init_process_group("gloo")
 agreement = Agreement()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.launcher.train import run_sweep
+from outlast.launcher.commands.train import run_sweep
 
 from ..conftest import SMOKE, Command, RunProbe
 
@@ -62,7 +62,7 @@ def test_one_bad_cell_does_not_stop_the_others(outlast: Callable[..., Command], 
 def test_a_program_gets_the_metric_of_each_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import json\n"
-        "from outlast.launcher.train import run_sweep\n"
+        "from outlast.launcher.commands.train import run_sweep\n"
         f"results = run_sweep({[*SMOKE, 'run.name=s', 'trainer.max_steps=20', 'trainer.learning_rate=0.1,0.01']!r})\n"
         "print(json.dumps([one.as_dict() for one in results]))\n"
     )

@@ -1,4 +1,4 @@
-"""The claim that `outlast.jobs.prepared` rests on: a trainer of prepared data trains as one of raw data does."""
+"""The claim that `outlast.jobs.training.prepared` rests on: a trainer of prepared data trains as one of raw data does."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import outlast.config
-from outlast.jobs import data, models, prepared
+import outlast.config.configuration
+from outlast.jobs.training import data, models, prepared
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch, trl and their dependencies about each other
@@ -51,18 +51,18 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def config() -> outlast.config.Config:
+def config() -> outlast.config.configuration.Config:
     tiny = {"vocab_size": 512, "hidden_size": 32, "layers": 1, "heads": 2, "max_length": 128}
-    return outlast.config.build({"model": tiny, "data": {"max_pairs": 60, "eval_fraction": 0.2}, "seed": 3})
+    return outlast.config.configuration.build({"model": tiny, "data": {"max_pairs": 60, "eval_fraction": 0.2}, "seed": 3})
 
 
 @pytest.fixture(scope="module")
-def raw(config: outlast.config.Config) -> Any:
+def raw(config: outlast.config.configuration.Config) -> Any:
     return data.load(config)
 
 
 @pytest.fixture(scope="module")
-def tiny(config: outlast.config.Config, raw: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(config: outlast.config.configuration.Config, raw: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny") / "model"
     models.prepare_tiny(config, data.texts(raw[0]), directory)
     return directory
@@ -195,7 +195,7 @@ def test_killed_while_saving_leaves_nothing_to_load(tmp_path: Path) -> None:
     program = """
         import os, signal, sys
         from pathlib import Path
-        from outlast.jobs import prepared
+        from outlast.jobs.training import prepared
 
         def write(staging):
             (staging / "half").write_text("half")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlast.launcher import devcluster as launcher_devcluster
+from outlast.launcher.devcluster import cluster as launcher_devcluster
 
 
 def wait_for(condition: Callable[[], bool], limit_s: float, what: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from outlast.errors import OutlastError
-from outlast.launcher import devcluster as launcher_devcluster
+from outlast.launcher.devcluster import cluster as launcher_devcluster
 
 from .cluster import Cluster
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from outlast.errors import OutlastError
-from outlast.launcher import devcluster as launcher_devcluster
-from outlast.launcher import devcluster_daemons
+from outlast.launcher.devcluster import cluster as launcher_devcluster
+from outlast.launcher.devcluster import daemons as devcluster_daemons
 
 from .cluster import Cluster, wait_for
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from outlast.slurm import timestamp
+from outlast.slurm.commands import slurm_timestamp
 
 from ..conftest import SMOKE, Command, RunProbe, is_alive, wait_for
 from .cluster import Cluster
@@ -83,7 +83,7 @@ def test_a_preempted_job_leaves_nothing_behind_and_none_of_it_is_killed(
     wait_for(lambda: not processes.alive(), "the end of all processes of the first attempt", 15)
     gone = time.time()
     wait_for(lambda: len(run.events("attempt_started")) == 2, "the next attempt", 60)
-    started = timestamp(devcluster.job(job)["StartTime"])
+    started = slurm_timestamp(devcluster.job(job)["StartTime"])
     assert started is not None
     print(f"{launch}: processes gone {gone - requeued:.1f} s, next start {started - requeued:.1f} s after the requeue")
     assert gone < started <= requeued + 30  # Slurm alone holds it for 120

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from outlast.launcher import snapshot
+from outlast.launcher.execution import snapshot
 
 from ..conftest import SMOKE, Command, RunProbe, wait_for
 from .cluster import Cluster
@@ -278,7 +278,7 @@ def test_a_job_whose_source_was_broken_meanwhile_goes_on_with_the_code_that_was_
     run.reach(15)
     preempt(cluster)
     wait_for(lambda: run.events("requeued"), "the requeue")
-    for source in ("jobs/smoke.py", "run.py", "settle.py", "slurm/view.py", "shell/prologue.sh"):
+    for source in ("jobs/smoke.py", "run.py", "epilogue.py", "slurm/view.py", "shell/prologue.sh"):
         with open(checkout / "outlast" / source, "a") as file:
             file.write("\n)\n")
     broken = [sys.executable, "-P", "-c", "import outlast"]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from outlast.errors import OutlastError
-from outlast.launcher import cancel as launcher_cancel
-from outlast.launcher import devcluster as launcher_devcluster
-from outlast.launcher import slurm_queue
-from outlast.launcher.slurm_queue import JobKey
+from outlast.launcher.commands import cancel as launcher_cancel
+from outlast.launcher.devcluster import cluster as launcher_devcluster
+from outlast.launcher.runs import queue as slurm_queue
+from outlast.launcher.runs.queue import JobKey
 
 from ..conftest import SMOKE, Command, RunProbe, wait_for
 from .cluster import Cluster

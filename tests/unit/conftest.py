@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.rundir import RunDirectory
+from outlast.rundir.directory import RunDirectory
 
 from .runs import Make
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
-from outlast.cells import Cell, Manifest
-from outlast.launcher import status, status_table
-from outlast.launcher.slurm_queue import Answer, JobKey, JobState
-from outlast.launcher.status import RunStatus, collect
-from outlast.ledger import Ledger
-from outlast.rundir import RunDirectory
-from outlast.submission import Submission
+from outlast.launcher.commands import status
+from outlast.launcher.commands.status import RunStatus, collect
+from outlast.launcher.display import status_table
+from outlast.launcher.runs.queue import Answer, JobKey, JobState
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
+from outlast.rundir.submission import Submission
+from outlast.rundir.sweep import Cell, Manifest
 
 Make = Callable[..., RunDirectory]
 

@@ -4,10 +4,10 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from outlast.agent import launch_arguments
-from outlast.config import Config
+from outlast.config.configuration import Config
 from outlast.errors import ConfigError
-from outlast.launcher.compose import compose
-from outlast.slurm import Step
+from outlast.launcher.planning.compose import compose
+from outlast.slurm.environment import Step
 
 SECOND_OF_THREE = Step(task=1, tasks=3, local_task=0, local_tasks=1, address="10.0.0.1", port=12_345)
 

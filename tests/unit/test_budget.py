@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from outlast.budget import (
+from outlast.storage.budget import (
     GB,
     MARGIN,
     Footprint,

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint.cadence import LARGEST_SHARE, LOWER_S, UPPER_S, Cadence, explain, failures, interval, optimum
+from outlast.checkpoint.interval import LARGEST_SHARE, LOWER_S, UPPER_S, Cadence, explain, failures, interval, optimum
+from outlast.config.sections import CheckpointSection
 from outlast.errors import ConfigError
-from outlast.launcher import plan
-from outlast.launcher.compose import compose
-from outlast.ledger import EVENTS, Event, attempts
-from outlast.sections import CheckpointSection
+from outlast.launcher.planning import plan
+from outlast.launcher.planning.compose import compose
+from outlast.rundir.ledger import EVENTS, Event, attempts
 
 from ..conftest import OUTLAST
 
@@ -304,5 +304,5 @@ def test_a_run_root_that_is_a_file_is_left_to_the_check_that_names_it(tmp_path: 
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import sys, outlast.checkpoint.cadence; assert 'torch' not in sys.modules"
+    code = "import sys, outlast.checkpoint.interval; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

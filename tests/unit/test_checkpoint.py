@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from outlast.budget import MARGIN
-from outlast.checkpoint import CheckpointStore, Manifest, PassingError, Room, SaveError, verify
 from outlast.checkpoint import store as store_module
+from outlast.checkpoint.manifest import Manifest, PassingError, verify
+from outlast.checkpoint.space import Room
+from outlast.checkpoint.store import CheckpointStore, SaveError
 from outlast.errors import CheckpointError, ConfigError
-from outlast.ranks import Agreement
-from outlast.rundir import RunDirectory
+from outlast.ranks.collectives import Agreement
+from outlast.rundir.directory import RunDirectory
+from outlast.storage.budget import MARGIN
 
 
 class Harness:

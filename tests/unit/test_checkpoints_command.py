@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 import xxhash
 
-from outlast.checkpoint import MANIFEST, Sealed, read_manifest
-from outlast.checkpoint.manifest import write_manifest
+from outlast.checkpoint.manifest import MANIFEST, Sealed, read_manifest, write_manifest
 from outlast.checkpoint.removal import Remover
-from outlast.launcher import checkpoints
-from outlast.rundir import RunDirectory
+from outlast.launcher.commands import checkpoints
+from outlast.rundir.directory import RunDirectory
 
 from ..conftest import OUTLAST, SMOKE, Command
 

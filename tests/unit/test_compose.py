@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from outlast.config import build
+from outlast.config.configuration import build
 from outlast.errors import ConfigError, Exit
-from outlast.launcher.compose import compose
+from outlast.launcher.planning.compose import compose
 
 
 def refusal(*overrides: str, config_dir: Path | None = None) -> str:
@@ -182,7 +182,7 @@ def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_composing_imports_no_torch() -> None:
-    code = "import sys; from outlast.launcher.compose import compose; compose([]); assert 'torch' not in sys.modules"
+    code = "import sys; from outlast.launcher.planning.compose import compose; compose([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=60)
 
 

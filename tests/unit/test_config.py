@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from outlast import config as module
-from outlast.config import SCHEMAS, Config, build, dump, load
+from outlast.config import configuration as module
+from outlast.config.configuration import SCHEMAS, Config, build, dump, load
 from outlast.errors import ConfigError, Exit
 
 CONF = Path(str(files("outlast.conf")))

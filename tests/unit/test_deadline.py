@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from outlast.deadline import MARGIN_S, SLACK, Planner
-from outlast.slurm import Notice
+from outlast.preemption.deadline import MARGIN_S, SLACK, Planner
+from outlast.slurm.view import Notice
 
 NOTICE = Notice(30.0, "GraceTime of partition low", 30.0)
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.config import Config, build
+from outlast.config.configuration import Config, build
 from outlast.errors import ConfigError
-from outlast.jobs import deepspeed, sft, smoke
+from outlast.jobs import sft, smoke
+from outlast.jobs.training import deepspeed
 
 pytest.importorskip("deepspeed")
 
@@ -130,7 +131,7 @@ def test_a_shard_runs_nothing_when_it_is_read(tmp_path: Path) -> None:
     import torch
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    from outlast import zero
+    from outlast.huggingface import deepspeed as zero
 
     torch.save({"optimizer_state_dict": _Runs(tmp_path / "ran")}, tmp_path / "shard.pt")
     engine = TorchCheckpointEngine()

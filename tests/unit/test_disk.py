@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from outlast import disk
-from outlast.disk import Limit
+from outlast.storage import file_system as disk
+from outlast.storage.file_system import Limit
 
 KIB = 1024
 QUOTA = """Disk quotas for user jo (uid 1000):

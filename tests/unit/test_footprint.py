@@ -12,8 +12,12 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from outlast.config import Config, build
-from outlast.jobs import amount, footprint, models, sizes, weights
+from outlast.config.configuration import Config, build
+from outlast.jobs.estimate import dataset_size as amount
+from outlast.jobs.estimate import file_sizes as sizes
+from outlast.jobs.estimate import footprint
+from outlast.jobs.estimate import parameters as weights
+from outlast.jobs.training import models
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

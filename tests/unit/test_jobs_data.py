@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import outlast.config
+import outlast.config.configuration
 from outlast.errors import ConfigError, OutlastError
-from outlast.jobs import data, python_docs
+from outlast.jobs.training import data, python_docs
 
 Write = Callable[..., Path]
 
@@ -30,14 +30,14 @@ def write(tmp_path: Path) -> Write:
     return _write
 
 
-def jsonl(train: Path, evaluation: Path | None = None) -> outlast.config.Config:
-    return outlast.config.build(
+def jsonl(train: Path, evaluation: Path | None = None) -> outlast.config.configuration.Config:
+    return outlast.config.configuration.build(
         {"data": {"kind": "jsonl", "train": str(train), "eval": evaluation and str(evaluation)}}
     )
 
 
-def hub(path: Path | str, **values: Any) -> outlast.config.Config:
-    return outlast.config.build({"data": {"kind": "hub", "path": str(path), **values}})
+def hub(path: Path | str, **values: Any) -> outlast.config.configuration.Config:
+    return outlast.config.configuration.build({"data": {"kind": "hub", "path": str(path), **values}})
 
 
 # Python's documentation
@@ -72,7 +72,7 @@ def test_python_docs_without_sources_say_so(tmp_path: Path) -> None:
 
 
 def test_python_docs_are_split_by_fraction_and_without_overlap() -> None:
-    config = outlast.config.build({"data": {"max_pairs": 200, "eval_fraction": 0.1}})
+    config = outlast.config.configuration.build({"data": {"max_pairs": 200, "eval_fraction": 0.1}})
     train, evaluation = data.load(config)
     assert evaluation is not None
     assert (len(train), len(evaluation)) == (180, 20)
@@ -163,7 +163,7 @@ def test_a_plan_reads_the_beginning_and_loads_nothing_heavy(write: Write) -> Non
     data.check(jsonl(write(*[TEXT] * data.CHECKED_LINES, "broken")))
     with pytest.raises(ConfigError, match="line 1001"):
         data.load(jsonl(write(*[TEXT] * data.CHECKED_LINES, "broken")))
-    program = "import sys, outlast.jobs.data; sys.exit(bool({'torch', 'datasets'} & set(sys.modules)))"
+    program = "import sys, outlast.jobs.training.data; sys.exit(bool({'torch', 'datasets'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

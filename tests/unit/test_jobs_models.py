@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import outlast.config
+import outlast.config.configuration
 from outlast.errors import ConfigError, OutlastError
-from outlast.jobs import models
+from outlast.jobs.training import models
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch and its dependencies about each other
 
@@ -18,12 +18,12 @@ TINY = {"vocab_size": 400, "hidden_size": 32, "layers": 1, "heads": 2, "max_leng
 TEXTS = ["What does `len` do?\n", "Return the number of items in a container.", "naïve café 日本"] * 20
 
 
-def tiny(**values: Any) -> outlast.config.Config:
-    return outlast.config.build({"model": TINY, **values})
+def tiny(**values: Any) -> outlast.config.configuration.Config:
+    return outlast.config.configuration.build({"model": TINY, **values})
 
 
-def pretrained(path: Path | str, **values: Any) -> outlast.config.Config:
-    return outlast.config.build({"model": {"kind": "pretrained", "path": str(path), **values}})
+def pretrained(path: Path | str, **values: Any) -> outlast.config.configuration.Config:
+    return outlast.config.configuration.build({"model": {"kind": "pretrained", "path": str(path), **values}})
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_the_same_configuration_gives_the_same_bytes(made: Path, tmp_path: Path)
 
 def test_another_process_with_other_threads_gives_the_same_bytes(made: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; import outlast.config; from outlast.jobs import models;"
-        f"models.prepare_tiny(outlast.config.build({{'model': {TINY!r}}}), {TEXTS!r}, Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; import outlast.config.configuration; from outlast.jobs.training import models;"
+        f"models.prepare_tiny(outlast.config.configuration.build({{'model': {TINY!r}}}), {TEXTS!r}, Path(sys.argv[1]))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "other")], check=True, env=environment)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.ledger import Ledger, Recorder, attempts, finished, next_attempt
+from outlast.rundir.ledger import Ledger, Recorder, attempts, finished, next_attempt
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_lines_that_are_not_events_are_left_out(ledger: Ledger) -> None:
 
 def test_appends_of_two_processes_do_not_mix(ledger: Ledger) -> None:
     code = (
-        "import sys; from pathlib import Path; from outlast.ledger import Ledger\n"
+        "import sys; from pathlib import Path; from outlast.rundir.ledger import Ledger\n"
         "for step in range(100):\n"
         "    Ledger(Path(sys.argv[1])).append('deleted', int(sys.argv[2]), checkpoint=str(step), reason='x' * 5000)\n"
     )
@@ -121,7 +121,7 @@ def test_lines_that_a_full_disk_refuses_wait_and_keep_their_time(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("outlast.ledger.os.write", full)
+        patched.setattr("outlast.rundir.ledger.os.write", full)
         record("deleted", checkpoint="checkpoint-1", reason="budget")
         record("deleted", checkpoint="checkpoint-2", reason="budget")
         assert len(record.waiting) == 2
@@ -136,7 +136,7 @@ def test_lines_that_a_full_disk_refuses_wait_and_keep_their_time(
 def test_of_ranks_that_fail_at_once_one_says_so(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     code = (
-        "import sys, time; from pathlib import Path; from outlast.ledger import Ledger; "
+        "import sys, time; from pathlib import Path; from outlast.rundir.ledger import Ledger; "
         "time.sleep(max(float(sys.argv[2]) - time.time(), 0)); "
         "Ledger(Path(sys.argv[1])).append_first('attempt_ended', 1, cause='failed', step=1)"
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from outlast.errors import ConfigError
-from outlast.launcher import logs
-from outlast.ledger import Ledger
-from outlast.rundir import RunDirectory
-from outlast.submission import Submission
+from outlast.launcher.commands import logs
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
+from outlast.rundir.submission import Submission
 
 from ..conftest import Command, wait_for
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from outlast.checkpoint import origin
+from outlast.checkpoint import compatibility as origin
 
 MADE = {
     "world_size": 2,

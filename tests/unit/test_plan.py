@@ -8,10 +8,12 @@ import pytest
 from rich.console import Console
 
 from outlast.errors import ConfigError
-from outlast.launcher import plan, sweep, train
-from outlast.launcher.compose import compose
-from outlast.launcher.plan import Plan
-from outlast.ledger import Ledger
+from outlast.launcher.commands import train
+from outlast.launcher.execution import sweep
+from outlast.launcher.planning import plan
+from outlast.launcher.planning.compose import compose
+from outlast.launcher.planning.plan import Plan
+from outlast.rundir.ledger import Ledger
 
 STARTED: dict[str, Any] = {"job_id": None, "restart_count": 0, "hosts": ["here"], "world_size": 2, "versions": {}}
 

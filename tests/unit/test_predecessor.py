@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from outlast.ledger import Ledger
-from outlast.predecessor import settle_predecessor
-from outlast.rundir import RunDirectory
-from outlast.sections import PreemptionSection
-from outlast.slurm import SlurmJob
+from outlast.config.sections import PreemptionSection
+from outlast.preemption.previous_attempt import settle_predecessor
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
+from outlast.slurm.environment import SlurmJob
 
 from .conftest import Slurm
 

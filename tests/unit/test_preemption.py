@@ -5,7 +5,7 @@ import sys
 
 GUARD = """
 import os, signal, sys, threading, time
-from outlast.preemption import PreemptionGuard, shield_worker, signals_blocked
+from outlast.preemption.signals import PreemptionGuard, shield_worker, signals_blocked
 """
 
 

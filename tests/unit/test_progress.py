@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from outlast import progress
-from outlast.launcher import progress_bar
-from outlast.launcher.progress_bar import ProgressBar, duration, size
-from outlast.progress import Progress, ProgressWriter
-from outlast.rundir import RunDirectory
-from outlast.storage import bytes_used
+from outlast.files import bytes_used
+from outlast.launcher.display import progress as progress_bar
+from outlast.launcher.display.progress import ProgressBar, duration, size
+from outlast.rundir import progress
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.progress import Progress, ProgressWriter
 
 
 def looks(**values: object) -> Progress:

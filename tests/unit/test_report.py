@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from outlast.checkpoint.cadence import optimum
+from outlast.checkpoint.interval import optimum
 from outlast.errors import ConfigError
-from outlast.launcher import report
-from outlast.launcher.report import render, summarize
-from outlast.rundir import RunDirectory
+from outlast.launcher.commands import report
+from outlast.launcher.commands.report import render, summarize
+from outlast.rundir.directory import RunDirectory
 
 T0 = 1_700_000_000.0
 STARTED = {"job_id": "7", "restart_count": 0, "hosts": ["n0", "n1"], "world_size": 2, "versions": {}}

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from outlast.departure import ELASTIC_ENV, SETTLES_ENV, Departure, Lost, LostRankError
-from outlast.ledger import Ledger
-from outlast.preemption import PreemptionGuard
-from outlast.requeue import decide
-from outlast.sections import PreemptionSection
-from outlast.slurm import JobView, SlurmJob
+from outlast.config.sections import PreemptionSection
+from outlast.preemption.policy import decide
+from outlast.preemption.shutdown import ELASTIC_ENV, SETTLES_ENV, Departure, Lost, LostRankError
+from outlast.preemption.signals import PreemptionGuard
+from outlast.rundir.ledger import Ledger
+from outlast.slurm.environment import SlurmJob
+from outlast.slurm.view import JobView
 
 from .conftest import Slurm
 
@@ -286,7 +287,7 @@ def test_a_connection_that_breaks_because_a_peer_has_died_is_not_the_cause(
 ) -> None:
     monkeypatch.setenv(SETTLES_ENV, "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("outlast.departure.ECHO_S", 0.5)
+    monkeypatch.setattr("outlast.preemption.shutdown.ECHO_S", 0.5)
     slurm.says("scontrol", RUNNING)
     guard = PreemptionGuard()
     if signalled:

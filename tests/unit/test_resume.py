@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from outlast.config import build, dump
+from outlast.config.configuration import build, dump
 from outlast.errors import ConfigError, SlurmError
-from outlast.launcher import resume
-from outlast.launcher.batch import use_cluster
-from outlast.launcher.slurm_queue import Answer
-from outlast.launcher.status import collect
-from outlast.ledger import Ledger
-from outlast.rundir import RunDirectory
-from outlast.submission import Submission
+from outlast.launcher.commands import resume
+from outlast.launcher.commands.status import collect
+from outlast.launcher.planning.batch_script import use_cluster
+from outlast.launcher.runs.queue import Answer
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
+from outlast.rundir.submission import Submission
 
 
 @pytest.fixture

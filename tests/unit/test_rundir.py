@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from outlast.errors import Exit, RunBusyError
-from outlast.rundir import RunDirectory, RunLock, write_atomically
+from outlast.rundir.directory import RunDirectory, RunLock, write_atomically
 
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from outlast.rundir import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory, RunLock
 lock = RunLock(RunDirectory(Path(sys.argv[1])))
 lock.acquire("a test")
 if sys.argv[2] == "child":
@@ -102,7 +102,7 @@ def test_write_atomically_replaces_and_leaves_nothing_behind(tmp_path: Path) -> 
 def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
     path = tmp_path / "progress.json"
     code = (
-        "import sys; from pathlib import Path; from outlast.rundir import write_atomically\n"
+        "import sys; from pathlib import Path; from outlast.rundir.directory import write_atomically\n"
         "for n in range(400): write_atomically(Path(sys.argv[1]), str(n % 10) * 100_000, durable=False)\n"
     )
     write_atomically(path, "0" * 100_000)

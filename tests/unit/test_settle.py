@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from outlast.config import build, dump
-from outlast.ledger import Ledger
-from outlast.rundir import RunDirectory, RunLock
-from outlast.settle import settle
+from outlast.config.configuration import build, dump
+from outlast.epilogue import settle
+from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.ledger import Ledger
 
 from .conftest import Slurm
 
@@ -179,7 +179,7 @@ def test_another_attempts_ledger_is_not_written_to(run: Run, slurm: Slurm, monke
     run.start(1, job_id="6")
     holder = RunLock(run.directory)
     holder.acquire("another attempt")
-    monkeypatch.setattr("outlast.settle.WAIT_S", 0.1)
+    monkeypatch.setattr("outlast.epilogue.WAIT_S", 0.1)
     try:
         assert run.settle(2) == 2
     finally:
@@ -230,7 +230,7 @@ def test_without_a_frozen_script_it_says_so(run: Run, slurm: Slurm, capfd: pytes
 
 
 def test_the_command_needs_a_run_and_the_exit_code(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "outlast.settle"]
+    command = [sys.executable, "-m", "outlast.epilogue"]
     done = subprocess.run([*command, "--exit-code", "3"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3
     assert "RUN_DIR, or --sweep SWEEP_DIR" in done.stderr
@@ -238,7 +238,7 @@ def test_the_command_needs_a_run_and_the_exit_code(tmp_path: Path) -> None:
 
 
 def test_it_imports_nothing_heavy() -> None:
-    code = "import sys, outlast.settle; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys, outlast.epilogue; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
@@ -254,7 +254,7 @@ def test_while_slurm_is_silent_it_waits(
     def sleep(seconds: float) -> None:
         script.write_text(answering)
 
-    monkeypatch.setattr("outlast.settle.time.sleep", sleep)
+    monkeypatch.setattr("outlast.epilogue.time.sleep", sleep)
     assert run.settle(137) == 75
     assert "Unable to contact slurm controller; waiting for Slurm to answer" in capfd.readouterr().out
     assert slurm.calls("scontrol requeue")

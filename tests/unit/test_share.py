@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from outlast.cells import Cell, Manifest
-from outlast.ledger import Ledger
-from outlast.rundir import RunDirectory
-from outlast.sections import StorageSection
-from outlast.share import Share
-from outlast.storage import bytes_used
+from outlast.config.sections import StorageSection
+from outlast.files import bytes_used
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
+from outlast.rundir.sweep import Cell, Manifest
+from outlast.storage.share import Share
 
 GB = 1_000_000_000
 

@@ -10,7 +10,7 @@ import pytest
 
 import outlast
 from outlast.errors import ConfigError
-from outlast.launcher import snapshot
+from outlast.launcher.execution import snapshot
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -188,7 +188,7 @@ def test_where_outlast_is_installed_inside_the_project_the_project_still_counts(
     snapshot.take(installed, project)  # an installed package, with its rooms inside
     (project / "env" / "pyvenv.cfg").write_text("")
     code = (
-        "from pathlib import Path; from outlast.launcher import snapshot;"
+        "from pathlib import Path; from outlast.launcher.execution import snapshot;"
         f"taken = snapshot.take(Path({str(target)!r}), Path({str(project)!r}));"
         "print(taken.outlast['path'], taken.outlast.get('commit'), taken.project['files'])"
     )

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from outlast.launcher import status
-from outlast.launcher.runs import is_locked, runs_named, runs_under, state_of
-from outlast.launcher.slurm_queue import Answer, JobKey, JobState
-from outlast.launcher.status import collect
-from outlast.launcher.submissions import cancelled_at, mark_cancelled
-from outlast.ledger import Ledger
-from outlast.rundir import RunDirectory, RunLock
+from outlast.launcher.commands import status
+from outlast.launcher.commands.status import collect
+from outlast.launcher.runs.queue import Answer, JobKey, JobState
+from outlast.launcher.runs.runs import is_locked, runs_named, runs_under, state_of
+from outlast.launcher.runs.submissions import cancelled_at, mark_cancelled
+from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.ledger import Ledger
 
 from .runs import Make, end, progress, row, save, says, shown, start, submit, sweep_of
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from outlast.config import build, dump
+from outlast.config.configuration import build, dump
 from outlast.errors import ConfigError
-from outlast.launcher import slurm_queue, status
-from outlast.launcher.runs import run_named, runs_named, runs_under, settings_of
-from outlast.launcher.slurm_queue import Answer, JobKey, JobState
-from outlast.launcher.status import collect
-from outlast.rundir import RunDirectory
+from outlast.launcher.commands import status
+from outlast.launcher.commands.status import collect
+from outlast.launcher.runs import queue as slurm_queue
+from outlast.launcher.runs.queue import Answer, JobKey, JobState
+from outlast.launcher.runs.runs import run_named, runs_named, runs_under, settings_of
+from outlast.rundir.directory import RunDirectory
 
 from .runs import Make, end, progress, row, save, says, shown, start, sweep_of
 

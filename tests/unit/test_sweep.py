@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from outlast.cells import Manifest, cell_directory, read_manifest
 from outlast.errors import ConfigError, OutlastError
-from outlast.launcher import sweep as sweeping
-from outlast.launcher.arrays import ranges
-from outlast.launcher.compose import Composer, compose
-from outlast.launcher.expand import LONGEST_NAME, expand
-from outlast.launcher.sweep import CellsRefusedError, make, merged
+from outlast.launcher.execution import sweep as sweeping
+from outlast.launcher.execution.arrays import ranges
+from outlast.launcher.execution.sweep import CellsRefusedError, make, merged
+from outlast.launcher.planning.compose import Composer, compose
+from outlast.launcher.planning.expand import LONGEST_NAME, expand
+from outlast.rundir.sweep import Manifest, cell_directory, read_manifest
 
 
 def names(*overrides: str) -> list[str]:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from outlast.config import Config, build
+from outlast.config.configuration import Config, build
 from outlast.errors import ConfigError, Exit
-from outlast.jobs.trainer_args import INEXACT, RESERVED, check, sft_config
-from outlast.launcher.compose import compose
+from outlast.jobs.training.trainer_arguments import INEXACT, RESERVED, check, sft_config
+from outlast.launcher.planning.compose import compose
 
 # datasets, fsspec and friends warn at import about their own dependencies
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning:(?!transformers)")

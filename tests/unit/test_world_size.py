@@ -9,9 +9,9 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from outlast.checkpoint.origin import ResumeRefusedError
+from outlast.checkpoint.compatibility import ResumeRefusedError
 from outlast.jobs import smoke
-from outlast.world_size import Layout, RankBatches, derived_seed, layout
+from outlast.ranks.layout import Layout, RankBatches, derived_seed, layout
 
 ORDER = [7 * i % 100 for i in range(100)]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outlast.checkpoint.direct import ALIGN, IN_FLIGHT, PIECE
+from outlast.checkpoint.direct_io import ALIGN, IN_FLIGHT, PIECE
 from outlast.checkpoint.manifest import read_entry
 from outlast.checkpoint.writer import CHUNK, Writer, adopt
 

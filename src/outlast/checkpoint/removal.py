@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from outlast.errors import CheckpointError
-from outlast.ledger import Record
-from outlast.rundir import RunDirectory, flush_directory
+from outlast.rundir.directory import RunDirectory, flush_directory
+from outlast.rundir.ledger import Record
 
 from .manifest import MANIFEST, Sealed, read_manifest, resume_only, write_manifest
 

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from outlast.errors import CheckpointError
-from outlast.ledger import Record
-from outlast.ranks import Agreement
-from outlast.rundir import RunDirectory, flush_directory, remove_temporaries
-from outlast.storage import bytes_used
+from outlast.files import bytes_used
+from outlast.ranks.collectives import Agreement
+from outlast.rundir.directory import RunDirectory, flush_directory, remove_temporaries
+from outlast.rundir.ledger import Record
 
 from .manifest import MANIFEST, Manifest, PassingError, Sealed, read_manifest, verify, write_manifest
 from .removal import Remover
 from .retention import Removal, Retention, newest_full
-from .room import Room
+from .space import Room
 from .writer import Writer, adopt, flush_tree
 
 RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"

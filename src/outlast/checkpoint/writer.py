@@ -20,9 +20,9 @@ from typing import IO, Any, cast
 
 import xxhash
 
-from outlast.rundir import flush_directory, flush_file
+from outlast.rundir.directory import flush_directory, flush_file
 
-from .direct import DirectFile
+from .direct_io import DirectFile
 from .manifest import FileEntry, entry_of, read_entry
 
 CHUNK = 1 << 20

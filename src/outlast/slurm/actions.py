@@ -7,7 +7,7 @@ from typing import Literal
 
 from outlast.errors import SlurmError
 
-from .commands import run
+from .commands import run_slurm
 from .environment import SlurmJob, environment_without_job
 from .view import show_job
 
@@ -21,7 +21,7 @@ class Requeued:
     hold_lifted: bool
 
 
-def requeue(job: SlurmJob, delay_s: int) -> Requeued:
+def requeue_job(job: SlurmJob, delay_s: int) -> Requeued:
     """Requeue a running job from inside it, and bring its next start forward to `delay_s` from now.
 
     Slurm holds a requeued job back for the lifetime of its credential (two minutes by default). The start time given
@@ -34,7 +34,7 @@ def requeue(job: SlurmJob, delay_s: int) -> Requeued:
     """
     by: Literal["job", "slurm"] = "job"
     try:
-        run("scontrol", "requeue", job.job_id)
+        run_slurm("scontrol", "requeue", job.job_id)
     except SlurmError:
         if show_job(job.job_id).restarts <= job.restart_count:
             raise
@@ -52,7 +52,7 @@ def bring_forward(job: SlurmJob, delay_s: int) -> None:
     Raises:
         SlurmError: it was refused.
     """
-    run("scontrol", "update", f"JobId={job.job_id}", f"StartTime=now+{delay_s}")
+    run_slurm("scontrol", "update", f"JobId={job.job_id}", f"StartTime=now+{delay_s}")
 
 
 def sbatch(script: Path, flags: list[str], keep_open: int | None = None) -> str:
@@ -70,7 +70,7 @@ def sbatch(script: Path, flags: list[str], keep_open: int | None = None) -> str:
     fds = () if keep_open is None else (keep_open,)
     command = ("sbatch", "--parsable", *flags, str(script))
     env = {name: value for name, value in environment_without_job().items() if name not in _overruled(script)}
-    out = run(*command, timeout_s=120.0, pass_fds=fds, env=env)
+    out = run_slurm(*command, timeout_s=120.0, pass_fds=fds, env=env)
     job_id = out.strip().splitlines()[-1].partition(";")[0] if out.strip() else ""  # "7;cluster"
     if not job_id.isdigit():
         raise SlurmError(f"`sbatch {script}` answered {out.strip()!r}, which is no job id")
@@ -91,7 +91,7 @@ def max_array_size() -> int:
     Raises:
         SlurmError: no answer.
     """
-    for line in run("scontrol", "show", "config").splitlines():
+    for line in run_slurm("scontrol", "show", "config").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == "MaxArraySize":
             return max(int(value), 1)

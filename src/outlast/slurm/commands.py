@@ -6,10 +6,10 @@ import subprocess
 from datetime import datetime
 
 from outlast.errors import SlurmError
-from outlast.preemption import signals_blocked
+from outlast.preemption.signals import signals_blocked
 
 
-def run(
+def run_slurm(
     *command: str, timeout_s: float = 20.0, pass_fds: tuple[int, ...] = (), env: dict[str, str] | None = None
 ) -> str:
     """The output of one of Slurm's commands. A user's own formats and filters are taken out of its environment.
@@ -53,7 +53,7 @@ def seconds_of(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def timestamp(text: str | None) -> float | None:
+def slurm_timestamp(text: str | None) -> float | None:
     """A time as Slurm prints it, in Unix seconds; None where it prints none."""
     try:
         return datetime.fromisoformat(text or "").timestamp()

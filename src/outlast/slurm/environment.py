@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from outlast.errors import SlurmError
 
-from .commands import pairs, run
+from .commands import pairs, run_slurm
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class SlurmJob:
     nodelist: str
 
 
-def current() -> SlurmJob | None:
+def current_job() -> SlurmJob | None:
     """The Slurm job around this process, or None."""
     env = os.environ
     if "SLURM_JOB_ID" not in env:
@@ -30,7 +30,7 @@ def current() -> SlurmJob | None:
     return SlurmJob(job_id, int(env.get("SLURM_RESTART_COUNT", "0") or 0), env.get("SLURM_JOB_NODELIST", ""))
 
 
-def node() -> str:
+def current_node() -> str:
     """This machine's name: Slurm's, which is not always the host's, else the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
@@ -55,7 +55,7 @@ class Step:
     port: int
 
 
-def step() -> Step | None:
+def current_step() -> Step | None:
     """The `srun` step around this process, or None.
 
     Raises:
@@ -86,7 +86,7 @@ def export_ranks() -> None:
     Raises:
         SlurmError: the first node has no address that resolves.
     """
-    if "RANK" in os.environ or (here := step()) is None:
+    if "RANK" in os.environ or (here := current_step()) is None:
         return
     os.environ |= {
         "RANK": str(here.task),
@@ -100,7 +100,7 @@ def export_ranks() -> None:
 
 def hostnames(nodelist: str) -> list[str]:
     """Node names of a compressed list: `n[0-1]` gives `["n0", "n1"]`."""
-    return run("scontrol", "show", "hostnames", nodelist).split()
+    return run_slurm("scontrol", "show", "hostnames", nodelist).split()
 
 
 def address_of(node: str) -> str:
@@ -109,7 +109,7 @@ def address_of(node: str) -> str:
     try:
         socket.getaddrinfo(address, None)
     except OSError:
-        address = pairs(run("scontrol", "show", "node", node, "-o")).get("NodeAddr", "")
+        address = pairs(run_slurm("scontrol", "show", "node", node, "-o")).get("NodeAddr", "")
         try:
             socket.getaddrinfo(address, None)
         except OSError:

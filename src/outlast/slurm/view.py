@@ -5,9 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from outlast.errors import SlurmError
-from outlast.ledger import Cause
+from outlast.rundir.ledger import Cause
 
-from .commands import pairs, run, seconds_of, timestamp
+from .commands import pairs, run_slurm, seconds_of, slurm_timestamp
 from .environment import SlurmJob
 
 STATE_CAUSES: dict[str, Cause] = {
@@ -79,18 +79,18 @@ def show_job(job_id: str, timeout_s: float = 20.0) -> JobView:
     Raises:
         SlurmError: no answer within `timeout_s`, or the job is unknown.
     """
-    fields = pairs(run("scontrol", "show", "job", job_id, "-o", timeout_s=timeout_s))
+    fields = pairs(run_slurm("scontrol", "show", "job", job_id, "-o", timeout_s=timeout_s))
     return JobView(
         state=fields.get("JobState", ""),
         reason=fields.get("Reason", ""),
-        preempt_time=timestamp(fields.get("PreemptTime")),
-        start_time=timestamp(fields.get("StartTime")),
-        end_time=timestamp(fields.get("EndTime")),
+        preempt_time=slurm_timestamp(fields.get("PreemptTime")),
+        start_time=slurm_timestamp(fields.get("StartTime")),
+        end_time=slurm_timestamp(fields.get("EndTime")),
         restarts=int(fields.get("Restarts", "0") or 0),
     )
 
 
-def end_time(job_id: str) -> float | None:
+def end_time_of(job_id: str) -> float | None:
     """When a job will reach its time limit, Unix seconds; None if Slurm does not answer at once."""
     with suppress(SlurmError):
         return show_job(job_id, timeout_s=2.0).end_time
@@ -109,7 +109,7 @@ class Notice:
     """Seconds, at the time limit and when it is cancelled; None: nobody says."""
 
 
-def notice(job_id: str, grace_s: float | None = None, timeout_s: float = 5.0) -> Notice:
+def notice_of(job_id: str, grace_s: float | None = None, timeout_s: float = 5.0) -> Notice:
     """Ask Slurm how long this job will have.
 
     Args:
@@ -118,21 +118,23 @@ def notice(job_id: str, grace_s: float | None = None, timeout_s: float = 5.0) ->
     Raises:
         SlurmError: no answer.
     """
-    lines = run("scontrol", "show", "config", timeout_s=timeout_s).splitlines()
+    lines = run_slurm("scontrol", "show", "config", timeout_s=timeout_s).splitlines()
     site = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
     kill_wait_s = seconds_of(site.get("KillWait", ""))
     if grace_s is not None:
         return Notice(grace_s, "preemption.grace_s", kill_wait_s)
     rule = site.get("PreemptType", "preempt/none")
-    job = pairs(run("scontrol", "show", "job", job_id, "-o", timeout_s=timeout_s))
+    job = pairs(run_slurm("scontrol", "show", "job", job_id, "-o", timeout_s=timeout_s))
     source = f"GraceTime of partition {job.get('Partition')}"
     if rule == "preempt/partition_prio":
-        partition = pairs(run("scontrol", "show", "partition", job.get("Partition", ""), "-o", timeout_s=timeout_s))
+        partition = pairs(
+            run_slurm("scontrol", "show", "partition", job.get("Partition", ""), "-o", timeout_s=timeout_s)
+        )
         given = None if partition.get("PreemptMode") == "OFF" else seconds_of(partition.get("GraceTime", ""))
     elif rule == "preempt/qos":
         source = f"GraceTime of QOS {job.get('QOS')}"
         qos = ("sacctmgr", "-nP", "show", "qos", f"name={job.get('QOS')}", "format=GraceTime")
-        given = seconds_of(run(*qos, timeout_s=timeout_s).strip())
+        given = seconds_of(run_slurm(*qos, timeout_s=timeout_s).strip())
     else:
         return Notice(None, "jobs are not preempted here", kill_wait_s)
     if given == 0:
@@ -149,7 +151,7 @@ def restart_cause(job: SlurmJob) -> Cause:
     if cause in ("preempted", "node_failure"):
         return cause
     with suppress(SlurmError):
-        nodes = run("sinfo", "--noheader", "--Node", f"--nodes={job.nodelist}", "--format=%t", timeout_s=5.0)
+        nodes = run_slurm("sinfo", "--noheader", "--Node", f"--nodes={job.nodelist}", "--format=%t", timeout_s=5.0)
         well = {"alloc", "mix", "idle", "comp", "resv", "plnd", "drng"}
         return "preempted" if {state.strip("*~#!%$@^-") for state in nodes.split()} <= well else "node_failure"
     return "node_failure"
@@ -158,7 +160,7 @@ def restart_cause(job: SlurmJob) -> Cause:
 def accounted_state(job: SlurmJob) -> str | None:
     """How `sacct` says that one start of a job ended (each has a line of its own), or None where nobody keeps that."""
     with suppress(SlurmError):
-        out = run("sacct", "-nXDP", f"--jobs={job.job_id}", "--format=State", timeout_s=5.0)
+        out = run_slurm("sacct", "-nXDP", f"--jobs={job.job_id}", "--format=State", timeout_s=5.0)
         lines = out.splitlines()
         if job.restart_count < len(lines):
             return lines[job.restart_count].partition(" ")[0]  # "CANCELLED by 0"
@@ -168,5 +170,5 @@ def accounted_state(job: SlurmJob) -> str | None:
 def ran_out_of_memory(job_id: str) -> bool:
     """Whether `sacct` says that a step of the job's present start was killed for using too much memory."""
     with suppress(SlurmError):
-        return "OUT_OF_MEMORY" in run("sacct", "-nP", f"--jobs={job_id}", "--format=State", timeout_s=5.0)
+        return "OUT_OF_MEMORY" in run_slurm("sacct", "-nP", f"--jobs={job_id}", "--format=State", timeout_s=5.0)
     return False

@@ -1,0 +1,254 @@
+"""The bytes that a run of a Hugging Face Trainer will write, estimated before anything runs.
+
+The model is built on the meta device, its adapters applied by PEFT there: parameters are counted exactly, in no memory.
+What is made of them stands in `sizes.py`; `benchmarks/footprint.py` compares the estimate with real bytes.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from outlast.config.configuration import Config
+from outlast.config.sections import Lora, NoPeft, PretrainedModel, TinyModel
+from outlast.files import bytes_used
+from outlast.rundir.directory import RunDirectory
+from outlast.storage.budget import Footprint
+
+from ..training import models
+from ..training import trainer_arguments as trainer_args
+from . import dataset_size as amount
+from . import file_sizes as sizes
+from . import parameters as weights
+
+if TYPE_CHECKING:
+    import torch
+
+LOG_ENTRY, EVAL_ENTRY, STATE = 340, 420, 900
+"""An entry of `trainer_state.json` for a logged step and for an evaluation, and the rest of it (TRL 1.16)."""
+MANIFEST, MANIFEST_FILE = 900, 130
+"""A manifest, and an entry in it."""
+DEEPSPEED_ARGUMENTS = 1_100
+"""What its configuration adds to `training_args.bin`."""
+SHARD = 50_000_000_000
+"""Above this, transformers cuts weights into several files (`save_pretrained`, `max_shard_size`)."""
+LINE, RECORDS = 300, 131_072
+"""A line of a log or of the ledger, and the records of a run beside these, with a log's first lines."""
+TOKENIZER_TOKEN = 72
+"""Bytes of `tokenizer.json` per token of `model=tiny`, above the first 300 (measured: 62 to 72, growing)."""
+
+
+def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
+    """Bytes by part of a run of `job=sft` whose configuration has been checked.
+
+    Args:
+        zero_stage: of DeepSpeed's ZeRO, 0 without DeepSpeed; left out, it is that of `parallel`. With stage 3 the
+            weights are gathered when they are saved (`stage3_gather_16bit_weights_on_model_save`).
+
+    Raises:
+        OSError, ValueError: the model's configuration or tokenizer can't be read.
+    """
+    ranks, gpus = config.parallel.world_size, config.parallel.gpus_per_rank * config.parallel.ranks_per_node
+    zero_stage = config.parallel.zero_stage if zero_stage is None else zero_stage
+    half = _half(config) if zero_stage else None
+    with sizes.quiet(), _no_logging():
+        args, run = _arguments(config), RunDirectory(config.directory)
+        if isinstance(config.model, PretrainedModel):
+            tokenizer, tokens = _tokenizer(str(config.model.path), config.model.trust_remote_code)
+        else:
+            tokenizer, tokens = None, _tiny_tokenizer_bytes(config, run)
+        describing = _describing_bytes(_key(config))
+        saved, optimizer, copies, notes = _learned(_key(config), zero_stage, half, ranks)
+        data = amount.amount(config, tokenizer)
+        total = amount.steps(config, data)
+        small = describing + sizes.torch_file(args) + (DEEPSPEED_ARGUMENTS if zero_stage else 0)
+        final = {"weights": saved, "tokenizer": tokens, "small files": small}
+        logged, evaluated = _entries(config, total)
+        checkpoint = {
+            "weights": saved,
+            "optimizer": optimizer,
+            "DeepSpeed's copy of the weights": copies,
+            "random states": ranks * sizes.random_states(gpus),
+            "schedule": _schedule_bytes(args),
+            "trainer state": STATE + logged * LOG_ENTRY + evaluated * EVAL_ENTRY,
+            "tokenizer": tokens,
+            "small files": small + (sizes.DEEPSPEED_SCRIPTS if zero_stage else 0),
+            "manifest": MANIFEST + MANIFEST_FILE * (12 + ranks * (1 + bool(zero_stage) + (zero_stage == 3))),
+        }
+    fixed = {"records and logs": RECORDS + LINE * (logged + evaluated) + 16_384 * ranks}
+    if isinstance(config.model, TinyModel):
+        fixed["prepared model"] = _tiny_bytes(config) + tokens
+    if data is not None:
+        fixed["prepared data"] = amount.prepared_bytes(config, data)
+    else:
+        notes = (*notes, "the size of the prepared data is not known before the dataset has been read")
+    if run.prepared.is_dir():  # a run that has begun: what is there is known
+        fixed["prepared model"] = bytes_used(run.prepared / "model")
+        fixed["prepared data"] = bytes_used(run.prepared / "data") or fixed.get("prepared data", 0)
+    used = {part: size for part, size in checkpoint.items() if size}
+    final["manifest"] = MANIFEST + 10 * MANIFEST_FILE
+    return Footprint(checkpoint=used, final=final, fixed=fixed, notes=notes)
+
+
+def changes(config: Config) -> list[tuple[str, Config]]:
+    """What could be changed so that less is written, as it would be typed, the least intrusive first."""
+    found: list[tuple[str, Config]] = []
+    optimizer = config.trainer.get("optim", "adamw_torch_fused")
+    if isinstance(config.model, PretrainedModel) and config.model.dtype in ("auto", "float32"):
+        found.append(("model.dtype=bfloat16", replace(config, model=replace(config.model, dtype="bfloat16"))))
+    if optimizer != "adafactor":
+        found.append(("trainer.optim=adafactor", replace(config, trainer=config.trainer | {"optim": "adafactor"})))
+    if isinstance(config.peft, NoPeft):
+        found.append(("peft=lora", replace(config, peft=Lora())))
+    elif config.peft.r > 8:
+        found.append(("peft.r=8", replace(config, peft=replace(config.peft, r=8))))
+    return found
+
+
+# Weights and optimizer ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What weights and optimizer depend on: the cells of a sweep often share it."""
+
+    text: str
+    config: Config = field(compare=False)
+
+
+def _key(config: Config) -> _Key:
+    values, trainer = config.identity(), config.trainer
+    chosen = [values["model"], values["peft"], trainer.get("optim"), trainer.get("optim_args")]
+    return _Key(json.dumps(chosen, sort_keys=True, default=str), config)
+
+
+@lru_cache(maxsize=16)
+def _learned(
+    key: _Key, zero_stage: int, half: "torch.dtype | None", ranks: int
+) -> tuple[int, int, int, tuple[str, ...]]:
+    """Bytes of the weights as saved, of the optimizer's state, of DeepSpeed's copy; and notes."""
+    found = weights.weights(key.config, zero_stage, half)
+    size = sizes.safetensors_file(found.saved)
+    if size > SHARD:
+        size += 150 * len(found.saved)  # the index
+    name, notes = str(_arguments(key.config).optim.value), []
+    if name.endswith("8bit") and "torch" not in name and "galore" not in name:
+        optimizer = sizes.optimizer_8bit(name, found.groups) + 3 * 2 * found.embeddings
+        return size, optimizer, 0, ("the optimizer's 8-bit state is counted by a formula",)
+    try:
+        from transformers import Trainer
+
+        cls, arguments = Trainer.get_optimizer_cls_and_kwargs(_arguments(key.config))
+        if zero_stage:
+            shards = {"stage": zero_stage, "ranks": ranks}
+            return size, *sizes.zero_files(found.model, found.module, found.groups, cls, arguments, **shards), ()
+        return size, sizes.torch_file(sizes.stepped(found.groups, cls, arguments)), 0, ()
+    except Exception as error:  # optimizers that need a GPU, a package that is not here, or the real model
+        notes.append(f"the state of trainer.optim={name} is taken to be AdamW's: it can't be counted here ({error})")
+        numel = sum(sizes.numel(shape) for group in found.groups for shape, _ in group)
+        copies = sum(t.numel() * t.element_size() for t in found.module.values()) if zero_stage in (1, 2) else 0
+        return size, (12 if zero_stage else 8) * numel, copies, tuple(notes)
+
+
+def _half(config: Config) -> "torch.dtype | None":
+    """The type that DeepSpeed gives the module: that of mixed precision, or none."""
+    import torch
+
+    trainer = config.trainer
+    if trainer.get("fp16"):
+        return torch.float16
+    wanted = trainer.get("bf16", None)
+    return torch.bfloat16 if wanted or (wanted is None and config.parallel.gpus_per_rank) else None
+
+
+# The rest -------------------------------------------------------------------------------------------------------
+
+
+def _arguments(config: Config) -> Any:
+    """The Trainer's arguments, made without a GPU and without a process group."""
+    import torch
+    from trl import SFTConfig
+
+    dry = type("DrySFTConfig", (SFTConfig,), {"device": property(lambda _: torch.device("cpu"))})
+    values = trainer_args.as_arguments(config, RunDirectory(config.directory).checkpoints, cuda=False, bf16=False)
+    args = dry(**{key: value for key, value in values.items() if key not in ("tf32", "bf16", "fp16")})
+    args.__class__ = SFTConfig  # so that it can be pickled
+    return args
+
+
+def _schedule_bytes(args: Any) -> int:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))] * 1, lr=0.1)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    try:
+        schedule = get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError):  # one that wants more than that
+        return 2_000
+    return sizes.torch_file(schedule.state_dict())
+
+
+def _entries(config: Config, total: int | None) -> tuple[int, int]:
+    """Log lines and evaluations of the whole run."""
+    trainer, steps = config.trainer, total or 10_000
+    every = trainer.get("logging_steps", 10)
+    logged = steps / every if every >= 1 else 1 / every
+    evaluated = 0.0
+    if trainer.get("eval_strategy") == "steps":
+        every = trainer.get("eval_steps") or every
+        evaluated = steps / every if every >= 1 else 1 / every
+    elif trainer.get("eval_strategy") == "epoch":
+        evaluated = trainer.get("num_train_epochs", 3)
+    return int(logged) + 1, int(evaluated) + 1
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(path: str, trust: bool) -> tuple[Any, int]:
+    """Of a pretrained model, and its bytes."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    return tokenizer, sizes.written(tokenizer.save_pretrained)
+
+
+def _tiny_tokenizer_bytes(config: Config, run: RunDirectory) -> int:
+    """Of the tokenizer of a tiny model, which may not exist yet."""
+    made = run.prepared / "model" / "tokenizer.json"
+    if made.is_file():
+        return made.stat().st_size + 700
+    assert isinstance(config.model, TinyModel)
+    return 9_000 + TOKENIZER_TOKEN * (config.model.vocab_size - 300)
+
+
+@lru_cache(maxsize=16)
+def _describing_bytes(key: _Key) -> int:
+    """Configuration and generation configuration of the model, or configuration and card of the adapter."""
+    from peft import get_peft_model
+
+    model, adapter = weights.on_meta(key.config), models.peft_config(key.config)
+    if adapter is None:
+        return sizes.written(model.config.save_pretrained, model.generation_config.save_pretrained)
+    import torch
+
+    with torch.device("meta"):
+        adapted = get_peft_model(model, adapter)
+    return sizes.written(adapted.create_or_update_model_card, adapter.save_pretrained)
+
+
+def _tiny_bytes(config: Config) -> int:
+    return sizes.safetensors_file(weights.on_meta(config).state_dict()) + 1_000
+
+
+@contextmanager
+def _no_logging() -> Iterator[None]:
+    """Nothing that libraries log while a plan is made."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,115 @@
+"""What a run trains and saves, as tensors on the meta device: names, shapes and types, and no memory.
+
+The model's own code and PEFT's make them, so that they are counted exactly, tied weights once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlast.config.configuration import Config
+from outlast.config.sections import PretrainedModel, TinyModel
+
+from ..training import models
+
+if TYPE_CHECKING:
+    import torch
+
+    from .file_sizes import Groups
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is trained and what is saved, in meta tensors."""
+
+    model: Any
+    saved: "dict[str, torch.Tensor]"
+    """As the finished model has them, by name."""
+    groups: "Groups"
+    """Of the trainable parameters, as the Trainer groups them: with weight decay, and without."""
+    embeddings: int
+    """Elements of trainable embeddings."""
+    module: "dict[str, torch.Tensor]"
+    """What DeepSpeed writes of the weights: the state as the module has it, without what is frozen."""
+
+
+def weights(config: Config, zero_stage: int, half: "torch.dtype | None") -> Weights:
+    """What the run trains and saves.
+
+    Args:
+        zero_stage: of DeepSpeed's ZeRO; 0 without DeepSpeed.
+        half: the type that DeepSpeed gives all weights, if it gives them one.
+    """
+    import torch
+    from transformers import Trainer
+
+    model = on_meta(config)
+    adapter = models.peft_config(config)
+    if adapter is None:
+        saved = module = _untied(model.state_dict(keep_vars=True))
+    else:
+        from peft import get_peft_model, get_peft_model_state_dict
+
+        # As TRL does it: with stage 3 adapters have the type of the model, else PEFT makes half precision 32-bit.
+        with torch.device("meta"):
+            model = get_peft_model(model, adapter, autocast_adapter_dtype=zero_stage != 3)
+        saved = get_peft_model_state_dict(model)
+        module = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if half is not None:
+        saved, module = ({n: t.to(half) for n, t in tensors.items()} for tensors in (saved, module))
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [[p for n, p in trained if n in decayed], [p for n, p in trained if n not in decayed]]
+    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    return Weights(
+        model=model,
+        saved=saved,
+        groups=[[(tuple(p.shape), p.dtype) for p in group] for group in groups],
+        embeddings=sum(p.numel() for _, p in trained if id(p) in embeddings),
+        module=module,
+    )
+
+
+def _untied(state: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """Each tensor once: a tied weight is saved under its first name."""
+    seen: set[int] = set()
+    return {name: t for name, t in state.items() if not (id(t) in seen or seen.add(id(t)))}  # type: ignore[func-returns-value]
+
+
+def on_meta(config: Config) -> Any:
+    """The model without its adapter, without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    described = _model_config(config)
+    dtype = getattr(torch, str(described.dtype).removeprefix("torch.") if described.dtype else "float32")
+    trust = isinstance(config.model, PretrainedModel) and config.model.trust_remote_code
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(described, dtype=dtype, trust_remote_code=trust)
+
+
+def _model_config(config: Config) -> Any:
+    """The model's configuration, with the type that its weights will have."""
+    from transformers import AutoConfig
+
+    match config.model:
+        case TinyModel() as tiny:
+            return models.tiny_config(tiny)
+        case PretrainedModel() as chosen:
+            described = AutoConfig.from_pretrained(chosen.path, trust_remote_code=chosen.trust_remote_code)
+            if chosen.dtype != "auto":
+                described.dtype = chosen.dtype
+            elif described.dtype is None:
+                described.dtype = _first_dtype(Path(chosen.path or ""))
+            return described
+
+
+def _first_dtype(directory: Path) -> str:
+    """What transformers takes for `dtype: auto` where the configuration names none: the first weight's."""
+    from safetensors import safe_open
+
+    for path in sorted(directory.glob("*.safetensors"))[:1]:
+        with safe_open(str(path), "pt") as file:
+            kinds = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+            return {"BF16": "bfloat16", "F16": "float16"}.get(next(kinds, ""), "float32")
+    return "float32"

@@ -1,0 +1,1 @@
+"""What the kinds of job share: models, data, trainer arguments, DeepSpeed."""

@@ -1,0 +1,84 @@
+"""What is prepared once and read by every later attempt: the tokenized and packed datasets of an `SFTTrainer`.
+
+A directory is published by one rename of a staging directory whose files are flushed, so it is complete or absent.
+The trainer of a later attempt is built from what is read here and must not prepare it again (see :func:`reuse`);
+the batches, and so the weights, are those of a trainer built from the raw data.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlast.rundir.directory import flush_directory, flush_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMNS = ("input_ids", "labels", "seq_lengths")
+"""What TRL's collator reads of a prepared row; the raw text is left behind."""
+
+
+def publish(directory: Path, write: Callable[[Path], None]) -> None:
+    """Fill a directory so that it is there as a whole or not at all, also after a power loss.
+
+    One process at a time. What was under the name before, and what an earlier attempt left half-written, is replaced.
+
+    Args:
+        write: called with the staging directory, a sibling of `directory`.
+    """
+    staging = directory.with_name(f".{directory.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    write(staging)
+    for parent, _, names in os.walk(staging):
+        for name in names:
+            flush_file(Path(parent, name))
+        flush_directory(Path(parent))
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.rename(staging, directory)
+    flush_directory(directory.parent)
+
+
+def save(directory: Path, train: "Dataset", evaluation: "Dataset | None") -> None:
+    """Keep the prepared datasets of a trainer: `trainer.train_dataset` and `trainer.eval_dataset`. Rank 0 alone."""
+    splits = {"train": train} | ({} if evaluation is None else {"eval": evaluation})
+
+    def write(staging: Path) -> None:
+        for name, split in splits.items():
+            kept = split.select_columns([column for column in COLUMNS if column in split.column_names])
+            kept.save_to_disk(str(staging / name))
+        (staging / "prepared.json").write_text(json.dumps({name: len(split) for name, split in splits.items()}))
+
+    publish(directory, write)
+
+
+def load(directory: Path) -> "tuple[Dataset, Dataset | None] | None":
+    """The prepared datasets, memory-mapped, or None if they are not there or can't be read: prepare them again.
+
+    With several ranks, let one of them decide and the others follow: a trainer that prepares waits for all ranks.
+    """
+    if not directory.is_dir():
+        return None
+    from datasets import load_from_disk
+
+    try:
+        rows = json.loads((directory / "prepared.json").read_text())
+        splits = {name: load_from_disk(str(directory / name)) for name in rows}
+        whole = "train" in rows and all(len(split) == rows[name] for name, split in splits.items())
+    except (OSError, ValueError):  # Arrow's errors are among these
+        return None
+    return (splits["train"], splits.get("eval")) if whole else None
+
+
+def reuse(arguments: Any) -> None:
+    """Change an `SFTConfig` so that a trainer takes prepared datasets as they are.
+
+    Without it TRL would truncate, pack and shuffle them a second time. `assistant_only_loss` has done its work in
+    the labels; left on, TRL would look for the raw chat and refuse.
+    """
+    arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    arguments.assistant_only_loss = False

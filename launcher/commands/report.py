@@ -1,0 +1,182 @@
+"""What happened to a run: attempts, causes, steps, seconds and bytes, from its ledger and its directory."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from outlast.checkpoint import interval as cadence
+from outlast.errors import ConfigError, Exit
+from outlast.files import bytes_used
+from outlast.rundir import progress as progress_file
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Event, Ledger, finished
+
+from ..display.progress import duration, size
+from ..runs.attempts import attempt_rows
+from ..runs.runs import best_metric, budget_of, run_named, settings_of, started_attempts, state_of
+
+Summary = dict[str, Any]
+
+WIDE = 110
+"""Columns that the whole table of attempts takes."""
+WHERE = ("job", "hosts", "ranks")
+"""What is left out on a narrower terminal; `--json` has it."""
+
+
+def main(name: str, root: Path, *, as_json: bool) -> int:
+    """`outlast report RUN`: a name under `root`, or a run directory's path."""
+    summary = summarize(run_named(name, root))
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        console = Console(highlight=False)
+        render(summary, console if console.is_terminal else Console(highlight=False, width=200))
+    return Exit.DONE
+
+
+def summarize(run: RunDirectory) -> Summary:
+    """The report as plain values: what `--json` prints. Times are Unix seconds, lengths seconds, sizes bytes.
+
+    `steps_lost` counts the steps that had to be made again: for each attempt that went on from a checkpoint, the
+    furthest step of the attempt before, less the step it went on from.
+
+    `goodput` is the share of the wall time, from the first start to the last end, that was spent on steps that count:
+    the seconds inside attempts, less what each took to resume, times the share of all steps made that were not lost,
+    over the wall time.
+
+    Raises:
+        ConfigError: the run has not started.
+    """
+    events = Ledger(run.ledger).read()
+    tries = started_attempts(events)
+    if not tries:
+        raise ConfigError("RUN", run.path.name, "it has not started yet, so there is nothing to report")
+    settings, state, done = settings_of(run), state_of(run, events), finished(events)
+    rows = attempt_rows(run, tries, events)
+    rows[-1]["killed"] &= state != "running"
+    made, lost = sum(row["steps_done"] for row in rows), sum(row["steps_lost"] for row in rows)
+    wall = max(row["end"] for row in rows) - rows[0]["start"]
+    resuming = sum(row["resume_s"] or 0.0 for row in rows)
+    inside = sum(row["seconds"] for row in rows) - resuming
+    saved = [event for attempt in tries for event in attempt.checkpoints]
+    count = {kind: sum(e["kind"] == kind for e in saved) for kind in ("periodic", "emergency", "final")}
+    return {
+        "run": run.path.name,
+        "path": str(run.path),
+        "state": state,
+        "finished": done is not None,
+        "final_step": done["step"] if done else None,
+        "step": max(row["last_step"] for row in rows),
+        "total_steps": _total_steps(run, settings["trainer"]),
+        "steps_done": made,
+        "steps_lost": lost,
+        "preemptions": sum(row["cause"] == "preempted" for row in rows),
+        "requeues": sum(event["event"] == "requeued" for event in events),
+        "seconds": {
+            "total": wall,
+            "training": inside,
+            "resuming": resuming,
+            "between_attempts": sum(max(b["start"] - a["end"], 0.0) for a, b in pairwise(rows)),
+        },
+        "goodput": inside * (made - lost) / (made * wall) if made and wall > 0 else None,
+        "checkpoints": {
+            "count": len(saved),
+            **count,
+            "failed": sum(event["event"] == "checkpoint_failed" for event in events),
+            "mean_stall_s": sum(e["stall_s"] for e in saved) / len(saved) if saved else None,
+            "max_sealed_s": max((e["sealed_s"] for e in saved if e["sealed_s"] is not None), default=None),
+            "bytes": sum(e["bytes"] for e in saved),
+        },
+        "interval": _interval(events),
+        "quarantined": [
+            {"checkpoint": e["checkpoint"], "reason": e["reason"]} for e in events if e["event"] == "quarantined"
+        ],
+        "deleted": sum(event["event"] == "deleted" for event in events),
+        "bytes_used": bytes_used(run.path),
+        "bytes_peak": _peak(run, saved),
+        "budget_bytes": budget_of(settings),
+        "best": best_metric(events, settings["trainer"]),
+        "attempts": rows,
+    }
+
+
+def _interval(events: list[Event]) -> Summary | None:
+    """The interval between periodic saves that `checkpoint.every=auto` came to last, and why."""
+    last = next((event for event in reversed(events) if event["event"] == "interval"), None)
+    if last is None:
+        return None
+    values = {name: last[name] for name in ("seconds", "cost_s", "mtbf_s")}
+    return {**values, "explanation": cadence.explain(**values)}
+
+
+def _peak(run: RunDirectory, saved: list[Event]) -> int:
+    """The most that was in use, as far as anybody looked."""
+    now = progress_file.read(run)
+    seen = [int(event.get("run_bytes", 0)) for event in saved]
+    return max(bytes_used(run.path), now.bytes_peak if now else 0, *seen)
+
+
+def _total_steps(run: RunDirectory, trainer: Summary) -> int | None:
+    now = progress_file.read(run)
+    return (now.total_steps if now else None) or max(int(trainer.get("max_steps") or 0), 0) or None
+
+
+def render(summary: Summary, console: Console) -> None:
+    """Print the report."""
+    total, seconds, saves = summary["total_steps"], summary["seconds"], summary["checkpoints"]
+    goodput = "?" if summary["goodput"] is None else f"{summary['goodput']:.1%}"
+    stall = "" if saves["mean_stall_s"] is None else f", {duration(saves['mean_stall_s'])} of stall each"
+    console.print(Text(f"{summary['run']}: {summary['state'].replace('_', ' ')}", style="bold"))
+    facts = {
+        "steps": f"{summary['step']}/{'?' if total is None else total}, {summary['steps_lost']} lost",
+        "attempts": f"{len(summary['attempts'])}: {summary['preemptions']} preempted, {summary['requeues']} requeued",
+        "time": f"{duration(seconds['total'])}: {duration(seconds['training'])} training, "
+        f"{duration(seconds['resuming'])} resuming, {duration(seconds['between_attempts'])} between attempts",
+        "goodput": goodput,
+        "checkpoints": f"{saves['count']} ({saves['periodic']} periodic, {saves['emergency']} emergency, "
+        f"{saves['final']} final), {size(saves['bytes'])} written{stall}",
+        "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
+        "on disk": size(summary["bytes_used"], summary["budget_bytes"]) + (f", peak {size(summary['bytes_peak'])}"),
+    }
+    if summary["interval"]:
+        facts["interval"] = summary["interval"]["explanation"]
+    if best := summary["best"]:
+        facts["best"] = f"{best['name']} {best['value']:.4g} at step {best['step']}"
+    grid = Table.grid(padding=(0, 2))
+    for name, text in facts.items():
+        grid.add_row(Text(name, style="dim"), Text(text))
+    console.print(grid)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    rows = [_cells(row) for row in summary["attempts"]]
+    shown = [name for name in rows[0] if console.width >= WIDE or name not in WHERE]
+    for name in shown:
+        table.add_column(name, overflow="fold")
+    for cells in rows:
+        table.add_row(*(Text(cells[name]) for name in shown))
+    console.print(table, highlight=False)
+    for bad in summary["quarantined"]:
+        console.print(Text(f"quarantined {bad['checkpoint']}: {bad['reason']}", style="yellow"))
+
+
+def _cells(row: Summary) -> dict[str, str]:
+    """One attempt, by column."""
+    ended = row["cause"] or ("killed" if row["killed"] else "running")
+    sealed = row["signal_to_sealed_s"]
+    return {
+        "attempt": str(row["number"]),
+        "job": row["job_id"] or "",
+        "hosts": ", ".join(row["hosts"]),
+        "ranks": str(row["world_size"] or ""),
+        "time": duration(row["seconds"]),
+        "steps": f"{row['first_step']} to {row['last_step']}",
+        "lost": str(row["steps_lost"]),
+        "ended": f"{ended}, killed" if row["killed"] and row["cause"] else ended,
+        "signal": row["signal"] or "",
+        "to sealed": "" if sealed is None else duration(sealed),
+        "bytes": size(row["bytes"]),
+    }

@@ -1,0 +1,184 @@
+"""`outlast resume`: what is unfinished goes on, also what failed, was cancelled or gave up.
+
+It starts from the run's own `config.yaml`, so nothing but the overrides given here can differ. What decides the weights
+can't be changed: that would be another run.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from outlast.config.configuration import IDENTITY, Config, build, load
+from outlast.config.sections import LocalCluster, SlurmCluster
+from outlast.errors import ConfigError, Exit, SlurmError
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.sweep import read_manifest
+
+from ..execution import local, submit, sweep
+from ..planning import plan as planning
+from ..planning.compose import parsed
+from ..planning.expand import Combination
+from ..planning.plan import Plan
+from ..runs import queue as slurm_queue
+from ..runs.runs import is_named, runs_named
+from ..runs.submissions import sweep_at
+from .status import RunStatus, collect
+
+LAYOUT = ("parallel.nodes", "parallel.ranks_per_node", "parallel.launch")
+"""How many ranks there are, and how they are spread over nodes: a run adapts to it."""
+LISTED = 12
+"""Runs up to which each has a line; more are counted."""
+LIMIT_S = 10.0
+
+
+def main(arguments: Sequence[str], root: Path) -> int:
+    """`outlast resume RUN|SWEEP|SWEEP/CELL… [OVERRIDE…]`.
+
+    Everything is checked before the first run is submitted.
+
+    Raises:
+        ConfigError: a run that does not exist, or an override that is refused, with the reason.
+        SlurmError: Slurm does not answer: whether a run is in the queue can't be known, so nothing is submitted.
+    """
+    names, overrides = sorted_out(arguments, root)
+    rows = collect(runs_named(names, root), ask=partial(slurm_queue.ask, limit_s=LIMIT_S))
+    for row in rows:
+        if row.note is not None:
+            raise SlurmError(f"{row.note}. Whether {row.name} is in the queue can't be known: nothing was submitted.")
+    plans = {row.name: plan_of(row, overrides) for row in rows if _settled(row) is None}
+    _print_settled(rows)
+    cells: dict[Path, list[Plan]] = defaultdict(list)
+    for name, plan in plans.items():
+        if not isinstance(plan.config.cluster, SlurmCluster):
+            continue
+        if sweep_at(plan.directory.path.parent) is not None:
+            cells[plan.directory.path.parent].append(plan)
+        else:
+            job = submit.submit(plan)
+            print(f"{name}: " + (f"job {job.job_id} is in the queue already" if job.again else f"job {job.job_id}"))
+    for directory, members in cells.items():
+        _submit_cells(directory, members)
+    return _train_here([plan for plan in plans.values() if isinstance(plan.config.cluster, LocalCluster)])
+
+
+def sorted_out(arguments: Sequence[str], root: Path) -> tuple[list[str], list[str]]:
+    """Names and overrides. A name may hold `=` (cells are named by what is swept), so what exists is a name.
+
+    Raises:
+        ConfigError: no run was named.
+    """
+    names = [text for text in arguments if "=" not in text or is_named(text, root)]
+    if not names:
+        raise ConfigError("RUN", " ".join(arguments), "valid: a run or a sweep, then overrides")
+    return names, [text for text in arguments if text not in names]
+
+
+def plan_of(row: RunStatus, overrides: Sequence[str]) -> Plan:
+    """The plan of a run that is to go on.
+
+    Raises:
+        ConfigError: it is refused, with the reason.
+    """
+    config = changed(_run(row), overrides)
+    if isinstance(config.cluster, LocalCluster) and row.job_id is not None:
+        reason = "it was submitted with `sbatch`, whose script has its resources; valid: the same `sbatch` again"
+        raise ConfigError("RUN", row.name, reason)
+    return planning.make(config, with_script=row.sweep is None)
+
+
+def _train_here(plans: list[Plan]) -> int:
+    """One after the other, in the foreground, until one is told to stop. Returns the worst exit code."""
+    worst, console = int(Exit.DONE), Console(highlight=False)
+    for plan in plans:
+        code = local.train(plan, console)
+        if code == Exit.RESUME_ME:
+            return code
+        worst = max(worst, code)
+    return worst
+
+
+def _run(row: RunStatus) -> RunDirectory:
+    return RunDirectory(Path(row.path))
+
+
+def _settled(row: RunStatus) -> str | None:
+    """Why a run is left alone; None if it is to go on."""
+    match row.state:
+        case "finished":
+            return "has finished already"
+        case "running" | "queued" | "preempted":
+            job = "" if row.job_id is None else f" (job {row.job_id})"
+            return f"{'waits for its requeue' if row.state == 'preempted' else f'is {row.state} already'}{job}"
+    if row.slurm_state in slurm_queue.ACTIVE:
+        return f"is on its way out (job {row.job_id}); try again when it has left"
+    return None
+
+
+def _print_settled(rows: list[RunStatus]) -> None:
+    alone = [(row.name, reason) for row in rows if (reason := _settled(row)) is not None]
+    if len(alone) <= LISTED:
+        for name, reason in alone:
+            print(f"{name} {reason}")
+    else:
+        for reason, count in Counter(reason.partition(" (")[0] for _, reason in alone).items():
+            print(f"{count} of {len(rows)}: {reason}")
+
+
+def changed(run: RunDirectory, overrides: Sequence[str]) -> Config:
+    """The configuration of a run, at the place where it is now, with other resources.
+
+    Raises:
+        ConfigError: an override of something that decides the weights, or that is no value of a section.
+    """
+    before = load(run.config)
+    tree = before.as_dict()
+    tree["run"] |= {"name": run.path.name, "root": str(run.path.parent)}
+    for text in overrides:
+        _set(tree, text)
+    return build(tree)
+
+
+def _set(tree: dict[str, Any], text: str) -> None:
+    """Apply one override to plain values."""
+    override = parsed(text)
+    key = str(override.key_or_group)
+    section, _, rest = key.partition(".")
+    value = None if override.is_delete() else override.value()
+    if override.is_delete() or override.is_sweep_override():
+        raise ConfigError(key, text, "valid: one value, key=value")
+    if section in IDENTITY and key not in LAYOUT:
+        raise ConfigError(
+            key, value, "it decides the weights, so it would be another run: `outlast train … run.name=…`"
+        )
+    if section == "run":
+        raise ConfigError(key, value, "a run is its directory; move that, or start another with `outlast train`")
+    if not rest:
+        raise ConfigError(key, value, f"a resumed run changes values, not groups; valid: {section}.<key>=…")
+    *path, last = rest.split(".")
+    place = tree.setdefault(section, {})
+    for part in path:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise ConfigError(key, value, f"{part} has no keys of its own")
+    place[last] = value
+
+
+def _submit_cells(directory: Path, plans: list[Plan]) -> None:
+    """Submit cells of one sweep, in one array."""
+    manifest = read_manifest(directory)
+    by_directory = {plan.directory.path.name: plan for plan in plans}
+    planned = [
+        sweep.PlannedCell(Combination(cell.name, tuple(cell.overrides)), by_directory[cell.directory])
+        for cell in manifest.cells
+        if cell.directory in by_directory
+    ]
+    again = sweep.SweepPlan(directory.name, directory.parent, manifest.overrides, planned)
+    outcome = sweep.submit(again, reopen=True)
+    for job in outcome.jobs:
+        print(f"{directory.name}: {len(job.indices or ())} cells in array job {job.job_id}")
+    if left := len(planned) - len(outcome.submitted):
+        print(f"{directory.name}: {left} cells are in the queue already")

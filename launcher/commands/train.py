@@ -1,0 +1,201 @@
+"""`outlast train` and `outlast plan`: one run, or the cells of a sweep; here, or submitted."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from outlast.errors import Exit
+from outlast.rundir.ledger import Ledger, finished
+
+from ..execution import sweep as sweeping
+from ..execution.sweep import Outcome, SweepPlan
+from ..execution.wait import Result, exit_code, metric_text, result, wait
+from ..planning import plan as planning
+from ..planning.compose import compose
+from ..planning.plan import Plan
+from ..planning.storage import describe
+
+WARNINGS = 5
+"""Lines at most: each cell of a sweep may have one of its own."""
+
+
+def train(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, as_json: bool) -> int:
+    """`outlast train`: the exit code of the command."""
+    plan = planning.make(compose(overrides, config_dir=config_dir))
+    planning.check_directory(plan)
+    run, console = plan.directory, _console(as_json)
+    _warn(plan.hazards, console)
+    if done := finished(Ledger(run.ledger).read()):
+        console.print(f"{run.path} has finished already, at step {done['step']}; its model is in {run.final}")
+    elif plan.config.cluster.kind == "local":
+        from ..execution import local
+
+        code = local.train(plan, console)
+        if not as_json:
+            return code
+    else:
+        _submit(plan, console)
+        if not waiting:
+            return Exit.DONE
+    if not (waiting or as_json):
+        return Exit.DONE
+    return _ended(lambda: [result(row) for row in wait([run], console)], console, as_json=as_json)
+
+
+def _warn(hazards: list[str], console: Console) -> None:
+    for hazard in hazards[:WARNINGS]:
+        console.print(f"warning: {hazard}")
+    if more := hazards[WARNINGS:]:
+        console.print(f"warning: and {len(more)} more; `outlast plan` has them all")
+
+
+def _submit(plan: Plan, console: Console) -> None:
+    from ..execution.submit import submit
+
+    job = submit(plan)
+    name, root = plan.config.run.name, plan.config.run.root
+    console.print(f"job {job.job_id} is in the queue already" if job.again else f"submitted job {job.job_id}")
+    name, root = shlex.quote(str(name)), shlex.quote(root)
+    console.print(f"  run     {plan.directory.path}\n  log     {job.log}")
+    console.print(f"  status  outlast status --root {root}\n  report  outlast report {name} --root {root}")
+    console.print(f"  cancel  outlast cancel {name} --root {root}")
+
+
+def train_sweep(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, as_json: bool) -> int:
+    """`outlast train -m`: the exit code of the command."""
+    sweep, console = sweeping.make(overrides, config_dir=config_dir), _console(as_json)
+    _warn(sweep.hazards, console)
+    if sweep.kind != "local":
+        _describe(sweep, sweeping.submit(sweep), console)
+        if not (waiting or as_json):
+            return Exit.DONE
+    return _ended(lambda: _to_the_end(sweep, console), console, as_json=as_json)
+
+
+def run_sweep(overrides: Sequence[str], *, config_dir: Path | None = None) -> list[Result]:
+    """Run a sweep to its end and say what came of it: for a program that chooses what to try next.
+
+    What has been run before is not run again; a call that was interrupted goes on when it is made again.
+
+    Args:
+        overrides: as `outlast train -m` takes them: `["trainer.learning_rate=1e-4,3e-4", "cluster=slurm"]`.
+        config_dir: a directory of the user's own groups and experiments.
+
+    Returns:
+        One result for each cell, in the order of the sweep's product; `metric` is None for a cell without any.
+
+    Raises:
+        ConfigError, CellsRefusedError: refused; nothing was started.
+        SlurmError: Slurm does not answer, or refuses the array.
+    """
+    sweep, console = sweeping.make(overrides, config_dir=config_dir), _console(True)
+    if sweep.kind != "local":
+        _describe(sweep, sweeping.submit(sweep), console)
+    return _to_the_end(sweep, console)
+
+
+def _to_the_end(sweep: SweepPlan, console: Console) -> list[Result]:
+    if sweep.kind == "local":
+        from ..execution import local_sweep
+
+        rows = local_sweep.run(sweep, console)
+    else:
+        rows = wait([cell.plan.directory for cell in sweep.cells], console)
+    return [result(row, cell.combination.overrides) for row, cell in zip(rows, sweep.cells, strict=True)]
+
+
+def _describe(sweep: SweepPlan, outcome: Outcome, console: Console) -> None:
+    for job in outcome.jobs:
+        console.print(f"submitted job array {job.job_id}, {len(job.indices or ())} cells")
+    if not outcome.jobs:
+        console.print("nothing to submit")
+    for standing, text in (("queued", "in the queue already"), ("finished", "finished already")):
+        if count := sum(one == standing for one in outcome.standing.values()):
+            console.print(f"  {count} {text}")
+    name, root = shlex.quote(sweep.name), shlex.quote(str(sweep.root))
+    for standing in sweeping.ENDED:
+        if names := [name for name, one in outcome.standing.items() if one == standing]:
+            text = f"  {len(names)} {standing.replace('_', ' ')}: {sweeping.shown(names)}"
+            console.print(f"{text}\n          to go on with them: outlast resume {name} --root {root}")
+    console.print(f"  sweep   {sweep.directory}")
+    console.print(f"  status  outlast status {name} --root {root}")
+    console.print(f"  cancel  outlast cancel {name} --root {root}")
+
+
+def _ended(results: Callable[[], list[Result]], console: Console, *, as_json: bool) -> int:
+    """Wait, and report; Ctrl-C ends the waiting alone."""
+    try:
+        return _report(results(), console, as_json=as_json)
+    except KeyboardInterrupt:
+        console.print("What was submitted goes on. The same command waits for it again.")
+        return Exit.RESUME_ME
+
+
+def _report(results: list[Result], console: Console, *, as_json: bool) -> int:
+    """Print what came of each, and give the exit code that says it."""
+    if as_json:
+        print(json.dumps([one.as_dict() for one in results], indent=1))
+    else:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for header in ("cell", "state", "step", "metric"):
+            table.add_column(header, overflow="fold")
+        for one in results:
+            table.add_row(one.name, one.state.replace("_", " "), str(one.step), metric_text(one))
+        console.print(table)
+    return exit_code(results)
+
+
+def _console(to_stderr: bool) -> Console:
+    """Off a terminal, a line may be as long as it is; with `--json`, standard output is for the JSON alone."""
+    return Console(stderr=to_stderr, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+
+
+def plan(overrides: Sequence[str], config_dir: Path | None, *, sweep: bool, as_json: bool) -> int:
+    """`outlast plan`: what `train` would decide."""
+    if sweep:
+        cells = sweeping.make(overrides, config_dir=config_dir)
+        sweeping.check_cells(cells)
+        return _print_sweep(cells, as_json=as_json)
+    values = planning.make(compose(overrides, config_dir=config_dir)).as_dict()
+    if as_json:
+        print(json.dumps(values, indent=1))
+        return Exit.DONE
+    script, engine = values.pop("script"), values["training"].pop("deepspeed", None)
+    values["checkpoint"] = values["checkpoint"]["explanation"]
+    values["storage"] = f"\n{'':11}".join(describe(values["storage"]))
+    values["hazards"] = f"\n{'':11}".join(values["hazards"])
+    for key, value in values.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value or "none"
+        print(f"{key:10} {shown}")
+    if engine:
+        print(f"deepspeed  {json.dumps(engine)}")
+    _print_script(script)
+    return Exit.DONE
+
+
+def _print_sweep(sweep: SweepPlan, *, as_json: bool) -> int:
+    script = sweep.script()
+    if as_json:
+        cells = [
+            {"name": cell.name, "overrides": list(cell.combination.overrides), **cell.plan.as_dict()}
+            for cell in sweep.cells
+        ]
+        print(json.dumps({"sweep": str(sweep.directory), "script": script, "cells": cells}, indent=1))
+        return Exit.DONE
+    print(f"sweep      {sweep.directory}")
+    for cell in sweep.cells:
+        print(f"cell       {cell.name}")
+    for hazard in sweep.hazards:
+        print(f"hazard     {hazard}")
+    _print_script(script)
+    return Exit.DONE
+
+
+def _print_script(script: str | None) -> None:
+    if script:
+        print("script\n" + "\n".join(f"    {line}" for line in script.splitlines()))

@@ -1,0 +1,117 @@
+"""Status rows as a reader sees them: one line a run, the cells of a sweep under a line that sums them up."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import groupby
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from ..commands.status import RunStatus
+from ..runs.runs import STATES, State
+from .progress import duration, size
+
+HEADERS = ("run", "state", "step", "left", "attempts", "saved", "bytes (peak) of budget", "metric")
+COLOURS: dict[State, str] = {
+    "not_started": "dim",
+    "queued": "cyan",
+    "running": "green",
+    "preempted": "yellow",
+    "interrupted": "yellow",
+    "stopped_unexpectedly": "red",
+    "failed": "red",
+    "cancelled": "magenta",
+    "gave_up": "red",
+    "finished": "bold green",
+}
+HINTS: dict[State, str] = {
+    "preempted": "preempted: saved, waits for its requeue",
+    "interrupted": "interrupted: saved; `outlast resume`, or what started it, goes on",
+    "stopped_unexpectedly": "stopped unexpectedly: `outlast resume`, or what started it, goes on from the last save",
+    "failed": "failed: `outlast logs RUN` says why",
+    "gave_up": "gave up: restarts made no progress; `outlast logs RUN` says why",
+}
+"""What a state means for the reader, printed once under the table."""
+
+
+def show(rows: list[RunStatus], console: Console | None = None) -> None:
+    """Print the rows, and what could not be found out under them. Lines are not folded: `less -S` can show them."""
+    console = console or Console(highlight=False)
+    console.print(Text("\n").join([*lines(rows), *_below(rows)]), highlight=False, soft_wrap=True)
+
+
+def watch(rows: Callable[[], list[RunStatus]], interval_s: float) -> None:
+    """Show the rows anew every `interval_s` seconds, until Ctrl-C."""
+    console = Console(highlight=False)
+    try:
+        if not console.is_terminal:
+            while True:
+                print(time.strftime("%H:%M:%S"))
+                show(rows(), console)
+                time.sleep(interval_s)
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                now = rows()
+                title = Text(f"{time.strftime('%H:%M:%S')}  {summary(now)}", style="bold")
+                text = Text("\n", no_wrap=True, overflow="ellipsis").join([title, *_below(now), *lines(now)])
+                live.update(text, refresh=True)
+                time.sleep(interval_s)
+    except KeyboardInterrupt:
+        return
+
+
+def summary(rows: list[RunStatus], noun: str = "run") -> str:
+    """How many are in which state: `12 runs: 3 running, 9 finished`."""
+    count = Counter(row.state for row in rows)
+    states = ", ".join(f"{count[state]} {state.replace('_', ' ')}" for state in STATES if count[state])
+    return f"{len(rows)} {noun}{'s' * (len(rows) != 1)}" + (f": {states}" if states else "")
+
+
+def lines(rows: list[RunStatus]) -> Iterable[Text]:
+    """The table, line by line."""
+    if not rows:
+        return [Text("no runs here")]
+    cells = {row.path: _cells(row) for row in rows}
+    widths = [max(map(cell_len, column)) for column in zip(HEADERS, *cells.values(), strict=True)]
+    table = [Text(_padded(HEADERS, widths), style="dim")]
+    for sweep, group in groupby(rows, key=lambda row: row.sweep):
+        members = list(group)
+        if sweep is not None:
+            table.append(Text.assemble((sweep, "bold"), f"  {summary(members, 'cell')}"))
+        table += [Text(_padded(cells[row.path], widths), style=COLOURS[row.state]) for row in members]
+    return table
+
+
+def _padded(cells: Iterable[str], widths: list[int]) -> str:
+    return "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def _cells(row: RunStatus) -> list[str]:
+    saved = "" if row.checkpoint_step is None else f"{row.checkpoint_step}"
+    if row.checkpoint_age_s is not None:
+        saved += f", {duration(row.checkpoint_age_s)} ago"
+    peak = "" if row.bytes_peak is None else f" ({size(row.bytes_peak)})"
+    budget = "" if row.budget_bytes is None else f" of {size(row.budget_bytes)}"
+    score = "" if row.loss is None else f"loss {row.loss:.4g}"
+    if row.best is not None:
+        score = f"{row.best['name']} {row.best['value']:.4g} at {row.best['step']}"
+    state = row.state.replace("_", " ")
+    return [
+        f"  {row.name.rpartition('/')[2]}" if row.sweep else row.name,
+        f"{state} ({row.reason[:40]})" if row.reason else state,
+        f"{row.step}/{'?' if row.total_steps is None else row.total_steps}",
+        "" if row.eta_s is None else duration(row.eta_s),
+        str(row.attempts),
+        saved,
+        f"{size(row.bytes_used)}{peak}{budget}",
+        score,
+    ]
+
+
+def _below(rows: list[RunStatus]) -> list[Text]:
+    found = [Text(note, style="yellow") for note in sorted({row.note for row in rows if row.note})]
+    states = {row.state for row in rows}
+    return found + [Text(HINTS[state], style="dim") for state in STATES if state in HINTS and state in states]

@@ -1,0 +1,104 @@
+"""Job arrays: which cells go into one, and handing it to Slurm."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outlast.config.sections import SlurmCluster
+from outlast.rundir import submission
+from outlast.rundir.directory import write_atomically
+from outlast.rundir.submission import Submission
+from outlast.rundir.sweep import Manifest
+from outlast.slurm.actions import max_array_size
+
+from ..planning.batch_script import Target, batch_script
+
+if TYPE_CHECKING:
+    from .sweep import PlannedCell, SweepPlan
+
+Array = tuple[list["PlannedCell"], list[int], int]
+"""Cells, their indices, and the offset of the array's tasks."""
+
+
+def arrays_of(cells: "list[PlannedCell]", manifest: Manifest) -> list[Array]:
+    """Cells that go into one array: they ask the same of Slurm, and their tasks are numbered below its limit.
+
+    Raises:
+        SlurmError: Slurm does not say what its limit is.
+    """
+    index = {cell.name: cell.index for cell in manifest.cells}
+    size = max_array_size()
+    groups: dict[tuple[str, int], list[PlannedCell]] = defaultdict(list)
+    for cell in cells:
+        config = cell.plan.config
+        asked = repr((config.cluster, config.parallel, config.preemption.signal, config.preemption.lead_s))
+        groups[asked, index[cell.name] // size * size].append(cell)
+    return [(group, [index[cell.name] for cell in group], offset) for (_, offset), group in groups.items()]
+
+
+def submit(
+    sweep: "SweepPlan",
+    manifest: Manifest,
+    cells: "list[PlannedCell]",
+    indices: list[int],
+    target: Target,
+    lock: int,
+    arrays: int,
+) -> Submission:
+    """Hand one array to Slurm, and write that into the manifest before and after.
+
+    Args:
+        lock: the descriptor of the sweep's submission lock.
+        arrays: how many are submitted now; they share `cluster.array_parallelism`.
+
+    Raises:
+        SlurmError: Slurm refused it, or did not answer.
+    """
+    config = cells[0].plan.config
+    assert isinstance(config.cluster, SlurmCluster)
+    number = len(manifest.submissions) + 1
+    script = sweep.directory / ("job.sbatch" if number == 1 else f"job-{number}.sbatch")
+    write_atomically(script, batch_script(config, target))
+    for cell in cells:
+        _link(script, cell.plan.directory.path / "job.sbatch")
+    at_once = config.cluster.array_parallelism
+    limit = f"%{max(at_once // arrays, 1)}" if at_once else ""
+    manifest.submissions.append(
+        Submission(
+            token=submission.new_token(),
+            cluster=config.cluster.kind,
+            slurm_conf=os.environ.get("SLURM_CONF"),
+            log=str(target.log),
+            indices=indices,
+            offset=target.offset,
+        )
+    )
+
+    def record(entry: Submission) -> None:
+        manifest.submissions[-1] = entry
+        manifest.write(sweep.directory)
+
+    tasks = ranges([index - target.offset for index in indices])
+    return submission.submit(manifest.submissions[-1], script, [f"--array={tasks}{limit}"], lock, record)
+
+
+def _link(script: Path, link: Path) -> None:
+    """Give a cell the script that it was submitted with: one file, under one more name where that is possible."""
+    link.unlink(missing_ok=True)
+    try:
+        os.link(script, link)
+    except OSError:
+        link.write_bytes(script.read_bytes())
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """As `sbatch --array` takes them: `0-3,7`."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

@@ -1,0 +1,247 @@
+"""`cluster=local`: attempts in the foreground, one after the other, until the run is done.
+
+The launcher starts one process per rank, shows where they are, and starts the next attempt after one that was
+preempted. It trains nothing itself, so it starts fast and has nothing to lose when it is killed.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from rich.console import Console
+
+from outlast import rank as rank_program
+from outlast.config.sections import LocalCluster
+from outlast.errors import Exit
+from outlast.preemption.signals import signals_blocked
+from outlast.run import ATTEMPT_ENV, LOCK_FD_ENV
+from outlast.rundir.directory import RunDirectory, RunLock, cancelled_after
+from outlast.rundir.ledger import Ledger, attempts, finished, next_attempt
+from outlast.rundir.progress import Progress, read
+from outlast.slurm.environment import environment_without_job
+
+from ..display.progress import ProgressBar
+from ..planning.plan import Plan, freeze, make_directory
+
+POLL_S = 0.1
+STRAGGLER_S = 10.0
+"""How long the other ranks may outlive the first that left: an orderly leave takes milliseconds."""
+
+
+class Shown(Protocol):
+    """Where an attempt's progress goes: a progress bar, or a line in the table of a sweep."""
+
+    def update(self, progress: Progress | None, note: str | None = None) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Launcher:
+    """Runs one run to its end, or to the point where it was told to stop."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.config = plan, plan.config
+        self.run: RunDirectory = plan.directory
+        self.ledger = Ledger(self.run.ledger)
+        self.agent = self.config.parallel.launch == "accelerate"
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        """One process per rank, or the agent that has started them all."""
+        self.stop_requested = threading.Event()
+
+    def main(self, shown: Shown) -> int:
+        """Returns the exit code of the command.
+
+        Raises:
+            RunBusyError: the run directory is in use.
+        """
+        make_directory(self.run)
+        lock = RunLock(self.run)
+        lock.acquire("outlast train")
+        try:
+            freeze(self.plan)  # not before: a command that is refused changes nothing
+            assert lock.fd is not None
+            return self._attempts(lock.fd, shown)
+        finally:
+            lock.release()
+
+    def stop(self) -> None:
+        """Save and leave."""
+        self.stop_requested.set()
+        self.send(signal.SIGTERM)
+
+    def send(self, number: int) -> None:
+        """Signal every rank."""
+        for process in self.ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _attempts(self, lock_fd: int, bar: Shown) -> int:
+        assert isinstance(self.config.cluster, LocalCluster)
+        if attempts(self.ledger.read()):
+            bar.note(f"resuming {self.run.path}")
+        began = time.time()
+        while True:
+            number = next_attempt(self.ledger.read())
+            code = self._attempt(number, lock_fd, bar)
+            events = self.ledger.read()
+            if finished(events):
+                bar.note(f"finished; the model is in {self.run.final}")
+                return Exit.DONE
+            last = next((a for a in attempts(events) if a.number == number), None)
+            if last is not None and last.ended is None:
+                progress = read(self.run)
+                step = progress.step if progress and progress.attempt == number else last.last_step
+                self.ledger.append("attempt_ended", number, cause="failed", step=step, detail=f"exit code {code}")
+            if code != Exit.RESUME_ME:
+                self._explain(code, number, bar)
+                return code if code in (Exit.REFUSED, Exit.GAVE_UP) else Exit.FAILED
+            if self.stop_requested.is_set():
+                bar.note("saved. The same command again resumes.")
+                return Exit.RESUME_ME
+            if cancelled_after(self.run.path, began):
+                bar.note("cancelled; `outlast resume`, or the same command, goes on")
+                return Exit.RESUME_ME
+            self.ledger.append("requeued", number, cause="preempted", job_id=None)
+            bar.note(
+                f"attempt {number} was preempted; the next one starts in {self.config.cluster.requeue_delay_s:g} s"
+            )
+            if self.stop_requested.wait(self.config.cluster.requeue_delay_s) or cancelled_after(self.run.path, began):
+                return Exit.RESUME_ME
+
+    def _attempt(self, number: int, lock_fd: int, bar: Shown) -> int:
+        """Start the ranks, wait until the last has gone, and return what the first to leave said."""
+        world_size = self.config.parallel.world_size
+        with signals_blocked():  # held back in the ranks until their guards are in place
+            self.ranks = [self._start(rank, number, lock_fd) for rank in range(1 if self.agent else world_size)]
+        if self.stop_requested.is_set():
+            self.send(signal.SIGTERM)
+        first_code, deadline = None, 0.0
+        while [process for process in self.ranks if process.poll() is None]:  # asks each of them
+            if first_code is None and (gone := [p.returncode for p in self.ranks if p.returncode is not None]):
+                first_code, deadline = next((c for c in gone if c != 0), 0), time.monotonic() + STRAGGLER_S
+            if first_code not in (None, 0) and time.monotonic() > deadline:
+                for process in self.ranks:
+                    if process.poll() is None:
+                        process.kill()
+            progress = read(self.run)
+            bar.update(progress if progress and progress.attempt == number else None)
+            time.sleep(POLL_S)
+        bar.update(read(self.run))
+        codes = [process.returncode for process in self.ranks]
+        if self.ranks[0].returncode in (Exit.RESUME_ME, Exit.GAVE_UP):
+            return codes[0]  # it speaks for all: the others may have been ended in start-up
+        ended = next((a.ended for a in attempts(self.ledger.read()) if a.number == number), None)
+        if ended is not None and ended["cause"] == "preempted" and Exit.RESUME_ME in codes:
+            return Exit.RESUME_ME  # rank 0 was stuck, and another has spoken for it
+        # A rank that was killed is the cause; what its peers then raised is the effect.
+        return min((code for code in codes if code < 0), default=first_code or max(codes))
+
+    def _start(self, rank: int, number: int, lock_fd: int) -> subprocess.Popen[bytes]:
+        world_size = self.config.parallel.world_size
+        env = environment_without_job() | {
+            ATTEMPT_ENV: str(number),
+            LOCK_FD_ENV: str(lock_fd),
+            rank_program.PARENT_ENV: str(os.getpid()),
+            "OMP_NUM_THREADS": str(self.config.parallel.cpus_per_rank),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if world_size > 1 and not self.agent:
+            if rank == 0:
+                self._port = _free_port()
+            env |= {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self._port),
+            }
+        with open(self._log(number, rank), "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "outlast.rank", str(self.run.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                pass_fds=[lock_fd],
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes on what it means
+            )
+
+    def _log(self, number: int, rank: int) -> Path:
+        return self.run.agent_log(number) if self.agent else self.run.log(number, rank)
+
+    def _explain(self, code: int, number: int, bar: Shown) -> None:
+        own = [e for e in self.ledger.read() if e["attempt"] == number]
+        # A rank that is "gone" has an exit code, which says more; one that was late for a save is no cause at all.
+        stuck = any(e["event"] == "straggler" and e["how"] in ("silent", "behind") for e in own)
+        why = [e["detail"] for e in own if e["event"] == "attempt_ended" and "detail" in e]
+        if stuck and why:
+            bar.note(f"{why[-1]}, so the attempt was ended; its logs: {self.run.log(number, 0).parent}")
+            return
+        failed = next((i for i, process in enumerate(self.ranks) if process.returncode == code), 0)
+        who, log = f"rank {failed}", self._log(number, failed)
+        if self.agent:
+            who = "the agent"
+            ended = [e for e in own if e["event"] == "attempt_ended"]
+            if 0 < code < 128:  # by a rank; one that was killed is named by the agent
+                log = next((self.run.log(number, e["rank"]) for e in ended if "rank" in e), log)
+        lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        bar.note("\n".join([f"{who} {how}; the end of {log}:", *(f"    {line}" for line in lines)]))
+        if code != Exit.REFUSED:
+            bar.note("The same command again resumes from the newest checkpoint.")
+
+
+@contextmanager
+def passing_on_signals(stop: Callable[[], None], send: Callable[[int], None]) -> Iterator[None]:
+    """INT and TERM: save and leave. USR1 and USR2: a preemption, saved and resumed within this command."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            stop()
+        else:
+            send(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def train(plan: Plan, console: Console | None = None) -> int:
+    """Run `plan` here, in the foreground.
+
+    Args:
+        console: where the progress is shown; standard output, if left out.
+
+    Returns:
+        The command's exit code.
+
+    Raises:
+        RunBusyError: the run directory is in use.
+    """
+    launcher = Launcher(plan)
+    with (
+        ProgressBar(launcher.run.path.name, console or Console(highlight=False)) as bar,
+        passing_on_signals(launcher.stop, launcher.send),
+    ):
+        return launcher.main(bar)

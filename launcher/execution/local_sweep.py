@@ -1,0 +1,114 @@
+"""A sweep with `cluster=local`: its cells in the foreground, `cluster.parallel_cells` at a time."""
+
+import threading
+import time
+from concurrent.futures import ALL_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+
+from rich.console import Console
+
+from outlast.config.sections import LocalCluster
+from outlast.errors import OutlastError
+from outlast.rundir.directory import RunDirectory, RunLock, cancelled_after
+from outlast.rundir.progress import Progress
+
+from ..commands.status import RunStatus, collect
+from ..planning.plan import freeze
+from .local import Launcher, passing_on_signals
+from .sweep import PlannedCell, SweepPlan, check_cells, make_directory, merged, standing
+from .wait import LiveTable, pause_s
+
+LOOK_S = 0.5
+
+
+class _Line:
+    """A cell's notes, in the table of the sweep."""
+
+    def __init__(self, cell: str, table: LiveTable) -> None:
+        self._cell, self._table = cell, table
+
+    def update(self, progress: Progress | None, note: str | None = None) -> None:
+        """The table reads the run directories itself."""
+
+    def note(self, text: str) -> None:
+        self._table.note(f"{self._cell}: {text}")
+
+
+class Cells:
+    """Runs the cells of a sweep that are not done, each as a single run would be run."""
+
+    def __init__(self, sweep: SweepPlan, table: LiveTable) -> None:
+        self.sweep, self.table = sweep, table
+        self.stopping, self.began = threading.Event(), time.time()
+        self.codes: dict[str, int] = {}
+        self._launchers: list[Launcher] = []
+
+    def run(self, cells: list[PlannedCell]) -> None:
+        """To their end, or to the point where Ctrl-C stops them."""
+        cluster = self.sweep.cells[0].plan.config.cluster
+        assert isinstance(cluster, LocalCluster)
+        runs = [cell.plan.directory for cell in cells]
+        with ThreadPoolExecutor(cluster.parallel_cells) as pool, passing_on_signals(self.stop, self.send):
+            waiting: set[Future[None]] = {pool.submit(self._cell, cell) for cell in cells}
+            pause = LOOK_S
+            while waiting:
+                waiting = wait_for(waiting, pause, ALL_COMPLETED).not_done
+                looked = time.monotonic()
+                self.table.show(collect(runs))
+                pause = pause_s(looked, LOOK_S)
+
+    def _cell(self, cell: PlannedCell) -> None:
+        if self.stopping.is_set() or cancelled_after(cell.plan.directory.path, self.began):
+            return
+        launcher = Launcher(cell.plan)
+        self._launchers.append(launcher)
+        if self.stopping.is_set():  # it came between the two lines above
+            launcher.stop()
+        line = _Line(cell.name, self.table)
+        try:
+            self.codes[cell.name] = launcher.main(line)
+        except OutlastError as error:  # the other cells go on
+            line.note(str(error))
+            self.codes[cell.name] = error.exit_code
+        finally:
+            self._launchers.remove(launcher)
+
+    def stop(self) -> None:
+        """All running cells save and leave; no other is started."""
+        self.stopping.set()
+        for launcher in list(self._launchers):
+            launcher.stop()
+
+    def send(self, number: int) -> None:
+        """A preemption of all running cells."""
+        for launcher in list(self._launchers):
+            launcher.send(number)
+
+
+def run(sweep: SweepPlan, console: Console) -> list[RunStatus]:
+    """Run what is neither finished nor cancelled.
+
+    Returns:
+        The status of every cell of the command, in its order.
+
+    Raises:
+        RunBusyError: the same sweep is run by another command.
+    """
+    make_directory(sweep)
+    lock = RunLock(RunDirectory(sweep.directory))
+    lock.acquire("outlast train -m")
+    try:
+        check_cells(sweep)
+        merged(sweep).write(sweep.directory)
+        runs = [cell.plan.directory for cell in sweep.cells]
+        todo = [cell for cell in sweep.cells if standing(cell.plan.directory) in ("open", "failed", "gave_up")]
+        for cell in todo:
+            if not cell.plan.directory.config.exists():
+                freeze(cell.plan)  # so that status, cancel and resume know those that have not begun
+        with LiveTable(console) as table:
+            done = len(runs) - len(todo)
+            table.note(f"{sweep.directory}: {len(runs)} cells" + (f", {done} left as they are" if done else ""))
+            Cells(sweep, table).run(todo)
+        return collect(runs)
+    finally:
+        lock.release()

@@ -1,0 +1,246 @@
+"""The code that will run, frozen at submission: outlast's own package and the user's project, copied once.
+
+    code/outlast/…         the package as it is imported now, its rooms inside
+    code/project/…         the files of the user's git repository: tracked, and untracked but not ignored
+    code/project.patch     what the working tree has changed since the commit (`outlast.patch`: the same of outlast's)
+    code/code.json         commits, versions of the libraries, what was left out
+
+An attempt that Slurm starts again in a week runs this, whatever has become of the working tree. The libraries
+underneath are not copied: their versions are recorded. Nothing of the environment is.
+"""
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import outlast
+from outlast.errors import ConfigError
+from outlast.rundir.directory import flush_directory
+
+ROOMS = ("launcher", "jobs", "conf", "shell")
+LIBRARIES = (
+    "outlast", "accelerate", "datasets", "hydra-core", "peft", "safetensors", "submitit", "tokenizers", "torch",
+    "transformers", "trl",
+)  # fmt: skip
+MARKERS = ("ledger.jsonl", "plan.json", "sweep.json", "submitted.json", "pyvenv.cfg", "devcluster.json")
+"""A directory of untracked files that holds one of these is a run, a sweep or an environment, and no code."""
+SECRETS = (
+    ".env", ".env.*", ".netrc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ecdsa*", "id_ed25519*", "*credentials*",
+    "*.token", "*_token", "*secret*", ".npmrc", ".pypirc",
+)  # fmt: skip
+"""Names of untracked files that are left out: they may hold a secret, and a run directory is there to be shared."""
+PATCH_BYTES = 5_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What `code.json` says."""
+
+    time: float
+    python: str
+    versions: dict[str, str]
+    outlast: dict[str, Any]
+    """`path` it was imported from; `commit`, `dirty` if that is a git repository."""
+    project: dict[str, Any] | None
+    """`path`, `commit`, `dirty`, `prefix` (the directory of the command, below `path`), `files`, `bytes`."""
+    left_out: list[str] = field(default_factory=list)
+    """Untracked files that were not copied, and anything that could not be recorded."""
+
+
+def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
+    """Copy the code into `target`, which is there as a whole afterwards; one that was there is replaced.
+
+    Args:
+        target: the `code` directory of a run or of a sweep.
+        project: the directory that the command is run from. Outside a git repository, and in outlast's own, there is
+            no project to copy.
+        limit_mb: what the project's files may take, in MB (10^6 bytes).
+
+    Raises:
+        ConfigError: the project is larger than that; the message names the largest files.
+        OSError: it can't be written.
+    """
+    staging, old = target.with_name(f".{target.name}.staging"), target.with_name(f".{target.name}.old")
+    for leftover in (staging, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        own = Path(outlast.__path__[0])
+        _copy_package(own, staging / "outlast")
+        own_top, _ = _toplevel(own)
+        if own_top is not None and not _git_lines(own, "ls-files", "-z", "--", "__init__.py"):
+            own_top = None  # installed in an environment inside somebody's repository
+        top, problem = _toplevel(project)
+        left_out = [problem] if problem else []
+        details = None
+        if top is not None and top != own_top:
+            files = _files(top, left_out)
+            size = _check_size(top, files, limit_mb)
+            _copy_files(top, files, staging / "project")
+            prefix = os.path.relpath(project.resolve(), top)
+            details = {"path": str(top), "prefix": prefix, "files": len(files), "bytes": size}
+            details |= _commit(top, staging / "project.patch", left_out)
+        snapshot = Snapshot(
+            time=time.time(),
+            python=f"{platform.python_version()} ({sys.executable})",
+            versions=_versions(),
+            outlast={"path": str(own)} | (_commit(own_top, staging / "outlast.patch", left_out) if own_top else {}),
+            project=details,
+            left_out=left_out,
+        )
+        (staging / "code.json").write_text(json.dumps(asdict(snapshot), indent=1) + "\n")
+        if target.exists():
+            os.rename(target, old)
+        os.rename(staging, target)
+        flush_directory(target.parent)
+    finally:
+        for leftover in (staging, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return snapshot
+
+
+def pythonpath(target: Path) -> str:
+    """What `PYTHONPATH` must begin with for the snapshot in `target` to be what is imported.
+
+    Python must also be started with `-P`: the working directory, which `-m` puts first, is the living tree.
+    """
+    project = target / "project"
+    try:
+        recorded = json.loads((target / "code.json").read_text())["project"]
+    except (OSError, ValueError, KeyError):
+        recorded = None
+    places = [target]
+    if recorded is not None:
+        places += [place for place in (project / recorded["prefix"], project, project / "src") if place.is_dir()]
+    return ":".join(dict.fromkeys(os.path.normpath(place.absolute()) for place in places))
+
+
+def _copy_package(own: Path, target: Path) -> None:
+    """outlast as it is imported: an editable install maps its rooms from elsewhere, a wheel has them inside."""
+    skip = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(own, target, ignore=skip)
+    for name in ROOMS:
+        room = Path(importlib.import_module(f"outlast.{name}").__path__[0])
+        shutil.copytree(room, target / name, ignore=skip, dirs_exist_ok=True)
+
+
+def _toplevel(directory: Path) -> tuple[Path | None, str | None]:
+    """The git repository around `directory`; or why there is none that git would read, if that is not plain."""
+    done = _git(directory, "rev-parse", "--show-toplevel")
+    if done is None:
+        return None, None
+    if done.returncode == 0:
+        return Path(done.stdout.rstrip("\n")).resolve(), None
+    text = done.stderr.strip()
+    return None, None if "not a git repository" in text else f"the project: {text.splitlines()[0] if text else 'git'}"
+
+
+def _files(top: Path, left_out: list[str]) -> list[str]:
+    """Paths below `top` to copy: tracked ones, those of submodules included, and untracked ones that are code."""
+    tracked = _git_lines(top, "ls-files", "-z", "--cached", "--recurse-submodules")
+    untracked = []
+    plain: dict[Path, bool] = {}
+    for name in _git_lines(top, "ls-files", "-z", "--others", "--exclude-standard"):
+        if any(fnmatch(Path(name).name, pattern) for pattern in SECRETS):
+            left_out.append(name)
+        elif not _in_marked(top, Path(name).parent, plain):
+            untracked.append(name)
+    return [name for name in dict.fromkeys([*tracked, *untracked]) if os.path.lexists(top / name)]
+
+
+def _in_marked(top: Path, directory: Path, known: dict[Path, bool]) -> bool:
+    """Whether a directory between `top` and this one is a run, a sweep or an environment."""
+    if directory == Path("."):
+        return False
+    if directory not in known:
+        marked = any((top / directory / marker).exists() for marker in MARKERS)
+        known[directory] = marked or _in_marked(top, directory.parent, known)
+    return known[directory]
+
+
+def _check_size(top: Path, files: list[str], limit_mb: float) -> int:
+    sizes = {name: os.lstat(top / name).st_size for name in files}
+    total = sum(sizes.values())
+    if total > limit_mb * 1e6:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        shown = ", ".join(f"{name} ({sizes[name] / 1e6:.1f} MB)" for name in largest)
+        raise ConfigError(
+            "cluster.code_limit_mb",
+            limit_mb,
+            f"the files of {top} that git does not ignore take {total / 1e6:.0f} MB, the largest: {shown}. "
+            "Ignore what is no code (.gitignore), or raise the limit.",
+        )
+    return total
+
+
+def _copy_files(top: Path, files: list[str], target: Path) -> None:
+    target.mkdir()
+    for name in files:
+        source, copy = top / name, target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            aim = os.readlink(source)
+            inside = (source.parent / aim).resolve().is_relative_to(top)
+            os.symlink(aim if inside else os.path.abspath(source.parent / aim), copy)
+        elif source.is_file():  # a directory is a submodule that was not checked out
+            shutil.copy2(source, copy)
+
+
+def _commit(top: Path, patch: Path, left_out: list[str]) -> dict[str, Any]:
+    """The commit that is checked out, and the difference to it, written to `patch`."""
+    head = _git(top, "rev-parse", "HEAD")
+    commit = head.stdout.strip() if head is not None and head.returncode == 0 else None
+    if commit is None:
+        return {"commit": None, "dirty": True}
+    difference = _git(top, "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff")
+    text = difference.stdout if difference is not None and difference.returncode == 0 else ""
+    if len(text) > PATCH_BYTES:
+        left_out.append(f"{patch.name}: {len(text) / 1e6:.0f} MB of difference to the commit")
+    elif text:
+        patch.write_text(text, errors="surrogateescape")
+    return {"commit": commit, "dirty": bool(text)}
+
+
+def _git_lines(top: Path, *arguments: str) -> list[str]:
+    done = _git(top, *arguments)
+    if done is None or done.returncode != 0:
+        raise ConfigError("project", str(top), f"git can't list its files: {done.stderr.strip() if done else ''}")
+    return [name for name in done.stdout.split("\0") if name]
+
+
+def _git(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str] | None":
+    """git's answer, or None where there is no git. File names and patches may hold any bytes."""
+    command = ["git", "-C", str(directory), *arguments]
+    try:
+        return subprocess.run(
+            command,
+            capture_output=True,
+            check=False,
+            encoding="utf-8",
+            errors="surrogateescape",
+            timeout=120,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        return None
+
+
+def _versions() -> dict[str, str]:
+    """By their installed metadata: nothing is imported for it."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

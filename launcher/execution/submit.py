@@ -1,0 +1,107 @@
+"""`cluster=slurm` and `cluster=devcluster`: one job, submitted once, and then left alone."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from outlast.config.configuration import Config
+from outlast.config.sections import SlurmCluster
+from outlast.errors import SlurmError
+from outlast.rundir import submission
+from outlast.rundir.directory import RunDirectory, write_atomically
+from outlast.rundir.submission import Submission
+
+from ..planning.batch_script import Target, batch_script, use_cluster
+from ..planning.plan import Plan, freeze, make_directory
+from ..runs import queue as slurm_queue
+from ..runs.queue import JobKey, JobState
+from ..runs.submissions import submission_of
+from . import snapshot
+
+SCRIPT = "job.sbatch"
+"""The batch script as it was submitted, in the run directory."""
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job in the queue."""
+
+    job_id: str
+    log: str
+    again: bool = False
+    """Whether it was there before: the same command again submits nothing."""
+
+
+def target_of(config: Config) -> Target:
+    """What the batch script of a single run runs."""
+    return Target(name=config.run.name or "", directory=config.directory, code=config.directory / "code")
+
+
+def submit(plan: Plan) -> SubmittedJob:
+    """Submit the run, or find it in the queue.
+
+    Raises:
+        ConfigError: the directory holds another run, or the code can't be frozen.
+        SlurmError: Slurm does not answer, or refuses the job.
+    """
+    use_cluster(plan.config)
+    run, target = plan.directory, target_of(plan.config)
+    record = run.path / "submitted.json"
+    make_directory(run)
+    with submission.submission_lock(run.path) as lock:
+        job_id, state = in_queue([run]).get(run.path, ("", None))
+        if state is not None and state.active:
+            return SubmittedJob(job_id, str(target.log).replace("%j", job_id), again=True)
+        freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
+        take_code(plan.config, target)
+        write_atomically(run.path / SCRIPT, batch_script(plan.config, target))
+        done = submission.submit(
+            Submission(
+                token=submission.new_token(),
+                cluster=plan.config.cluster.kind,
+                slurm_conf=os.environ.get("SLURM_CONF"),
+                log=str(target.log),
+            ),
+            run.path / SCRIPT,
+            [],
+            lock,
+            lambda entry: write_atomically(record, json.dumps(asdict(entry))),
+        )
+    assert done.job_id is not None
+    return SubmittedJob(done.job_id, done.log)
+
+
+def take_code(config: Config, target: Target) -> None:
+    """Freeze the code of the job."""
+    assert isinstance(config.cluster, SlurmCluster)
+    snapshot.take(target.code, Path.cwd(), limit_mb=config.cluster.code_limit_mb)
+
+
+def in_queue(runs: Sequence[RunDirectory]) -> dict[Path, tuple[str, JobState]]:
+    """What Slurm says of the newest job of each run, by the run's path: the job's id and its state.
+
+    A job whose launcher was killed before it had the id is found by its comment. A run that was never submitted, and
+    one whose job Slurm no longer has, is absent.
+
+    Raises:
+        SlurmError: Slurm does not answer. A cluster whose configuration is gone (a devcluster that is down) is none.
+    """
+    submissions = {run.path: entry for run in runs if (entry := submission_of(run)) is not None}
+    confs = {path: entry.submission.slurm_conf for path, entry in submissions.items()}
+    newest = {p: e for p, e in submissions.items() if (conf := confs[p]) is None or os.path.exists(conf)}
+    if not newest:
+        return {}
+    wanted = [JobKey(confs[path], entry.job_id) for path, entry in newest.items() if entry.job_id is not None]
+    owners = {os.stat(path).st_uid for path in newest} | {os.getuid()}
+    answer = slurm_queue.ask(wanted, owners, {confs[path] for path in newest})
+    for reason in answer.silent.values():
+        raise SlurmError(f"{reason}. Nothing was submitted: what is in the queue is not known")
+    found = {}
+    for path, entry in newest.items():
+        job_id = entry.job_id or entry.job_id_in(answer.tokens.get((confs[path], entry.submission.comment)))
+        state = answer.jobs.get(JobKey(confs[path], job_id)) if job_id is not None else None
+        if job_id is not None and state is not None:
+            found[path] = (job_id, state)
+    return found

@@ -1,0 +1,213 @@
+"""The plan: everything that `train` would decide, as a value that can be printed before anything starts."""
+
+import importlib
+import json
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from outlast.checkpoint import interval as cadence
+from outlast.checkpoint.compatibility import ResumeRefusedError
+from outlast.config.configuration import Config, dump, load
+from outlast.config.sections import LocalCluster, SlurmCluster
+from outlast.errors import ConfigError
+from outlast.ranks.layout import layout, origin_of
+from outlast.rundir.directory import RunDirectory, write_atomically
+from outlast.rundir.ledger import Ledger
+
+from . import storage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run, where, and with what."""
+
+    config: Config
+    resources: dict[str, Any]
+    script: str | None
+    """The batch script, as it will be submitted; None for `cluster=local`."""
+    grace: dict[str, Any]
+    storage: dict[str, Any]
+    training: dict[str, Any]
+    """How the rows of an optimizer step are spread, and the configuration of the engine that trains, if it has one."""
+    checkpoint: dict[str, Any]
+    """When periodic checkpoints are made, and why then."""
+    hazards: list[str] = field(default_factory=list)
+
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.config.directory)
+
+    def as_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["config"]
+        return {"run": str(self.directory.path), **values}
+
+
+def make(config: Config, *, with_script: bool = True) -> Plan:
+    """Check the configuration with the job that will get it, and decide.
+
+    Args:
+        with_script: the cells of a sweep share one, which is made for the sweep.
+
+    Raises:
+        ConfigError: a value that the job, or the cluster, would not accept.
+        SlurmError: `cluster=slurm` on a machine without Slurm.
+    """
+    try:
+        job = importlib.import_module(f"outlast.jobs.{config.job.name}")
+        check = job.check
+    except (ModuleNotFoundError, AttributeError):
+        raise ConfigError("job.name", config.job.name, _job_names()) from None
+    check(config)
+    parallel, cluster, hazards, script = config.parallel, config.cluster, [], None
+    grace: dict[str, Any] = {"signals": ["TERM", "USR1", "USR2"]}
+    if isinstance(cluster, SlurmCluster):
+        lead_s, limit_s = config.preemption.lead_s, cluster.time_min * 60
+        if lead_s >= limit_s:
+            raise ConfigError("preemption.lead_s", lead_s, f"valid: less than the time limit ({limit_s} s)")
+        grace |= {"signal": config.preemption.signal, "lead_s": lead_s, "time_limit_s": limit_s}
+        grace["grace_s"] = config.preemption.grace_s
+        if lead_s * 4 > limit_s:
+            hazards.append(f"each attempt stops {lead_s} s before its time limit of {limit_s} s: much of it is lost")
+        if with_script:
+            from ..execution.submit import target_of
+            from .batch_script import batch_script
+
+            script = batch_script(config, target_of(config))
+    if isinstance(cluster, LocalCluster) and parallel.nodes > 1:
+        hazards.append(f"parallel.nodes is {parallel.nodes}: all {parallel.world_size} ranks run on this one machine")
+    stored, storage_hazards = storage.decide(config, job, own_code=with_script)
+    return Plan(
+        config=config,
+        resources={
+            "cluster": cluster.kind,
+            "parallel": parallel.kind,
+            "launch": parallel.launch,
+            "nodes": parallel.nodes,
+            "ranks": parallel.world_size,
+            "cpus_per_rank": parallel.cpus_per_rank,
+            "gpus_per_rank": parallel.gpus_per_rank,
+        },
+        script=script,
+        grace=grace,
+        storage=stored,
+        training=_training(config, job.training(config)),
+        checkpoint=_checkpoint(config),
+        hazards=[*hazards, *storage_hazards],
+    )
+
+
+def _training(config: Config, values: dict[str, Any]) -> dict[str, Any]:
+    """How a step's rows are spread: for a run that has begun as it began, whatever the number of ranks.
+
+    Raises:
+        ConfigError: its global batch can't be made of so many.
+    """
+    ranks, micro_batch, accumulation = config.parallel.world_size, values["micro_batch"], values["accumulation"]
+    made = None
+    with suppress(OSError):  # `check_directory` says what is wrong with the place
+        made = origin_of(RunDirectory(config.directory))
+    try:
+        if made is not None:
+            accumulation = layout(made, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation).accumulation
+    except ResumeRefusedError as error:
+        raise ConfigError("parallel.nodes * parallel.ranks_per_node", ranks, str(error)) from None
+    return values | {"accumulation": accumulation, "global_batch": ranks * micro_batch * accumulation}
+
+
+def _checkpoint(config: Config) -> dict[str, Any]:
+    """When periodic checkpoints are made; for a run that has begun, by what its saves cost and how often it failed."""
+    section = config.checkpoint
+    try:
+        events = Ledger(RunDirectory(config.directory).ledger).read()
+    except OSError:
+        events = []  # `check_directory` says what is wrong with the place, before anything starts
+    pace = cadence.Cadence(section, events, time.time())
+    bounds = {"lower_s": cadence.LOWER_S, "largest_share": cadence.LARGEST_SHARE, "upper_s": cadence.UPPER_S}
+    return {
+        "every": section.steps or (section.seconds and f"{section.seconds:g}s") or "auto",
+        "mode": pace.mode,
+        "milestone_every": section.milestone_every,
+        "mtbf_hours": section.mtbf_hours,
+        "bounds": bounds if pace.mode == "auto" else None,
+        "explanation": pace.explanation,
+    }
+
+
+def check_directory(plan: Plan) -> None:
+    """See that the run directory is free, or holds this very run; writes nothing.
+
+    A run directory belongs to one value of what decides the weights. Resources, preemption, checkpoint interval and
+    budget may be changed from one submission to the next.
+
+    Raises:
+        ConfigError: the directory holds another run.
+    """
+    run, config = plan.directory, plan.config
+    for path in (run.path, *run.path.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError("run.root", config.run.root, f"valid: a directory; {path} is none")
+    if run.config.exists():
+        changed = config.differences(load(run.config))
+        if changed:
+            changes = "; ".join(
+                f"{key} is {mine!r}, the run was made with {its!r}" for key, (mine, its) in changed.items()
+            )
+            raise ConfigError(
+                "run.name", run.path.name, f"that run is another one: {changes}. Choose another run.name."
+            )
+    elif run.path.is_dir() and {p.name for p in run.path.iterdir() if p.name[0] != "."} - _BEFORE_A_RUN:
+        raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
+
+
+_BEFORE_A_RUN = {"checkpoints", "logs", "plan.json", "cancelled.json"}
+"""What a directory may hold before it is a run's, besides locks and temporary files: a submission was cut short, a
+cell was cancelled unbegun."""
+
+
+def freeze(plan: Plan) -> RunDirectory:
+    """Write the plan and its configuration into the run directory.
+
+    The caller holds the run's lock, or knows that no job of it is queued: an attempt under way keeps what it has.
+
+    Raises:
+        ConfigError: the directory holds another run, or can't be written.
+    """
+    check_directory(plan)
+    run = plan.directory
+    try:
+        run.create()
+        write_atomically(run.plan, json.dumps(plan.as_dict(), indent=1))
+        write_atomically(run.config, dump(plan.config))
+    except OSError as error:
+        raise _unwritable(run, error) from None
+    return run
+
+
+def make_directory(run: RunDirectory) -> None:
+    """Make the run directory, for its lock.
+
+    Raises:
+        ConfigError: it can't be made.
+    """
+    try:
+        run.create()
+    except OSError as error:
+        raise _unwritable(run, error) from None
+
+
+def _unwritable(run: RunDirectory, error: OSError) -> ConfigError:
+    return ConfigError("run.root", str(run.path.parent), f"{error.filename}: {error.strerror}")
+
+
+def shell_file(name: str) -> Path:
+    """A file of the `slurm` room, where it is installed."""
+    return Path(str(resources.files("outlast.shell"))) / name
+
+
+def _job_names() -> list[str]:
+    return sorted(Path(str(path)).stem for path in Path(str(resources.files("outlast.conf"))).glob("job/*.yaml"))

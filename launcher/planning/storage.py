@@ -1,0 +1,160 @@
+"""The `storage` part of a plan: what a run will write, what its budget has room for, what the file system will take."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from outlast.config.configuration import Config
+from outlast.config.sections import SlurmCluster
+from outlast.errors import ConfigError
+from outlast.files import bytes_used
+from outlast.rundir.directory import RunDirectory
+from outlast.storage import file_system as disk
+from outlast.storage.budget import Footprint, Verdict, gb, refusal, verdict
+
+CODE_BYTES = 7_000_000
+"""Taken for the code that is copied at submission, before it is: outlast itself, and a project of usual size."""
+
+
+def decide(config: Config, job: ModuleType, *, own_code: bool) -> tuple[dict[str, Any], list[str]]:
+    """Estimate, verdict and what the file system says, as plain values; and hazards.
+
+    Args:
+        job: its `footprint(config)` estimates, its `changes(config)` says what could be made smaller.
+        own_code: the run directory gets a copy of the code; the cells of a sweep share one.
+
+    Raises:
+        ConfigError: the budget can't hold the run, or the file system surely can't.
+    """
+    storage, limit = config.storage, config.trainer.get("save_total_limit")
+    steps = config.trainer.get("max_steps") if config.trainer.get("max_steps", -1) > 0 else None
+    plan: dict[str, Any] = {"budget_gb": storage.budget_gb, "save_total_limit": limit}
+    try:
+        footprint = _with_code(job.footprint(config), config, own_code)
+    except ConfigError:
+        raise
+    except Exception as error:  # a model's configuration is read by other people's code
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return plan, [f"what the run will write can't be estimated, so the first checkpoint decides: {reason}"]
+
+    def judged(one: Footprint, *, reserve: bool = storage.reserve) -> Verdict:
+        return verdict(one, storage.budget_bytes, save_total_limit=limit, steps=steps, reserve=reserve)
+
+    found = judged(footprint)
+    if not found.fits:
+        raise refusal(found, storage.budget_gb, _smaller(config, job, judged, footprint, own_code))
+    here, hazards = _file_system(config, found)
+    hazards = [*_hazards(config, footprint, found), *hazards, *footprint.notes]
+    plan |= {
+        "smallest_budget_gb": found.smallest_gb,
+        "save_total_limit": found.save_total_limit,
+        "checkpoint_bytes": footprint.checkpoint_bytes,
+        "light_bytes": footprint.light_bytes,
+        "final_bytes": footprint.final_bytes,
+        "fixed_bytes": footprint.fixed_bytes,
+        "peak_bytes": found.peak_bytes,
+        "parts": footprint.as_dict(),
+        "arithmetic": found.arithmetic,
+        "file_system": here,
+    }
+    return plan, hazards
+
+
+def _with_code(footprint: Footprint, config: Config, own_code: bool) -> Footprint:
+    if not own_code or not isinstance(config.cluster, SlurmCluster):
+        return footprint
+    taken = bytes_used(config.directory / "code") or CODE_BYTES
+    return Footprint.from_dict(footprint.as_dict() | {"fixed": footprint.fixed | {"code": taken}})
+
+
+def _smaller(
+    config: Config, job: ModuleType, judged: Callable[..., Verdict], footprint: Footprint, own_code: bool
+) -> list[tuple[str, int]]:
+    """What could be changed, with the smallest budget that would do then."""
+    found = []
+    if config.storage.reserve:
+        found.append(("storage.reserve=false", judged(footprint, reserve=False).smallest_bytes))
+    for change, other in job.changes(config):
+        found.append((change, judged(_with_code(job.footprint(other), config, own_code)).smallest_bytes))
+    return found
+
+
+def _hazards(config: Config, footprint: Footprint, found: Verdict) -> list[str]:
+    hazards = []
+    if found.lowered:
+        hazards.append(
+            f"trainer.save_total_limit={found.asked_limit} is lowered to {found.save_total_limit}: "
+            f"storage.budget_gb={config.storage.budget_gb:g} has room for no more"
+        )
+    every, steps = config.checkpoint.milestone_every, config.trainer.get("max_steps", -1)
+    if every and steps > 0:
+        need, left = steps // every * footprint.light_bytes, found.budget_bytes - found.smallest_bytes
+        if need > left:
+            hazards.append(
+                f"{steps // every} light milestones take {gb(need)}, storage.budget_gb leaves {gb(left)}: "
+                "those that don't fit are deleted"
+            )
+    return hazards
+
+
+def _file_system(config: Config, found: Verdict) -> tuple[list[dict[str, Any]], list[str]]:
+    """What limits writing in the run's place, and hazards.
+
+    Refused is only what can't become possible by deleting something: a file system or a quota smaller than the
+    smallest budget. Space that is taken now may be free when the job starts.
+
+    Raises:
+        ConfigError: see above.
+    """
+    run, hazards = RunDirectory(config.directory), []
+    try:
+        known = [disk.free_space(run.path), *_quotas(disk.existing(Path(config.run.root)))]
+        used = bytes_used(run.path)
+    except OSError as error:
+        return [], [f"the file system does not say what is free: {error}"]
+    for limit in known:
+        if limit.total_bytes < found.smallest_bytes:
+            what = "the file system" if limit.kind == "free space" else f"the {limit.kind}"
+            valid = f"{what} there has {gb(limit.total_bytes)} in all, the run needs {gb(found.smallest_bytes)}"
+            raise ConfigError("run.root", config.run.root, f"{valid}. Choose another run.root.")
+        if limit.free_bytes + used < found.peak_bytes:
+            needed = found.smallest_bytes if limit.free_bytes + used < found.smallest_bytes else found.peak_bytes
+            word = "needs at least" if needed == found.smallest_bytes else "may need up to"
+            hazards.append(
+                f"{limit.kind}: {gb(limit.free_bytes)} left on {run.path.parent}, the run {word} {gb(needed)}"
+            )
+    return [vars(limit) for limit in known], hazards
+
+
+@lru_cache(maxsize=4)
+def _quotas(place: Path) -> tuple[disk.Limit, ...]:
+    """Asked once for all cells of a sweep."""
+    return tuple(disk.quotas(place))
+
+
+def describe(storage: dict[str, Any]) -> list[str]:
+    """The storage part of a plan for people, as lines."""
+    lines = [f"budget {storage['budget_gb']:g} GB"]
+    if "parts" not in storage:
+        return lines
+    kept, peak = storage["save_total_limit"], gb(storage["peak_bytes"])
+    lines[0] += f" (smallest that would do: {storage['smallest_budget_gb']:g} GB); "
+    lines[0] += f"up to {kept} whole checkpoint{'s' * (kept != 1)} kept, {peak} at most with a save in flight"
+    parts, names = storage["parts"], ("checkpoint", "final", "fixed")
+    rows: list[tuple[str, ...]] = [("", *names)]
+    for part in dict.fromkeys(part for name in names for part in parts[name]):
+        rows.append((part, *(gb(parts[name][part]) if part in parts[name] else "" for name in names)))
+    rows.append(("in all", *(gb(storage[f"{name}_bytes"]) for name in names)))
+    return lines + _table(rows) + [f"{here['kind']}: {gb(here['free_bytes'])} left" for here in storage["file_system"]]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]

@@ -1,0 +1,79 @@
+"""The attempts of a run, one row each: steps, seconds and bytes, by the ledger's lines."""
+
+from itertools import pairwise
+from typing import Any
+
+from outlast.rundir import progress as progress_file
+from outlast.rundir.ledger import Attempt, Event
+from outlast.rundir.directory import RunDirectory
+
+Row = dict[str, Any]
+
+
+def attempt_rows(run: RunDirectory, tries: list[Attempt], events: list[Event]) -> list[Row]:
+    """One row an attempt, as `outlast report --json` shows it."""
+    rows = [_attempt(run, attempt, events) for attempt in tries]
+    _count_lost(rows)
+    return rows
+
+
+def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> Row:
+    """One attempt, by its own lines."""
+    lines = [event for event in events if event["attempt"] == attempt.number]
+    started, ended, resumed = attempt.started or {}, attempt.ended, attempt.resumed
+    killed = ended is None or ended.get("detail") == "killed"
+    # The next attempt writes the end of one that was killed: its last sign of life is what came before.
+    seen = [event["time"] for event in lines if event is not ended or not killed]
+    end = ended["time"] if ended and not killed else max(seen, default=lines[0]["time"])
+    last_step, now = attempt.last_step, progress_file.read(run)
+    if killed and now is not None and now.attempt == attempt.number:
+        last_step, end = max(last_step, now.step), max(end, now.time)
+    worked = resumed or attempt.checkpoints or any(event["event"] == "evaluated" for event in lines)
+    sealed_before = any(e["event"] == "checkpoint" and e["attempt"] < attempt.number for e in events)
+    first_step = resumed["step"] if resumed else 0
+    if not worked and sealed_before:
+        first_step = last_step  # stopped while it loaded: the step in its lines is the one it would have resumed from
+    return {
+        "number": attempt.number,
+        "job_id": started.get("job_id"),
+        "hosts": started.get("hosts", []),
+        "world_size": started.get("world_size"),
+        "start": lines[0]["time"],
+        "end": end,
+        "seconds": max(end - lines[0]["time"], 0.0),
+        "cause": ended["cause"] if ended else None,
+        "killed": killed,
+        "first_step": first_step,
+        "last_step": last_step,
+        "steps_done": max(last_step - first_step, 0),
+        "steps_lost": 0,
+        "resume_s": min(resumed["seconds"], max(end - lines[0]["time"], 0.0)) if resumed else None,
+        "signal": attempt.signals[-1]["name"] if attempt.signals else None,
+        "signal_to_sealed_s": _signal_to_sealed(attempt),
+        "checkpoints": len(attempt.checkpoints),
+        "bytes": sum(event["bytes"] for event in attempt.checkpoints),
+    }
+
+
+def _signal_to_sealed(attempt: Attempt) -> float | None:
+    """Seconds until the step of the last signal was safe; 0 if it was so before, None if it never was."""
+    if not attempt.signals:
+        return None
+    signal = attempt.signals[-1]
+    for event in attempt.checkpoints:
+        if event["kind"] == "emergency":
+            sealed = event["sealed_s"]
+            return float(event["time"] - signal["time"] if sealed is None else sealed)
+    safe = [event["step"] for event in (attempt.resumed, *attempt.checkpoints) if event is not None]
+    return 0.0 if signal["step"] in safe else None
+
+
+def _count_lost(rows: list[Row]) -> None:
+    """Note on each attempt how many steps up to its last one the next attempt had to make again."""
+    moved = [row for row in rows if row["steps_done"] or row["resume_s"] is not None]
+    for before, after in pairwise(moved):
+        # A checkpoint may outlive a kill that its line in the ledger did not: then it vouches for the step.
+        made = max(after["first_step"] - before["last_step"], 0)
+        before["last_step"] += made
+        before["steps_done"] += made
+        before["steps_lost"] = before["last_step"] - after["first_step"]

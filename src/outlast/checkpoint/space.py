@@ -1,0 +1,100 @@
+"""The bytes of one run: what may be used, what is used, and what a save will need."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+
+from outlast.files import bytes_used
+from outlast.rundir.directory import RunDirectory
+from outlast.storage.budget import margin
+
+from .manifest import Sealed
+
+
+class Room:
+    """Accounts for all that lives in a run directory, by what is on disk, at the moment it is asked.
+
+    Args:
+        budget: gives the bytes that the run directory may take; asked each time, since the cells of a sweep share one.
+        estimate: bytes of one checkpoint and of the finished model, for saves before the first is measured; 0: unknown.
+        reserve: keep a file of the size of one checkpoint, to be given up when an emergency save needs it.
+        peak: the most that earlier attempts saw in use, bytes.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        budget: Callable[[], int],
+        *,
+        estimate: tuple[int, int] = (0, 0),
+        reserve: bool = False,
+        peak: int = 0,
+    ) -> None:
+        self._run, self.budget, self._estimate, self._reserve = run, budget, estimate, reserve
+        self.peak = peak
+        """The most that was seen in use, bytes."""
+
+    def used(self) -> int:
+        """Bytes in use now: checkpoints, what is staged, quarantine, prepared data, logs, everything."""
+        used = bytes_used(self._run.path, skip_unreadable=True)  # what is in quarantine may be anybody's
+        self.peak = max(self.peak, used)
+        return used
+
+    def free(self) -> int:
+        """Bytes that may still be written, the margin left out. Negative if too many are in use."""
+        budget = self.budget()
+        return budget - margin(budget) - self.used()
+
+    def beside(self) -> int:
+        """Bytes in use that are no checkpoints."""
+        return self.used() - bytes_used(self._run.checkpoints, skip_unreadable=True)
+
+    def need(self, sealed: Sequence[Sealed], *, final: bool = False) -> int:
+        """What the next save takes: as much as the largest checkpoint that is whole, or the estimate before the first.
+
+        Args:
+            final: it is the finished model, which is without what only a resume needs.
+        """
+        whole = [c for c in sealed if not c.light]
+        if not whole:
+            return self._estimate[1 if final else 0]
+        return max(c.bytes - (c.resume_bytes if final else 0) for c in whole)
+
+    def keep_reserve(self, sealed: Sequence[Sealed]) -> str | None:
+        """Set the reserve file aside, if it is wanted, missing, and fits.
+
+        Returns:
+            Why there is none although it is wanted, or None.
+        """
+        size = self.need(sealed)
+        if not self._reserve or not size or self.reserved():
+            return None
+        if self.free() < 2 * size:  # the next save goes before it
+            return "storage.budget_gb has no room for it beside the next save"
+        fd = os.open(self._run.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            self.give_up_reserve()
+            return f"{error.strerror}"
+        finally:
+            os.close(fd)
+        return None
+
+    def reserved(self) -> int:
+        """Bytes that :meth:`give_up_reserve` would free."""
+        try:
+            return self._run.reserve.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def give_up_reserve(self) -> bool:
+        """Free the reserve file's bytes.
+
+        Returns:
+            Whether there were any.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            self._run.reserve.unlink()
+            return True
+        return False

@@ -1,0 +1,218 @@
+"""What a batch script calls when its ranks are gone: `python -m outlast.epilogue RUN_DIR --exit-code N`.
+
+The ranks requeue their job themselves when they can. This sees to what is left: an attempt whose ranks crashed or were
+killed, one that could not be requeued, one that was signalled before its ranks could agree. Its exit code is the
+job's. It starts in a fraction of a second, imports nothing heavy, and does nothing a second time.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+
+from .config.configuration import Config, load
+from .errors import Exit, OutlastError, RunBusyError, SlurmError
+from .preemption.policy import decide, describe
+from .preemption.signals import SIGNALS
+from .rank import target_arguments, target_of
+from .rundir import submission
+from .rundir.directory import RunDirectory, RunLock, cancelled_after, write_atomically
+from .rundir.ledger import Attempt, Cause, Event, Ledger, Recorder, attempt_of, attempts, finished
+from .rundir.progress import read
+from .rundir.submission import Submission
+from .slurm.actions import requeue_job
+from .slurm.environment import SlurmJob, current_job
+from .slurm.view import JobView, ran_out_of_memory, show_job
+
+SCRIPT = "job.sbatch"
+"""The batch script as it was submitted, in the run directory."""
+LAST_LINES = 30
+SILENCE_S = 1800.0
+WAIT_S = 20.0
+"""How long ranks of this job, on other nodes, may take to be gone after `srun` has returned."""
+
+
+def settle(run: RunDirectory, code: int) -> int:
+    """Decide what follows, and do it.
+
+    Args:
+        code: `srun`'s exit code.
+
+    Returns:
+        The exit code for the batch script.
+
+    Raises:
+        OutlastError: the run's configuration can't be read.
+    """
+    job = current_job()
+    config = load(run.config)
+    if job is None:
+        return code
+    if finished(Ledger(run.ledger).read()):
+        return Exit.DONE
+    lock = RunLock(run)
+    try:
+        lock.acquire(f"the end of job {job.job_id}", wait_s=WAIT_S)
+    except RunBusyError as error:  # it is another attempt's, and so is the ledger
+        _say(str(error))
+        return code or Exit.FAILED
+    try:
+        return _settle(run, job, config, code)
+    finally:
+        lock.release()
+
+
+def _settle(run: RunDirectory, job: SlurmJob, config: Config, code: int) -> int:
+    ledger = Ledger(run.ledger)
+    events = ledger.read()
+    number = attempt_of(events, (job.job_id, job.restart_count))
+    attempt = next((a for a in attempts(events) if a.number == number), Attempt(number))
+    record = Recorder(ledger, number, _say)
+    if attempt.requeued is not None:
+        return Exit.RESUME_ME
+    if events and events[-1]["event"] == "gave_up":
+        _show_end(run, number)
+        return Exit.GAVE_UP
+    view = _ask(job)
+    if attempt.ended is None:
+        now = read(run)
+        step = now.step if now and now.attempt == number else max((a.saved_step for a in attempts(events)), default=0)
+        record("attempt_ended", step=step, **_end(run, job, view, attempt, code, config.preemption.lead_s))
+        attempt = next(a for a in attempts(ledger.read()) if a.number == number)
+    assert attempt.ended is not None
+    cause: Cause = attempt.ended["cause"]
+    decision = decide(cause, ledger.read(), config.preemption)
+    _say(f"attempt {number} ended: {describe(attempt.ended)}")
+    match decision.action:
+        case "again":
+            try:
+                record("requeued", cause=cause, **_again(run, job, config))
+            except SlurmError as error:
+                _say(f"it could not be started again: {error}. The same command again resumes.")
+        case "give_up" | "fail":
+            _say(f"giving up: {decision.reason}" if decision.action == "give_up" else f"failed: {decision.reason}")
+            if decision.action == "give_up":
+                record("gave_up", reason=decision.reason)
+            _show_end(run, number)
+    refused = decision.action == "fail" and attempt.ended.get("refused") and code == Exit.REFUSED
+    return Exit.REFUSED if refused else decision.exit_code
+
+
+def _ask(job: SlurmJob) -> JobView | None:
+    """What Slurm says of the job; None if it does not answer for half an hour.
+
+    Waiting costs nothing: while its controller is away, nobody else can have the nodes either.
+    """
+    deadline, said = time.monotonic() + SILENCE_S, False
+    while True:
+        try:
+            return show_job(job.job_id)
+        except SlurmError as error:
+            if time.monotonic() > deadline:
+                return None
+            if not said:
+                _say(f"{error}; waiting for Slurm to answer")
+            said = True
+            time.sleep(5.0)
+
+
+def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attempt, code: int, lead_s: float) -> Event:
+    """Why an attempt ended whose ranks could not say so: as Slurm sees the job, then as it saw the ranks."""
+    began = attempt.started["time"] if attempt.started else 0.0
+    if attempt.started and cancelled_after(run.path, began):
+        return {"cause": "cancelled"}
+    # Near its time limit is why a job was signalled; a rank that died without a signal died of something else.
+    cause = view.stop_cause(job, lead_s if attempt.signals else -math.inf) if view else None
+    if cause is not None:
+        return {"cause": cause, "detail": "killed"}
+    if code == 0 and attempt.signals:
+        return {"cause": "preempted"}  # in start-up, by a signal that somebody sent on purpose
+    if code > 128 and ran_out_of_memory(job.job_id):
+        return {"cause": "out_of_memory", "detail": f"killed for using too much memory on {job.nodelist}"}
+    if code > 128:
+        name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
+        return {"cause": "failed", "detail": f"a rank was killed by {name}"}
+    where = "" if attempt.started else " before the run began"
+    end: Event = {"cause": "failed", "detail": f"the ranks ended with exit code {code}{where}"}
+    return end | ({"refused": True} if code in (Exit.REFUSED, 126, 127) else {})
+
+
+def _again(run: RunDirectory, job: SlurmJob, config: Config) -> Event:
+    """Have Slurm start the next attempt: requeue this job, or where that is forbidden, submit one that waits for it.
+
+    Raises:
+        SlurmError: neither is possible.
+    """
+    try:
+        done = requeue_job(job, config.preemption.requeue_delay_s)
+        _say(f"requeued job {job.job_id}")
+        return {"job_id": job.job_id, "by": done.by, "hold_lifted": done.hold_lifted}
+    except SlurmError as error:
+        if not (run.path / SCRIPT).is_file():
+            raise
+        _say(f"{error}; a job that depends on this one is submitted instead")
+    job_id = _submit_dependent(run, job, config.cluster.kind)
+    _say(f"submitted job {job_id}, which starts when job {job.job_id} has ended")
+    return {"job_id": job_id, "by": "dependent"}
+
+
+def _submit_dependent(run: RunDirectory, job: SlurmJob, cluster: str) -> str:
+    """Submit the frozen batch script again, to start when `job` has ended; its id, with the task of an array."""
+    task = job.job_id.partition("_")[2]
+    flags = [f"--dependency=afterany:{job.job_id}", *([f"--array={task}"] if task else [])]
+    record = run.path / "submitted.json"
+
+    def write(entry: Submission) -> None:
+        if entry.job_id is not None and task:
+            log = entry.log.replace("%A", entry.job_id).replace("%a", task)
+            entry = replace(entry, job_id=f"{entry.job_id}_{task}", log=log)
+        write_atomically(record, json.dumps(asdict(entry)))
+
+    with submission.submission_lock(run.path) as lock:
+        done = submission.submit(
+            Submission(
+                token=submission.new_token(),
+                cluster=cluster,
+                slurm_conf=os.environ.get("SLURM_CONF"),
+                log=str((run.path.parent if task else run.path) / "logs" / ("%A_%a.log" if task else "%j.log")),
+            ),
+            run.path / SCRIPT,
+            flags,
+            lock,
+            write,
+        )
+    assert done.job_id is not None
+    return f"{done.job_id}_{task}" if task else done.job_id
+
+
+def _show_end(run: RunDirectory, number: int) -> None:
+    """Print the end of the log of the rank that ended the attempt; the rest of what was printed is this log."""
+    errors = [e for e in Ledger(run.ledger).read() if e["event"] == "attempt_ended" and e["attempt"] == number]
+    log = run.log(number, next((int(e["rank"]) for e in errors if "rank" in e), 0))
+    if log.is_file():
+        lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        _say("\n".join([f"the end of {log}:", *(f"    {line}" for line in lines)]))
+
+
+def _say(text: str) -> None:
+    print(f"[outlast] {text}", flush=True)
+
+
+def _command() -> int:
+    for number in SIGNALS:  # Slurm ends the batch script that is being requeued, this process included
+        signal.signal(number, signal.SIG_IGN)
+    parser = target_arguments("outlast.epilogue")
+    parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's")
+    arguments = parser.parse_args()
+    try:
+        return settle(target_of(arguments), arguments.exit_code)
+    except OutlastError as error:
+        print(f"outlast: {error}", file=sys.stderr)
+        return arguments.exit_code or error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(_command())

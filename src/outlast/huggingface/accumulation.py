@@ -1,0 +1,66 @@
+"""Leaving in the middle of an optimizer step that accumulates gradients, where there is no time to finish it.
+
+Until its last micro-batch, a step has changed nothing but the random numbers: weights, optimizer and schedule are those
+of the step before. So the step before can still be saved, exactly, with the random state from its end, and what is lost
+are some micro-batches, not the interval since the last checkpoint.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from . import random_state
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from outlast.run import Run
+
+
+class MidStep(TrainerCallback):  # type: ignore[misc]
+    """Polls the agreement between micro-batches.
+
+    Args:
+        save: saves the state at hand as that of the last step, and leaves.
+    """
+
+    def __init__(self, run: "Run", trainer: "Trainer", save: Callable[[], None]) -> None:
+        self._run, self._trainer, self._save = run, trainer, save
+        self._random: dict[str, Any] = {}
+        self._tokens_seen: Any = 0
+        self._done = 0
+
+    def keep(self) -> None:
+        """The random state is that of the last step's end, as the next attempt would load it."""
+        if self._trainer.args.gradient_accumulation_steps > 1:
+            self._random, self._tokens_seen = random_state.capture(), self._trainer.state.num_input_tokens_seen
+
+    def on_epoch_begin(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        self.keep()  # a resumed epoch begins with this state, and then draws the order of its samples
+
+    def on_step_begin(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        self._done = 0
+        if not float(state.epoch or 0).is_integer():
+            self.keep()
+
+    def on_substep_end(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        self._done += 1
+        left = getattr(self._trainer, "current_gradient_accumulation_steps", 0) - self._done
+        if not self._run.should_stop(state.global_step) or self._run.time_for("step", left) is not False:
+            return
+        self._run.record("step_cut", step=state.global_step + 1, micro_batches=self._done)
+        self._run.say(
+            f"no time to finish step {state.global_step + 1}: its {self._done} micro-batches will be made again"
+        )
+        if state.global_step == 0:
+            self._run.leave(0)  # nothing to save: a run that begins anew is the same run
+        random_state.restore(self._random)
+        state.num_input_tokens_seen = self._tokens_seen
+        self._save()

@@ -1,0 +1,110 @@
+"""DeepSpeed's checkpoints in the Trainer's seam: saved such that no rank hangs, loaded such that no code runs.
+
+Saving is collective, with barriers and gathers inside, and every rank writes its shard between them. So what a rank
+could not write is held back until these are over, and is raised then.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from outlast.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+@contextmanager
+def saving(trainer: "Trainer", directory: Path) -> Iterator[None]:
+    """While `trainer` saves to `directory`: failures are held back; the first is raised at the end, on its own rank.
+
+    `latest`, which names the shards' directory, is written last.
+    """
+    engine, failures = trainer.model_wrapped, list[Exception]()
+
+    def held(act: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(act)
+        def acting(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return act(*args, **kwargs)
+            except Exception as error:
+                failures.append(error)
+
+        return acting
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (trainer, "save_model", held(trainer.save_model)),  # its gather comes before its files
+        (engine, "save_checkpoint", functools.partial(engine.save_checkpoint, save_latest=False)),
+        (engine, "_copy_recovery_script", held(engine._copy_recovery_script)),
+        (engine.checkpoint_engine, "save", held(engine.checkpoint_engine.save)),
+        (engine.checkpoint_engine, "makedirs", held(engine.checkpoint_engine.makedirs)),
+    ]
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    try:
+        yield
+        if trainer.args.should_save:
+            held((directory / "latest").write_text)(f"global_step{engine.global_steps}")
+    finally:
+        for owner, name, own in before:
+            delattr(owner, name) if own is None else setattr(owner, name, own)
+    if failures:
+        raise failures[0]
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """While a Trainer loads: shards hold tensors, plain values and `classes()`, and nothing in them is executed."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    load = TorchCheckpointEngine.load
+
+    def load_safely(self: Any, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(classes()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    TorchCheckpointEngine.load = load_safely
+    try:
+        yield
+    finally:
+        TorchCheckpointEngine.load = load
+
+
+def load_weights(trainer: "Trainer", checkpoint: Path) -> None:
+    """Load the weights of a light checkpoint, whose shards are gone; all ranks.
+
+    Raises:
+        CheckpointError: it holds a weight that the model has not.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+    from peft import PeftModel, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from safetensors import safe_open
+
+    model = trainer.model
+    if isinstance(model, PeftModel):
+        with GatheredParameters([p for p in model.parameters() if p.requires_grad], modifier_rank=0):
+            set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+        return
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if name not in known:
+                    raise CheckpointError(f"{path}: the model has no weight {name}")
+                with GatheredParameters([known[name]], modifier_rank=0), torch.no_grad():
+                    known[name].copy_(file.get_tensor(name))
+
+
+def classes() -> list[Any]:
+    """What DeepSpeed's shards hold beside tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]

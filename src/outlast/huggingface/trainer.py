@@ -1,0 +1,372 @@
+"""The seam to Hugging Face's Trainer and its subclasses (SFTTrainer, DPOTrainer, ...).
+
+The Trainer keeps its loop, its optimizer, its data order and its file formats. The seam decides when it saves, where
+the files go (the store's staging area instead of `checkpoint-N` itself), what is deleted, and when it stops:
+
+- A stop is agreed at a step's end and inside evaluation. If the step also ends an epoch, the save waits for
+  `on_epoch_end`, which follows at once, so that an evaluation due there is known.
+- An evaluation that is due or is cut short is not run in the grace period. The checkpoint says `pending_evaluation`,
+  and the random state in it is from before the evaluation; the next attempt evaluates first, then goes on. So the
+  metrics, the best checkpoint and the random numbers are those of a run never interrupted.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from outlast.checkpoint import compatibility as origin
+from outlast.checkpoint.manifest import Sealed, read_manifest
+from outlast.errors import CheckpointError, ConfigError
+from outlast.preemption.signals import shield_worker
+from outlast.storage.budget import gb
+
+from . import deepspeed as zero
+from . import random_state
+from . import universal_checkpoint as universal
+from .accumulation import MidStep
+from .frozen_weights import frozen_weights, named
+from .resharding import adapt, seed_rank
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from outlast.run import Run
+
+
+FROZEN_SHARE = 0.1
+"""Share of a checkpoint from which frozen weights in it are worth a warning."""
+
+
+class _EvaluationCut(Exception):
+    """Raised out of an evaluation when the ranks have agreed to leave."""
+
+
+class _Shielded:
+    """A DataLoader's `worker_init_fn`, preceded by :func:`shield_worker`. A class, so that it can be pickled."""
+
+    def __init__(self, inner: Callable[[int], None] | None) -> None:
+        self.inner = inner
+
+    def __call__(self, worker_id: int) -> None:
+        shield_worker(worker_id)
+        if self.inner is not None:
+            self.inner(worker_id)
+
+
+def train(run: "Run", trainer: "Trainer") -> Any:
+    """Train `trainer` from the newest checkpoint of `run` to the end, and publish the model as `final/`.
+
+    Returns:
+        The Trainer's `TrainOutput`. When the job is preempted this does not return.
+    """
+    seam = _Seam(run, trainer)
+    checkpoint = seam.resume_from()
+    with zero.loading() if trainer.is_deepspeed_enabled else nullcontext():
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
+        run.say(f"WARNING: the best, step {state.best_global_step}, could not be saved: final/ will be the last model")
+    run.finish(trainer.state.global_step, lambda directory: seam.save_model(directory))
+    return output
+
+
+class _Seam(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, run: "Run", trainer: "Trainer") -> None:
+        self.run, self.trainer = run, trainer
+        self.checkpoint: Sealed | None = None
+        self.conversion: universal.Conversion | None = None
+        self.pending_evaluation = False
+        self.save_at_epoch_end = False
+        self.done = False
+        self.rng_after_pending: dict[str, Any] | None = None
+        self._looked_for_frozen = False
+        self._evaluations = 0  # evaluate() calls itself for each of several datasets
+        self._making_up = False
+        self._batches = 0  # done, of the evaluation under way
+        self._mid_step = MidStep(run, trainer, lambda: self.save(trainer.model_wrapped, None))
+
+        args = trainer.args
+        if args.save_only_model:
+            valid = "valid: false; a checkpoint without the optimizer's state would silently restart it"
+            raise ConfigError("save_only_model", True, valid)
+        args.output_dir = str(run.directory.checkpoints)
+        run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
+        self._save_checkpoint, self._evaluate = trainer._save_checkpoint, trainer.evaluate
+        self._load_rng_state = trainer._load_rng_state
+        self._determine_best = trainer._determine_best_metric
+        trainer._save_checkpoint = self.save
+        trainer.evaluate = self.evaluate
+        trainer._load_rng_state = self.load_rng_state
+        trainer._determine_best_metric = self.determine_best
+        if trainer.is_deepspeed_enabled:
+            self._load_best, trainer._load_best_model = trainer._load_best_model, self.load_best
+        if not run.loop_saves:
+            args.save_strategy = SaveStrategy.NO
+        for name in ("get_train_dataloader", "get_eval_dataloader"):
+            setattr(trainer, name, _shield_loader(getattr(trainer, name)))
+        trainer.add_callback(self)
+        trainer.add_callback(self._mid_step)
+
+    def resume_from(self) -> Path | None:
+        args, trainer = self.trainer.args, self.trainer
+        self.run.describe(
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            micro_batch=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            dataset=origin.dataset(trainer.train_dataset),
+            trainable=origin.trainable(trainer.model),
+        )
+        self.checkpoint = self.run.resume_point()
+        adapt(trainer, self.run.layout)
+        if self.checkpoint is None:
+            return None
+        if universal.needed(self.checkpoint, trainer):
+            self.conversion = universal.Conversion(self.run, self.checkpoint, trainer)
+            self.conversion.make()
+        return self.conversion.path if self.conversion else self.checkpoint.path
+
+    # Callbacks --------------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        self.run.progress.now.total_steps = state.max_steps
+        self._point_at_best(state)
+        self.run.begin(state.global_step)
+        if self.conversion is not None:
+            self.conversion.drop()
+        if self.checkpoint is not None and self.checkpoint.manifest.pending_evaluation:
+            self._evaluate_pending()
+        # A Trainer that is resumed at its last step would take one more.
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            self.done = True
+            self.trainer.get_batch_samples = lambda *_: ([], None)
+
+    def on_step_end(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        step = state.global_step
+        self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
+        epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
+        verdict = self.run.step_done(step)
+        # An evaluation may follow at the end of the epoch: what is sealed at this step holds it too.
+        due = control.should_save or verdict == "save"
+        self.save_at_epoch_end, control.should_save = due and epoch_ends, due and not epoch_ends
+        if verdict == "stop":
+            self.pending_evaluation = control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = not epoch_ends
+
+    def on_epoch_end(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        if self.done:
+            control.should_training_stop = True
+            control.should_evaluate = control.should_save = control.should_log = False
+        elif self.run.stopping:
+            self.pending_evaluation |= control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = True
+        elif self.save_at_epoch_end:
+            control.should_save, self.save_at_epoch_end = True, False
+
+    def on_prediction_step(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        if not self._evaluations:
+            return
+        self._batches += 1
+        if self.run.should_stop(state.global_step, "evaluation") and not self._may_finish(eval_dataloader):
+            raise _EvaluationCut
+
+    def on_log(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs and self.run.rank == 0:
+            self.run.progress.update(loss=logs["loss"])
+
+    # In place of the Trainer's own ------------------------------------------------------------------------------
+
+    def save(self, model: Any, trial: Any) -> None:
+        """Instead of `Trainer._save_checkpoint`: the same files, through the store. Leaves if the run is stopping."""
+        state = self.trainer.state
+        sealed = self.run.checkpoint(
+            state.global_step,
+            lambda staged: self._write(staged, model, trial),
+            pending_evaluation=self.pending_evaluation,
+            best_step=state.best_global_step,
+        )
+        self._point_at_best(state)
+        if self.run.stopping:
+            self.run.leave(state.global_step)
+        if sealed is not None and self.run.rank == 0:
+            self._look_for_frozen_weights(sealed)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Instead of `Trainer.evaluate`: in training, it can be cut short by a stop and is noted when it is whole."""
+        if not self.trainer.is_in_train or self._evaluations:
+            return dict(self._evaluate(*args, **kwargs))
+        before = random_state.capture()
+        self._evaluations += 1
+        self._batches = 0
+        self._progress("evaluating")
+        try:
+            metrics = dict(self._evaluate(*args, **kwargs))
+        except _EvaluationCut:
+            random_state.restore(before)
+            self.pending_evaluation = True
+            self.save(self.trainer.model_wrapped, None)  # does not return: the run is stopping
+            raise
+        finally:
+            self._evaluations -= 1
+        self._progress("training")
+        self.trainer.control.should_save |= self.run.stopping  # there was time to finish it first
+        self.run.evaluated(self.trainer.state.global_step, {k: v for k, v in metrics.items() if "_per_" not in k})
+        return metrics
+
+    def load_rng_state(self, checkpoint: str | None) -> None:
+        """Instead of `Trainer._load_rng_state`: an evaluation that was made up for has used random numbers too."""
+        if self.checkpoint is None or not seed_rank(self.trainer, self.checkpoint):
+            self._load_rng_state(checkpoint)
+        if self.rng_after_pending is not None:
+            random_state.restore(self.rng_after_pending)
+        self._mid_step.keep()
+
+    def determine_best(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Instead of `Trainer._determine_best_metric`: a new best is saved, whatever the interval between saves."""
+        state, new = self.trainer.state, bool(self._determine_best(metrics, trial))
+        if new and self.trainer.args.load_best_model_at_end:
+            state.best_global_step = state.global_step
+            self.trainer.control.should_save = True
+        return new
+
+    def load_best(self) -> None:
+        """Instead of `Trainer._load_best_model` with DeepSpeed: that needs shards, for as many ranks."""
+        best = Path(self.trainer.state.best_model_checkpoint or "")
+        same_ranks = read_manifest(best).world_size == self.trainer.args.world_size
+        if same_ranks and any(best.glob("global_step*")):
+            self._load_best()
+        else:
+            zero.load_weights(self.trainer, best)
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _may_finish(self, loader: Any) -> bool:
+        """Whether an evaluation fits in before the save. Not one that is made up for: its step is sealed already."""
+        known = isinstance(loader, Sized) and not isinstance(self.trainer.eval_dataset, dict)
+        left = len(loader) - self._batches if known and not self._making_up else None
+        return self.run.time_for("evaluation", left) is True
+
+    def _evaluate_pending(self) -> None:
+        assert self.checkpoint is not None
+        trainer, state = self.trainer, self.trainer.state
+        self.run.say(f"step {state.global_step}: making up for the evaluation that was cut short")
+        self.load_rng_state(str(self.checkpoint.path))
+        self._making_up = True
+        metrics = trainer._evaluate(None, None)
+        self._making_up = False
+        self.determine_best(metrics, None)
+        self._point_at_best(state)
+        self.rng_after_pending = random_state.capture()
+
+    def _point_at_best(self, state: "TrainerState") -> None:
+        """Say where the best checkpoint is. The path in a saved state may be from before the run was moved."""
+        if state.best_global_step:
+            path = self.run.store.path(state.best_global_step)
+            state.best_model_checkpoint = str(path) if path.is_dir() else None
+            if path.is_dir():  # if it could not be saved, the best before it stays the one that is kept
+                self.run.store.retention.best_step = state.best_global_step
+
+    def _write(self, staged: Path, model: Any, trial: Any) -> None:
+        trainer, state = self.trainer, self.trainer.state
+        holding = zero.saving(trainer, staged) if trainer.is_deepspeed_enabled else nullcontext()
+        with self._quiet(staged.parent), holding:
+            self._save_checkpoint(model, trial)
+        # The Trainer took the staging area for its output directory when it noted where the best checkpoint is.
+        if state.best_global_step:
+            state.best_model_checkpoint = str(self.run.store.path(state.best_global_step))
+        if trainer.args.should_save:
+            state.save_to_json(str(staged / "trainer_state.json"))
+        self._check_whole(staged)
+
+    def _look_for_frozen_weights(self, sealed: Sealed) -> None:
+        """Say once if each checkpoint carries weights that training never changes."""
+        if not self._looked_for_frozen:
+            self._looked_for_frozen = True
+            found = frozen_weights(sealed.path, self.trainer.model)
+            if sum(found.values()) > sealed.bytes * FROZEN_SHARE:
+                self.run.record("frozen_weights", bytes=sum(found.values()), tensors=named(found))
+                self.run.say(
+                    f"WARNING: {gb(sum(found.values()))} of each checkpoint's {gb(sealed.bytes)} are frozen weights "
+                    f"({named(found)}): wrap the model with PEFT's get_peft_model, so that only adapters are saved"
+                )
+
+    def _check_whole(self, staged: Path) -> None:
+        """See that nothing is missing that the Trainer, on resume, would silently do without."""
+        args = self.trainer.args
+        rng = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
+        needed: dict[str, tuple[str, ...]] = {"state of the random numbers": (rng,)}
+        if self.trainer.is_deepspeed_enabled:
+            shard = f"global_step*/*zero_pp_rank_{args.process_index}_*optim_states.pt"
+            needed["optimizer's shard of this rank"] = (shard,)
+        if args.should_save:
+            needed["optimizer's state"] = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+            needed["schedule"] = ("scheduler.pt", "global_step*")
+        for what, names in needed.items():
+            if not any(any(staged.glob(name)) for name in names):
+                raise CheckpointError(f"the {what} is missing: the Trainer has written none of {', '.join(names)}")
+
+    def save_model(self, directory: Path) -> None:
+        with self._quiet(directory):
+            self.trainer.save_model(str(directory))
+
+    @contextmanager
+    def _quiet(self, output: Path) -> Iterator[None]:
+        """While the Trainer saves: `output` is its output directory, no model card, no question to the hub.
+
+        Nor a barrier of its own, which a rank that could not write (a full disk) would never reach.
+        """
+        trainer, offline = self.trainer, os.environ.get("HF_HUB_OFFLINE")
+        strategy, trainer.args.save_strategy = trainer.args.save_strategy, SaveStrategy.NO
+        trainer._get_output_dir = lambda trial: str(output)
+        trainer.create_model_card = lambda *_, **__: None
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        try:
+            yield
+        finally:
+            del trainer._get_output_dir, trainer.create_model_card
+            trainer.args.save_strategy = strategy
+            os.environ.pop("HF_HUB_OFFLINE")
+            if offline is not None:
+                os.environ["HF_HUB_OFFLINE"] = offline
+
+    def _progress(self, phase: str) -> None:
+        if self.run.rank == 0:
+            self.run.progress.update(phase=phase, force=True)
+
+
+def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:
+    def shielded(*args: Any, **kwargs: Any) -> Any:
+        loader = get(*args, **kwargs)
+        # accelerate's loader is a DataLoader, but iterates over another one that it holds
+        for inner in (loader, getattr(loader, "base_dataloader", None)):
+            if inner is not None and inner.num_workers and not isinstance(inner.worker_init_fn, _Shielded):
+                inner.worker_init_fn = _Shielded(inner.worker_init_fn)
+        return loader
+
+    return shielded

@@ -1,0 +1,234 @@
+"""A DeepSpeed checkpoint for another number of ranks: DeepSpeed's own conversion to a universal checkpoint.
+
+ZeRO spreads the optimizer's state over the ranks, so a checkpoint fits the number of ranks that made it. Rank 0 writes
+a second, universal copy of it into the staging area, all ranks load that, and it is removed. The checkpoint itself is
+not touched: what is killed on the way begins anew.
+"""
+
+import errno
+import os
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from outlast.checkpoint.compatibility import ResumeRefusedError
+from outlast.checkpoint.manifest import Sealed
+from outlast.checkpoint.writer import Writer
+from outlast.errors import CheckpointError
+from outlast.files import bytes_used
+from outlast.storage.budget import gb
+
+from .deepspeed import classes
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from outlast.run import Run
+
+POLL_S, SAY_S = 1.0, 30.0
+PROBLEMS: dict[str, type[Exception]] = {"refused": ResumeRefusedError, "failed": CheckpointError, "passing": OSError}
+"""What rank 0 may meet, the special before the general; all ranks raise it."""
+SMALL_FILE = 2_000
+"""Bytes that a tensor's file has beside the tensor, rounded up."""
+
+
+class Conversion:
+    """The universal copy of `checkpoint`; all ranks make it, load it and drop it together.
+
+    Attributes:
+        path: the directory to resume from: the copy of DeepSpeed's state, and links to the other files.
+    """
+
+    def __init__(self, run: "Run", checkpoint: Sealed, trainer: "Trainer") -> None:
+        self._run, self._checkpoint, self._trainer = run, checkpoint, trainer
+        self._staging = run.directory.staging
+        self.path = self._staging / checkpoint.path.name
+        self._problem: Exception | None = None
+        self._loading = ExitStack()
+
+    def make(self) -> None:
+        """Convert, on rank 0; the others wait.
+
+        Raises:
+            ResumeRefusedError: the budget has no room for the copy; nothing was changed.
+            CheckpointError: DeepSpeed could not convert it.
+            OSError: the file system would not have it.
+        """
+        expect(self._trainer)
+        self._loading.enter_context(_all_of_stage_3())
+        run, began, said = self._run, time.monotonic(), time.monotonic()
+        worker = threading.Thread(target=self._try, daemon=True)
+        if run.rank == 0:
+            worker.start()
+        state: tuple[str, str] | None = ("", "")
+        while state == ("", ""):
+            if run.rank == 0:
+                worker.join(POLL_S)
+                state = ("", "") if worker.is_alive() else self._outcome()
+                if time.monotonic() - said > SAY_S:
+                    said = time.monotonic()
+                    run.say(f"converting: {gb(bytes_used(self.path, skip_unreadable=True))} written")
+            state = run.agreement.from_rank_0(state)
+        if state is not None:
+            raise PROBLEMS[state[0]](state[1])
+        if run.rank == 0:
+            seconds, size = time.monotonic() - began, bytes_used(self.path, skip_unreadable=True)
+            ranks = run.agreement.world_size
+            run.record("converted", checkpoint=self.path.name, ranks=ranks, bytes=size, seconds=seconds)
+            run.say(f"converted in {seconds:.1f} s; the copy of {gb(size)} is removed when it is loaded")
+
+    def drop(self) -> None:
+        """Remove the copy; all ranks have loaded it."""
+        self._loading.close()
+        self._trainer.model_wrapped._config.load_universal_checkpoint = False  # the best has shards of its own
+        if self._run.rank == 0:
+            self._run.store.sweep()
+
+    def _outcome(self) -> tuple[str, str] | None:
+        if self._problem is None:
+            return None
+        self._run.store.sweep()
+        return next(name for name, kind in PROBLEMS.items() if isinstance(self._problem, kind)), str(self._problem)
+
+    def _try(self) -> None:
+        try:
+            self._convert()
+        except Exception as error:
+            name = self._checkpoint.path.name
+            if isinstance(error, OSError) and error.errno == errno.EDQUOT:
+                error = self._no_room(self._need())
+            elif not isinstance(error, ResumeRefusedError | OSError):  # the disk may be better next time
+                error = CheckpointError(f"{name} can't be converted for {self._ranks} ranks: {error!r}")
+            self._problem = error
+
+    def _convert(self) -> None:
+        run, source = self._run, next(self._checkpoint.path.glob("global_step*"))
+        need = self._need()
+        run.say(
+            f"{self._checkpoint.path.name} was made by {self._checkpoint.manifest.world_size} ranks: converting it for "
+            f"{self._ranks} (DeepSpeed's universal checkpoint, up to {gb(need)} for a while)"
+        )
+        run.progress.update(phase="converting", step=self._checkpoint.step, force=True)
+        if not run.store.make_room(kind="periodic", need=need):
+            raise self._no_room(need)
+        self.path.mkdir(parents=True)
+        for file in self._checkpoint.path.iterdir():
+            if file != source:
+                os.symlink(file, self.path / file.name)
+        from deepspeed.checkpoint import ds_to_universal
+
+        arguments = Namespace(
+            input_folder=str(source),
+            output_folder=str(self.path / source.name),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+        writer = Writer(self.path, run.store.room.free() - self._weights)
+        with writer.capture(), _quiet(ds_to_universal), _loading_tensors():
+            ds_to_universal.main(arguments)
+
+    def _need(self) -> int:
+        """Bytes that a conversion writes, at most: the slices of all shards, what they are merged into, the weights."""
+        sizes = {name: int(entry["bytes"]) for name, entry in self._checkpoint.manifest.files.items()}
+        shards = sum(size for name, size in sizes.items() if name.endswith("_optim_states.pt"))
+        tensors = sum(1 for p in self._trainer.model.parameters() if p.requires_grad)
+        return 2 * shards + self._weights + tensors * SMALL_FILE * 4 * (self._checkpoint.manifest.world_size + 1)
+
+    def _no_room(self, need: int) -> ResumeRefusedError:
+        free, budget = max(self._run.store.room.free(), 0), self._run.store.room.budget()
+        return ResumeRefusedError(
+            f"{self._checkpoint.path.name} can't be converted for {self._ranks} ranks: that takes up to {gb(need)} "
+            f"beside it, and storage.budget_gb={budget / 1e9:g} has room for {gb(free)}; set "
+            f"storage.budget_gb={(budget + need - free) / 1e9 * 1.02:.3g}, or go on with "
+            f"{self._checkpoint.manifest.world_size} ranks"
+        )
+
+    @property
+    def _weights(self) -> int:
+        """Bytes of the files that are copied as they are."""
+        files = self._checkpoint.manifest.files
+        return sum(int(entry["bytes"]) for name, entry in files.items() if name.endswith("_model_states.pt"))
+
+    @property
+    def _ranks(self) -> int:
+        return self._run.agreement.world_size
+
+
+def needed(checkpoint: Sealed | None, trainer: "Trainer") -> bool:
+    """Whether `checkpoint` has to be converted for this number of ranks."""
+    if checkpoint is None or not trainer.is_deepspeed_enabled:
+        return False
+    return bool(checkpoint.manifest.world_size != trainer.args.world_size)
+
+
+def expect(trainer: "Trainer") -> None:
+    """Have DeepSpeed, which is not set up yet, load a universal checkpoint."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+
+
+@contextmanager
+def _all_of_stage_3() -> Iterator[None]:
+    """Stage 3 loads right what DeepSpeed 0.19 does not.
+
+    It gives all parts of the optimizer one and the same tensor as their step count, which each of them then counts up;
+    and to every parameter group what belongs to the first, so that weight decay reaches what it should not.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    name = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
+    load = getattr(Stage3, name)
+
+    def load_all(self: Any, checkpoint_dir: str) -> None:
+        load(self, checkpoint_dir)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+        with torch.serialization.safe_globals(classes()):
+            saved = torch.load(os.path.join(checkpoint_dir, "zero", "optimizer_state.pt"), weights_only=True)
+        groups = saved["optimizer_state_dict"]["param_groups"]
+        for group, made in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update({key: value for key, value in made.items() if key != "params"})
+
+    setattr(Stage3, name, load_all)
+    try:
+        yield
+    finally:
+        setattr(Stage3, name, load)
+
+
+@contextmanager
+def _quiet(converter: Any) -> Iterator[None]:
+    """Its lines and bars would go between those of the log."""
+    bars = converter.tqdm
+    converter.print, converter.tqdm = lambda *_, **__: None, Namespace(tqdm=lambda chunks: chunks)
+    try:
+        yield
+    finally:
+        del converter.print
+        converter.tqdm = bars
+
+
+@contextmanager
+def _loading_tensors() -> Iterator[None]:
+    """Nothing in what is converted is executed, whatever the converter asks for."""
+    load = torch.load
+
+    def load_tensors(*args: Any, **options: Any) -> Any:
+        return load(*args, **{**options, "weights_only": True})
+
+    torch.load = load_tensors
+    try:
+        with torch.serialization.safe_globals(classes()):
+            yield
+    finally:
+        torch.load = load

@@ -1,0 +1,1 @@
+"""From the signal to the requeue: signals, deadline, cause, watchdog, shutdown, policy."""

@@ -1,0 +1,152 @@
+"""How long there is, and what fits into it: the notice that this cluster gives, against measured steps and saves.
+
+What a stop takes is counted from the moment at which it is asked for: the time until the ranks come to the next point
+where they can act (the end of a micro-batch, of an evaluation's batch), a save, and the requeue. Rank 0 keeps the
+account for all; the ranks of a run do the same work.
+"""
+
+import math
+import time
+from collections import deque
+from typing import Any, Literal
+
+from outlast.checkpoint import interval as cadence
+from outlast.rundir.ledger import Event
+from outlast.slurm.view import Notice
+
+Work = Literal["step", "evaluation"]
+"""What a run does between two points at which it can act: one micro-batch of a step, or one batch of an evaluation."""
+
+RECENT = 9
+"""How many of the last measurements count: a run changes its pace, and so does a file system."""
+SLACK = 1.5
+"""How much longer than the longest of these the next one may take."""
+MARGIN_S = 5.0
+"""Before the kill: the requeue, which are two of Slurm's commands, and the ranks' leaving."""
+ASSUMED_BYTES_S = 0.2e9
+"""Bytes a second of a save, before one was measured: little, but what a busy network file system gives."""
+EXAMPLE_MTBF_S = 4 * 3600.0
+"""Time between preemptions for which a warning says what interval between checkpoints would do."""
+
+
+class Planner:
+    """Keeps the account of one attempt. Times of `now` are Unix seconds.
+
+    Args:
+        lead_s: `preemption.lead_s`.
+        checkpoint_bytes: what a checkpoint is expected to take; None: not known.
+    """
+
+    def __init__(self, lead_s: float, checkpoint_bytes: int | None = None) -> None:
+        self._asked_lead_s, self._checkpoint_bytes = lead_s, checkpoint_bytes
+        self._stretches: dict[Work, deque[float]] = {"step": deque(maxlen=RECENT), "evaluation": deque(maxlen=RECENT)}
+        self._saves: deque[float] = deque(maxlen=RECENT)
+        self._since: float | None = None
+        self._warned = False
+
+    def begin(self, events: list[Event]) -> None:
+        """Training begins.
+
+        Args:
+            events: the run's ledger: what saves have cost in earlier attempts.
+        """
+        self.mark()
+        self._saves.extend(e["stall_s"] for e in events if e["event"] == "checkpoint" and e["kind"] != "final")
+
+    # Measuring --------------------------------------------------------------------------------------------------
+
+    def mark(self) -> None:
+        """A stretch of work begins here: what came before is not part of it."""
+        self._since = time.monotonic()
+
+    def reached(self, work: Work) -> None:
+        """The ranks are at a point where they can act, after a stretch of this work; the next begins."""
+        if self._since is not None:
+            self._stretches[work].append(time.monotonic() - self._since)
+        self.mark()
+
+    def saved(self, seconds: float) -> None:
+        """A save has stalled the run for so long."""
+        self._saves.append(seconds)
+        self.mark()
+
+    def each_s(self, work: Work) -> float | None:
+        """Seconds of one stretch: the longest of late; None before the first."""
+        return max(self._stretches[work], default=None)
+
+    @property
+    def save_s(self) -> float | None:
+        """Seconds of a save: the longest of late, earlier attempts' included; before the first, by its expected size;
+        None if that is not known either."""
+        if not self._saves and self._checkpoint_bytes is not None:
+            return self._checkpoint_bytes / ASSUMED_BYTES_S
+        return max(self._saves, default=None)
+
+    @property
+    def reaction_s(self) -> float:
+        """Seconds from a signal until the ranks can act, at worst."""
+        return max((each for work in self._stretches if (each := self.each_s(work)) is not None), default=0.0)
+
+    @property
+    def needed_s(self) -> float | None:
+        """Seconds from a signal to gone; None if nothing is known of a save."""
+        return None if self.save_s is None else SLACK * (self.reaction_s + self.save_s) + MARGIN_S
+
+    # Deciding ---------------------------------------------------------------------------------------------------
+
+    @property
+    def lead_s(self) -> float:
+        """Seconds before the time limit at which to stop without being told: as configured, or as it must be."""
+        return max(self._asked_lead_s, self.needed_s or 0.0)
+
+    def time_for(self, seconds: float | None, deadline: float | None, now: float) -> bool | None:
+        """Whether work of `seconds` can still be finished before the save that follows.
+
+        Args:
+            deadline: when the job will be killed, Unix seconds, if that is known; now: likewise.
+
+        Returns:
+            None: not known, for want of a deadline, or of `seconds`; or it would fit, were it not for a save of which
+            nothing is known.
+        """
+        if deadline is None or seconds is None:
+            return None
+        if now + SLACK * (seconds + (self.save_s or 0.0)) + MARGIN_S > deadline:
+            return False
+        return None if self.save_s is None else True
+
+    def shortfall(self, notice: Notice | None) -> tuple[str, dict[str, Any]] | None:
+        """What to warn of, once: a stop needs longer than the notice that this cluster gives.
+
+        Args:
+            notice: None: nobody could be asked.
+
+        Returns:
+            A sentence, and the fields of the ledger's `notice_short`; None if all is well, or has been said.
+        """
+        needed, save = self.needed_s, self.save_s
+        if needed is None or save is None or self._warned:
+            return None
+        given = notice.preemption_s if notice else None
+        preempted = given is not None and needed > given
+        if not preempted and needed <= self._asked_lead_s:
+            return None
+        self._warned = True
+        how = "" if self._saves else f" (by its size, at {ASSUMED_BYTES_S / 1e9:g} GB a second)"
+        said = [
+            f"to save and leave takes up to {needed:.0f} s: {self.reaction_s:.2g} s until the ranks can act and "
+            f"{save:.3g} s to save{how}, {SLACK:g} times that to be safe, {MARGIN_S:g} s to leave"
+        ]
+        if preempted and notice is not None:
+            every, hours = cadence.interval(save, EXAMPLE_MTBF_S), EXAMPLE_MTBF_S / 3600
+            said.append(
+                f"a preemption gives {given:.0f} s ({notice.source}) and may cost what was trained since the last "
+                f"checkpoint: with one every {hours:.0f} hours, checkpoint.every={every / 60:.0f}min loses least"
+            )
+        if needed > self._asked_lead_s:
+            said.append(
+                f"preemption.lead_s is {self._asked_lead_s:g}, so the run leaves before Slurm's signal, by its own "
+                f"clock: preemption.lead_s={math.ceil(needed / 10) * 10} would bring the signal in time"
+            )
+        fields = {"needed_s": needed, "save_s": save, "reaction_s": self.reaction_s, "notice_s": given}
+        return "; ".join(said), fields | {"lead_s": self._asked_lead_s}

@@ -1,0 +1,109 @@
+"""The requeue policy: what follows an attempt that has ended, by its cause and by how often that has happened.
+
+It is asked three times: by rank 0 when the ranks leave (`departure.py`), by the batch script when they are gone
+(`settle.py`), and by an attempt that starts after one that nobody could settle (`predecessor.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from outlast.config.sections import PreemptionSection
+from outlast.errors import Exit
+from outlast.rundir.ledger import Attempt, Cause, Event, attempts
+
+PATIENCE = 3
+"""Restarts in a row without one new step, after which a run gives up."""
+CRASHES = ("failed", "out_of_memory")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows: `again` is an attempt that starts without a user's doing."""
+
+    action: Literal["again", "finish", "stop", "fail", "give_up"]
+    reason: str
+
+    @property
+    def exit_code(self) -> Exit:
+        """Of the job, should it still be asked for one."""
+        return _EXITS[self.action]
+
+
+_EXITS = {
+    "again": Exit.RESUME_ME,
+    "finish": Exit.DONE,
+    "stop": Exit.RESUME_ME,
+    "fail": Exit.FAILED,
+    "give_up": Exit.GAVE_UP,
+}
+
+
+def decide(cause: Cause, events: list[Event], limits: PreemptionSection) -> Decision:
+    """What follows an attempt that ended with `cause`. The first line that applies holds.
+
+    | cause | and | then | exit code |
+    |---|---|---|---|
+    | finished, also in the grace period | | finish | 0 |
+    | cancelled | | stop: somebody wanted that | 75 |
+    | failed, out_of_memory | outlast itself refused to go on, so another attempt would be refused too | fail | 1 |
+    | failed, out_of_memory | more than `max_crashes` in a row, without a new checkpoint in between | fail | 1 |
+    | any other, and those two | `max_requeues` reached, over the whole life of the run | give up | 93 |
+    | | `PATIENCE` restarts in a row have saved no new step | give up | 93 |
+    | | | again: requeue the job, or retry | 75 |
+
+    Args:
+        events: the run's ledger, the `attempt_ended` of this attempt included.
+    """
+    if cause == "finished":
+        return Decision("finish", cause)
+    if cause == "cancelled":
+        return Decision("stop", cause)
+    chain = since_submission(events)
+    if cause in CRASHES:
+        ended = chain[-1].ended if chain else None
+        text = describe(ended or {"cause": cause})
+        if ended and ended.get("refused"):
+            return Decision("fail", text)
+        crashes = crashes_in_a_row(chain)
+        if crashes > limits.max_crashes:
+            times = "" if crashes == 1 else f", {crashes} times in a row without a new checkpoint"
+            return Decision("fail", f"{text}{times}; preemption.max_crashes is {limits.max_crashes}")
+    requeues = sum(event["event"] == "requeued" for event in events)
+    if requeues >= limits.max_requeues:
+        return Decision("give_up", f"{requeues} requeues; preemption.max_requeues is {limits.max_requeues}")
+    steps = [attempt.saved_step for attempt in chain]
+    if len(steps) > PATIENCE and max(steps[-PATIENCE:]) <= steps[-PATIENCE - 1]:
+        return Decision(
+            "give_up", f"no progress in {PATIENCE} restarts: none saved a step after {steps[-PATIENCE - 1]}"
+        )
+    return Decision("again", cause)
+
+
+def since_submission(events: list[Event]) -> list[Attempt]:
+    """The attempts since a user submitted the run: each but the first follows from a requeue of the one before.
+
+    A user who submits a run again that had failed or given up gets all the patience there is.
+    """
+    chain: list[Attempt] = []
+    for attempt in reversed(attempts(events)):
+        if chain and attempt.requeued is None:
+            break
+        chain.append(attempt)
+    return chain[::-1]
+
+
+def crashes_in_a_row(chain: list[Attempt]) -> int:
+    """Crashes since an attempt last saved a step further than all before it; its own counts."""
+    furthest, count = 0, 0
+    for attempt in chain:
+        if attempt.saved_step > furthest:
+            furthest, count = attempt.saved_step, 0
+        count += attempt.ended is not None and attempt.ended["cause"] in CRASHES
+    return count
+
+
+def describe(ended: Event) -> str:
+    """How an attempt ended, in words."""
+    words = str(ended["cause"]).replace("_", " ")
+    more = ended.get("error") or ended.get("detail")
+    return f"{words} ({more})" if more else words

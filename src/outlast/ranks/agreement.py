@@ -1,0 +1,121 @@
+"""How ranks come to do the same thing at the same step without a collective in each step.
+
+Training loops poll at the same points on all ranks: the end of a step, of a micro-batch, of an evaluation's batch. A
+rank counts its polls. When one is asked to stop, threads settle it while the main threads go on computing:
+
+1. The rank tells rank 0, whose thread asks every rank to hold: from then on a rank waits at its next poll. Each
+   answers how many polls it has passed.
+2. The largest of these numbers, plus one, is a poll that no rank has passed and that all come to. Rank 0 tells
+   everyone; they go on, and act at that poll.
+
+So a step costs a look at two variables; nothing is asked or sent. A signal in the middle of a step is honoured at the
+end of that step as a rule: a reduction that is started at the end of one step and read at the end of the next costs
+little too, but a whole step of the notice. Ranks may be any number of polls apart (nothing keeps them together in an
+evaluation, or while they accumulate gradients), and no rank waits for another's main thread, only for threads that
+always answer. If one does not, its process is stopped or gone, which `watch.py` sees to.
+"""
+
+import threading
+from collections.abc import Callable
+
+from .channel import Message, Peers
+
+ASKED = ("save", "clock", "USR1", "USR2", "INT", "TERM")
+"""What may be asked for. Of several at once, the last in this order counts."""
+
+
+class Consensus:
+    """One rank's part. A poll's answer is what to do there: "" (nothing), or one of `ASKED`.
+
+    Args:
+        on_stop: called once on every rank, in the peers' thread (or the asker's), as soon as a stop has been asked for.
+    """
+
+    def __init__(self, peers: Peers, on_stop: Callable[[str], None]) -> None:
+        self._peers, self._on_stop = peers, on_stop
+        self._changed = threading.Condition()
+        self._holding = self._over = False
+        self._due: dict[int, str] = {}
+        self._asks: set[str] = set()
+        self._proposed = ""
+        self._answers: dict[int, int] = {}
+        self.polls = 0
+        """How many this rank has passed."""
+        self.stop: str | None = None
+        """What has been asked for, or None; known before all ranks are there."""
+
+    def ask(self, what: str) -> None:
+        """Have all ranks do `what` at the same, next possible poll. From any thread.
+
+        Before the ranks are connected it has no effect: whoever was signalled asks again at the first poll.
+        """
+        with self._changed:
+            if not self._peers.connected or self._over or what in self._asks or self.stop is not None:
+                return
+            if self._peers.rank == 0:
+                self._asked(what)
+            else:
+                self._asks.add(what)
+                self._holding = True  # not past the poll that the answer may name
+                self._peers.send(0, ask=what)
+
+    def poll(self) -> str:
+        """Pass one more poll; waits while the ranks are settling which."""
+        with self._changed:
+            while self._holding and not self._over:
+                self._changed.wait()
+            self.polls += 1
+            return self._due.pop(self.polls, "")
+
+    def end(self) -> None:
+        """No more polls: nobody waits for an answer."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def receive(self, sender: int, message: Message) -> None:
+        """A message of another rank's, in the peers' thread."""
+        with self._changed:
+            if "ask" in message:
+                self._asked(message["ask"])
+            elif "hold" in message:
+                self._hold(message["hold"])
+                self._peers.send(0, held=self.polls)
+            elif "held" in message and self._proposed:
+                self._answers[sender] = message["held"]
+                self._settle()
+            elif "go" in message:
+                self._go(message["go"], message["at"])
+
+    def _asked(self, what: str) -> None:
+        if self.stop is None:  # a stop that is on its way answers every later one
+            self._asks.add(what)
+            self._propose()
+
+    def _propose(self) -> None:
+        if self._proposed or not self._asks:
+            return
+        self._proposed = max(self._asks, key=ASKED.index)
+        self._asks.clear()
+        self._hold(self._proposed)
+        self._answers = {0: self.polls}
+        self._peers.send_all(hold=self._proposed)
+
+    def _settle(self) -> None:
+        if len(self._answers) == self._peers.world_size:
+            what, at = self._proposed, max(self._answers.values()) + 1
+            self._proposed = ""
+            self._peers.send_all(go=what, at=at)
+            self._go(what, at)
+            self._propose()
+
+    def _hold(self, what: str) -> None:
+        self._holding = True
+        if what != "save" and self.stop is None:
+            self.stop = what
+            self._on_stop(what)
+
+    def _go(self, what: str, at: int) -> None:
+        self._due[at] = what
+        self._holding = False
+        self._changed.notify_all()

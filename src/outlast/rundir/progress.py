@@ -1,0 +1,79 @@
+"""Where a run is now: `progress.json`, written by rank 0 while it trains, read by the progress bar and by `status`.
+
+It is a convenience, not a record: the ledger holds what happened. So it is replaced as a whole but not flushed to
+disk, and at most twice a second.
+"""
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from .directory import RunDirectory, write_atomically
+
+Phase = Literal["starting", "converting", "training", "evaluating", "saving", "done"]
+
+INTERVAL_S = 0.5
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """One look at a running attempt. Times are Unix seconds, sizes bytes."""
+
+    attempt: int = 0
+    phase: Phase = "starting"
+    step: int = 0
+    total_steps: int | None = None
+    seconds_per_step: float | None = None
+    """Mean over the steps of this attempt."""
+    loss: float | None = None
+    epoch: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_time: float | None = None
+    bytes_used: int = 0
+    bytes_peak: int = 0
+    """The most that was seen in use, over all attempts."""
+    budget_bytes: int | None = None
+    time: float = 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds of training left, or None before that can be known."""
+        if self.total_steps is None or self.seconds_per_step is None:
+            return None
+        return max(self.total_steps - self.step, 0) * self.seconds_per_step
+
+
+class ProgressWriter:
+    """Keeps one :class:`Progress` and writes it out, not more often than every `INTERVAL_S`."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._path = run.progress
+        self._written = 0.0
+        self._first: tuple[int, float] | None = None
+        self.now = Progress()
+
+    def update(self, *, force: bool = False, **values: object) -> None:
+        """Set fields of :class:`Progress`; write if it is time to, or if `force`."""
+        for name, value in values.items():
+            setattr(self.now, name, value)
+        moment = time.time()
+        if "step" in values:
+            if self._first is None:
+                self._first = (self.now.step, moment)
+            elif self.now.step > self._first[0]:
+                self.now.seconds_per_step = (moment - self._first[1]) / (self.now.step - self._first[0])
+        if force or moment - self._written >= INTERVAL_S:
+            self.now.time = self._written = moment
+            with contextlib.suppress(OSError):  # a full disk must not end the training that it reports on
+                write_atomically(self._path, json.dumps(asdict(self.now)), durable=False)
+
+
+def read(run: RunDirectory) -> Progress | None:
+    """The last progress written, or None if there is none that can be read."""
+    try:
+        values = json.loads(run.progress.read_text())
+        return Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
+    except (OSError, ValueError, TypeError):
+        return None

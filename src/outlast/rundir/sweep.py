@@ -1,0 +1,81 @@
+"""The cells of a sweep, as its manifest `sweep.json` lists them: read on the login node and on the compute nodes.
+
+::
+
+    <sweep>/sweep.json     name, overrides as typed, cells, submissions
+    <sweep>/<cell>/        a run directory like any other
+    <sweep>/code/          the code of all cells (`code-2/`: of those that were submitted again later)
+    <sweep>/logs/          what batch scripts and `srun` print, by job and task
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from outlast.errors import OutlastError
+from outlast.slurm.environment import current_job
+
+from .directory import write_atomically
+from .submission import Submission
+
+MANIFEST = "sweep.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a sweep."""
+
+    index: int
+    """Its place in the manifest, which never changes. Its task in an array is `index - submission.offset`."""
+    name: str
+    directory: str
+    """Relative to the sweep's."""
+    overrides: list[str]
+    """What it does not share with the other cells."""
+    config_digest: str
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """What `sweep.json` holds."""
+
+    name: str
+    overrides: list[str] = field(default_factory=list)
+    """As they were typed last."""
+    cells: list[Cell] = field(default_factory=list)
+    submissions: list[Submission] = field(default_factory=list)
+
+    def write(self, sweep: Path) -> None:
+        write_atomically(sweep / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_manifest(sweep: Path) -> Manifest:
+    """The manifest of the sweep in `sweep`.
+
+    Raises:
+        OutlastError: it is missing, or none.
+    """
+    try:
+        values: dict[str, Any] = json.loads((sweep / MANIFEST).read_text())
+        cells = [Cell(**cell) for cell in values.pop("cells")]
+        submissions = [Submission(**submission) for submission in values.pop("submissions")]
+        return Manifest(**values, cells=cells, submissions=submissions)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutlastError(f"{sweep / MANIFEST} can't be read: {error}") from None
+
+
+def cell_directory(sweep: Path, offset: int = 0) -> Path:
+    """The run directory of the array task that this process belongs to.
+
+    Raises:
+        OutlastError: this is no task of an array, or the sweep has no such cell.
+    """
+    job = current_job()
+    task = job.job_id.partition("_")[2] if job else ""
+    if not task:
+        raise OutlastError(f"{sweep} is a sweep: it runs as a job array, and this is no task of one")
+    for cell in read_manifest(sweep).cells:
+        if cell.index == int(task) + offset:
+            return sweep / cell.directory
+    raise OutlastError(f"{sweep / MANIFEST} has no cell {int(task) + offset}")

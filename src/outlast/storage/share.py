@@ -1,0 +1,54 @@
+"""What a run may use of the disk: its own budget, and as a cell of a sweep no more than its share of the sweep's.
+
+`storage.sweep_budget_gb` is divided over the cells that have not finished, after what the finished ones use has been
+taken off. A cell that finishes below its share so leaves more to the others. Nobody keeps accounts: each cell looks at
+the shared directory when it needs to know. A look that is out of date gives a smaller share, never a larger one, since
+a finished cell uses no more than its share was; so the sum stays below the budget without a lock.
+"""
+
+from pathlib import Path
+
+from outlast.config.sections import StorageSection
+from outlast.errors import OutlastError
+from outlast.files import bytes_used
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger, finished
+from outlast.rundir.sweep import MANIFEST, read_manifest
+
+
+class Share:
+    """The bytes that one run directory may take; call it to ask.
+
+    Args:
+        storage: the run's configuration.
+    """
+
+    def __init__(self, run: RunDirectory, storage: StorageSection) -> None:
+        self._run, self._storage = run, storage
+        self._finished: dict[str, int] = {}  # what a finished cell uses does not change
+        self._last: int | None = None
+
+    def __call__(self) -> int:
+        total = self._storage.sweep_budget_bytes
+        sweep = self._run.path.parent
+        if total is None or not (sweep / MANIFEST).is_file():
+            return self._storage.budget_bytes
+        try:
+            names = [cell.directory for cell in read_manifest(sweep).cells]
+        except OutlastError:  # a shared file system that hesitates
+            return 0 if self._last is None else self._last
+        for name in names:
+            run = RunDirectory(sweep / name)
+            if name not in self._finished and finished(Ledger(run.ledger).read()):
+                self._finished[name] = bytes_used(run.path)
+        left = total - _beside(sweep, set(names)) - sum(self._finished.values())
+        going = len(names) - len(self._finished)
+        self._last = min(self._storage.budget_bytes, max(left, 0) // max(going, 1))
+        return self._last
+
+
+def _beside(sweep: Path, cells: set[str]) -> int:
+    """Bytes of what the cells share: the code, the batch logs, the manifest."""
+    entries = [entry for entry in sweep.iterdir() if entry.name not in cells]
+    files = sum(entry.stat().st_size for entry in entries if entry.is_file() and not entry.is_symlink())
+    return files + sum(bytes_used(entry) for entry in entries if entry.is_dir() and not entry.is_symlink())
