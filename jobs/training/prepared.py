@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlast.rundir.directory import flush_directory, flush_file
+from outlast.files import flush_directory, flush_file
 
 if TYPE_CHECKING:
     from datasets import Dataset

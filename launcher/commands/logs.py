@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlast.errors import ConfigError, Exit
+from outlast.rundir.attempts import Attempt
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Attempt, Ledger
+from outlast.rundir.ledger import Ledger
 
 from ..runs.runs import name_of, run_named, started_attempts, state_of
 from ..runs.submissions import submission_of

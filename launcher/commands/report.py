@@ -13,8 +13,9 @@ from outlast.checkpoint import interval as cadence
 from outlast.errors import ConfigError, Exit
 from outlast.files import bytes_used
 from outlast.rundir import progress as progress_file
+from outlast.rundir.attempts import finished
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Event, Ledger, finished
+from outlast.rundir.ledger import Event, Ledger
 
 from ..display.progress import duration, size
 from ..runs.attempts import attempt_rows

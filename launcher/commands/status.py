@@ -12,8 +12,9 @@ from typing import Any
 from outlast.errors import ConfigError, Exit
 from outlast.files import bytes_used
 from outlast.rundir import progress as progress_file
+from outlast.rundir.attempts import Attempt
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Attempt, Ledger
+from outlast.rundir.ledger import Ledger
 
 from ..display.progress import eta_s
 from ..runs import queue as slurm_queue

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from outlast.errors import Exit
-from outlast.rundir.ledger import Ledger, finished
+from outlast.rundir.attempts import finished
+from outlast.rundir.ledger import Ledger
 
 from ..execution import sweep as sweeping
 from ..execution.sweep import Outcome, SweepPlan

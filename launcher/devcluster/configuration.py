@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from outlast.errors import OutlastError
-from outlast.rundir.directory import write_atomically
+from outlast.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlast.config.sections import SlurmCluster
-from outlast.rundir import submission
-from outlast.rundir.directory import write_atomically
-from outlast.rundir.submission import Submission
+from outlast.files import write_atomically
+from outlast.rundir.submission import Submission, new_token
 from outlast.rundir.sweep import Manifest
 from outlast.slurm.actions import max_array_size
+from outlast.slurm.submit import submit_recorded
 
 from ..planning.batch_script import Target, batch_script
 
@@ -67,7 +67,7 @@ def submit(
     limit = f"%{max(at_once // arrays, 1)}" if at_once else ""
     manifest.submissions.append(
         Submission(
-            token=submission.new_token(),
+            token=new_token(),
             cluster=config.cluster.kind,
             slurm_conf=os.environ.get("SLURM_CONF"),
             log=str(target.log),
@@ -81,7 +81,7 @@ def submit(
         manifest.write(sweep.directory)
 
     tasks = ranges([index - target.offset for index in indices])
-    return submission.submit(manifest.submissions[-1], script, [f"--array={tasks}{limit}"], lock, record)
+    return submit_recorded(manifest.submissions[-1], script, [f"--array={tasks}{limit}"], lock, record)
 
 
 def _link(script: Path, link: Path) -> None:

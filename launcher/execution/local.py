@@ -19,13 +19,12 @@ from typing import Protocol
 
 from rich.console import Console
 
-from outlast import rank as rank_program
 from outlast.config.sections import LocalCluster
 from outlast.errors import Exit
-from outlast.preemption.signals import signals_blocked
-from outlast.run import ATTEMPT_ENV, LOCK_FD_ENV
-from outlast.rundir.directory import RunDirectory, RunLock, cancelled_after
-from outlast.rundir.ledger import Ledger, attempts, finished, next_attempt
+from outlast.processes import PARENT_ENV, signals_blocked
+from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
+from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock, cancelled_after
+from outlast.rundir.ledger import Ledger
 from outlast.rundir.progress import Progress, read
 from outlast.slurm.environment import environment_without_job
 
@@ -150,7 +149,7 @@ class Launcher:
         env = environment_without_job() | {
             ATTEMPT_ENV: str(number),
             LOCK_FD_ENV: str(lock_fd),
-            rank_program.PARENT_ENV: str(os.getpid()),
+            PARENT_ENV: str(os.getpid()),
             "OMP_NUM_THREADS": str(self.config.parallel.cpus_per_rank),
             "PYTHONUNBUFFERED": "1",
         }

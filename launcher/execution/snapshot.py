@@ -25,7 +25,7 @@ from typing import Any
 
 import outlast
 from outlast.errors import ConfigError
-from outlast.rundir.directory import flush_directory
+from outlast.files import flush_directory
 
 ROOMS = ("launcher", "jobs", "conf", "shell")
 LIBRARIES = (

@@ -9,9 +9,10 @@ from pathlib import Path
 from outlast.config.configuration import Config
 from outlast.config.sections import SlurmCluster
 from outlast.errors import SlurmError
-from outlast.rundir import submission
-from outlast.rundir.directory import RunDirectory, write_atomically
-from outlast.rundir.submission import Submission
+from outlast.files import write_atomically
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.submission import Submission, new_token, submission_lock
+from outlast.slurm.submit import submit_recorded
 
 from ..planning.batch_script import Target, batch_script, use_cluster
 from ..planning.plan import Plan, freeze, make_directory
@@ -50,16 +51,16 @@ def submit(plan: Plan) -> SubmittedJob:
     run, target = plan.directory, target_of(plan.config)
     record = run.path / "submitted.json"
     make_directory(run)
-    with submission.submission_lock(run.path) as lock:
+    with submission_lock(run.path) as lock:
         job_id, state = in_queue([run]).get(run.path, ("", None))
         if state is not None and state.active:
             return SubmittedJob(job_id, str(target.log).replace("%j", job_id), again=True)
         freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
         take_code(plan.config, target)
         write_atomically(run.path / SCRIPT, batch_script(plan.config, target))
-        done = submission.submit(
+        done = submit_recorded(
             Submission(
-                token=submission.new_token(),
+                token=new_token(),
                 cluster=plan.config.cluster.kind,
                 slurm_conf=os.environ.get("SLURM_CONF"),
                 log=str(target.log),

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpoint import interval as cadence
-from outlast.checkpoint.compatibility import ResumeRefusedError
+from outlast.checkpoint.compatibility import origin_of
 from outlast.config.configuration import Config, dump, load
 from outlast.config.sections import LocalCluster, SlurmCluster
-from outlast.errors import ConfigError
-from outlast.ranks.layout import layout, origin_of
-from outlast.rundir.directory import RunDirectory, write_atomically
+from outlast.errors import ConfigError, ResumeRefusedError
+from outlast.files import write_atomically
+from outlast.ranks.layout import layout
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 
 from . import storage

@@ -4,7 +4,8 @@ from itertools import pairwise
 from typing import Any
 
 from outlast.rundir import progress as progress_file
-from outlast.rundir.ledger import Attempt, Event
+from outlast.rundir.ledger import Event
+from outlast.rundir.attempts import Attempt
 from outlast.rundir.directory import RunDirectory
 
 Row = dict[str, Any]

@@ -15,7 +15,8 @@ import yaml
 from outlast.rundir import progress as progress_file
 from outlast.rundir.sweep import MANIFEST
 from outlast.errors import ConfigError
-from outlast.rundir.ledger import Attempt, Event, attempts, finished
+from outlast.rundir.ledger import Event
+from outlast.rundir.attempts import Attempt, attempts, finished
 from outlast.rundir.directory import RunDirectory
 
 from .submissions import cancelled_at, submission_of, sweep_at

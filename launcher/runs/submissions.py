@@ -17,7 +17,8 @@ from typing import Any
 
 from outlast.rundir.sweep import MANIFEST, read_manifest
 from outlast.errors import OutlastError
-from outlast.rundir.directory import RunDirectory, write_atomically
+from outlast.rundir.directory import RunDirectory
+from outlast.files import write_atomically
 from outlast.rundir.submission import Submission
 
 SUBMITTED = "submitted.json"

@@ -20,7 +20,7 @@ import psutil
 
 from .config.configuration import Config
 from .errors import ConfigError, Exit
-from .preemption.signals import SIGNALS
+from .processes import SIGNALS
 from .slurm.environment import Step, current_step
 
 AGENT_ENV = "OUTLAST_AGENT"

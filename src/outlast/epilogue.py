@@ -15,17 +15,19 @@ from dataclasses import asdict, replace
 
 from .config.configuration import Config, load
 from .errors import Exit, OutlastError, RunBusyError, SlurmError
+from .files import write_atomically
 from .preemption.policy import decide, describe
-from .preemption.signals import SIGNALS
-from .rank import target_arguments, target_of
-from .rundir import submission
-from .rundir.directory import RunDirectory, RunLock, cancelled_after, write_atomically
-from .rundir.ledger import Attempt, Cause, Event, Ledger, Recorder, attempt_of, attempts, finished
+from .processes import SIGNALS
+from .rundir.attempts import Attempt, attempt_of, attempts, finished
+from .rundir.directory import RunDirectory, RunLock, cancelled_after
+from .rundir.ledger import Cause, Event, Ledger, Recorder
 from .rundir.progress import read
-from .rundir.submission import Submission
+from .rundir.submission import Submission, new_token, submission_lock
 from .slurm.actions import requeue_job
 from .slurm.environment import SlurmJob, current_job
+from .slurm.submit import submit_recorded
 from .slurm.view import JobView, ran_out_of_memory, show_job
+from .which_run import target_arguments, target_of
 
 SCRIPT = "job.sbatch"
 """The batch script as it was submitted, in the run directory."""
@@ -171,10 +173,10 @@ def _submit_dependent(run: RunDirectory, job: SlurmJob, cluster: str) -> str:
             entry = replace(entry, job_id=f"{entry.job_id}_{task}", log=log)
         write_atomically(record, json.dumps(asdict(entry)))
 
-    with submission.submission_lock(run.path) as lock:
-        done = submission.submit(
+    with submission_lock(run.path) as lock:
+        done = submit_recorded(
             Submission(
-                token=submission.new_token(),
+                token=new_token(),
                 cluster=cluster,
                 slurm_conf=os.environ.get("SLURM_CONF"),
                 log=str((run.path.parent if task else run.path) / "logs" / ("%A_%a.log" if task else "%j.log")),

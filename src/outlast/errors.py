@@ -67,3 +67,9 @@ class CheckpointError(OutlastError):
 
 class SlurmError(OutlastError):
     """A Slurm command failed, timed out, or is not installed."""
+
+
+class ResumeRefusedError(CheckpointError):
+    """The checkpoint was made by another run than is about to resume from it."""
+
+    exit_code = Exit.REFUSED

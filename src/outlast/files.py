@@ -1,4 +1,4 @@
-"""Bytes on disk: what a run directory takes."""
+"""Files: written as a whole and durably, and the bytes that a directory takes."""
 
 import errno
 import os
@@ -41,3 +41,44 @@ def _size(entry: os.DirEntry[str]) -> int:
         if error.errno not in _VANISHED:
             raise
         return 0
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace `path` as a whole: a reader sees the old text or the new one, never a part.
+
+    Args:
+        durable: flush to disk, so that the new text also survives a power loss.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if durable:
+        flush_directory(path.parent)
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed writers of `path` have left beside it. Nobody may be writing it meanwhile."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def flush_file(path: Path) -> None:
+    """Have the kernel write all of a file to disk, and wait for it."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def flush_directory(path: Path) -> None:
+    """Flush a directory's entries to disk, so that a rename or a new name in it survives a power loss."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

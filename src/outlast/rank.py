@@ -11,19 +11,17 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
 
 from . import agent
 from .config.configuration import load
 from .errors import OutlastError
-from .preemption.signals import SIGNALS, PreemptionGuard, at_parents_death
+from .preemption.signals import PreemptionGuard
+from .processes import PARENT_ENV, SIGNALS, die_with
 from .run import AlreadyFinished, Run
-from .rundir.directory import RunDirectory
-from .rundir.ledger import Ledger, finished
-from .rundir.sweep import cell_directory
+from .rundir.attempts import finished
+from .rundir.ledger import Ledger
 from .slurm.environment import current_job
-
-PARENT_ENV = "OUTLAST_PARENT"
+from .which_run import target_arguments, target_of
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -64,26 +62,6 @@ def main(arguments: argparse.Namespace) -> None:
         raise
 
 
-def target_arguments(program: str) -> argparse.ArgumentParser:
-    """The command line that names a run: its directory, or its sweep's and the array task around this process."""
-    parser = argparse.ArgumentParser(prog=f"python -m {program}", allow_abbrev=False)
-    parser.add_argument("directory", nargs="?", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--sweep", type=Path, metavar="SWEEP_DIR", help="the cell is that of this array task")
-    parser.add_argument("--offset", type=int, default=0, help="a cell's index less its task in the array")
-    return parser
-
-
-def target_of(arguments: argparse.Namespace) -> RunDirectory:
-    """The run that :func:`target_arguments` name.
-
-    Raises:
-        OutlastError: none is named, or the sweep has no such cell.
-    """
-    if (arguments.directory is None) == (arguments.sweep is None):
-        raise OutlastError("valid: RUN_DIR, or --sweep SWEEP_DIR (started by `outlast train`)")
-    return RunDirectory(arguments.directory or cell_directory(arguments.sweep, arguments.offset))
-
-
 def _log_by_attempt(run: Run) -> None:
     """Send this rank's output to a log of this attempt, unless the local launcher has; the log of `srun`, or of the
     agent, keeps the pointer to it."""
@@ -97,18 +75,6 @@ def _log_by_attempt(run: Run) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
-
-
-def die_with(variable: str, number: signal.Signals) -> None:
-    """If the parent that `variable` names is killed, get signal `number`, instead of training on unseen.
-
-    TERM: save and leave.
-    """
-    parent = os.environ.get(variable)
-    if parent is not None:
-        at_parents_death(number)
-        if os.getppid() != int(parent):
-            signal.raise_signal(number)  # it went before we asked
 
 
 def _command() -> int:

@@ -20,12 +20,15 @@ from .config.sections import CheckpointSection, PreemptionSection, StorageSectio
 from .errors import CheckpointError, Exit, OutlastError, SlurmError
 from .preemption.deadline import Planner, Work
 from .preemption.previous_attempt import settle_predecessor
-from .preemption.shutdown import Departure, LostRankError
+from .preemption.shutdown import Departure
 from .preemption.signals import PreemptionGuard
-from .preemption.startup import StartupLeave, exit_at_once
+from .preemption.startup import StartupLeave
+from .processes import exit_at_once
 from .ranks.collectives import Agreement
-from .rundir.directory import RunDirectory, RunLock
-from .rundir.ledger import Ledger, Recorder, attempt_of, attempts, finished
+from .ranks.lost import LostRankError
+from .rundir.attempts import ATTEMPT_ENV, attempt_of, attempts, finished
+from .rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
+from .rundir.ledger import Ledger, Recorder
 from .rundir.progress import ProgressWriter
 from .slurm.environment import current_job, export_ranks, hostnames
 from .slurm.view import end_time_of, notice_of, show_job
@@ -34,9 +37,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from .ranks.layout import Layout
-
-ATTEMPT_ENV = "OUTLAST_ATTEMPT"
-LOCK_FD_ENV = "OUTLAST_LOCK_FD"
 
 
 class AlreadyFinished(SystemExit):

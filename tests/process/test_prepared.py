@@ -1,4 +1,4 @@
-"""The claim that `outlast.jobs.training.prepared` rests on: a trainer of prepared data trains as one of raw data does."""
+"""A trainer of prepared data trains as one of raw data does, which `jobs/training/prepared.py` rests on."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import outlast.config.configuration
+from outlast.config.configuration import Config, build
 from outlast.jobs.training import data, models, prepared
 
 pytestmark = [
@@ -51,18 +51,18 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def config() -> outlast.config.configuration.Config:
+def config() -> Config:
     tiny = {"vocab_size": 512, "hidden_size": 32, "layers": 1, "heads": 2, "max_length": 128}
-    return outlast.config.configuration.build({"model": tiny, "data": {"max_pairs": 60, "eval_fraction": 0.2}, "seed": 3})
+    return build({"model": tiny, "data": {"max_pairs": 60, "eval_fraction": 0.2}, "seed": 3})
 
 
 @pytest.fixture(scope="module")
-def raw(config: outlast.config.configuration.Config) -> Any:
+def raw(config: Config) -> Any:
     return data.load(config)
 
 
 @pytest.fixture(scope="module")
-def tiny(config: outlast.config.configuration.Config, raw: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(config: Config, raw: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny") / "model"
     models.prepare_tiny(config, data.texts(raw[0]), directory)
     return directory

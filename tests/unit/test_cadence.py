@@ -14,7 +14,8 @@ from outlast.config.sections import CheckpointSection
 from outlast.errors import ConfigError
 from outlast.launcher.planning import plan
 from outlast.launcher.planning.compose import compose
-from outlast.rundir.ledger import EVENTS, Event, attempts
+from outlast.rundir.attempts import attempts
+from outlast.rundir.ledger import EVENTS, Event
 
 from ..conftest import OUTLAST
 

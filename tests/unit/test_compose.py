@@ -182,7 +182,8 @@ def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_composing_imports_no_torch() -> None:
-    code = "import sys; from outlast.launcher.planning.compose import compose; compose([]); assert 'torch' not in sys.modules"
+    code = "import sys; from outlast.launcher.planning.compose import compose; compose([])"
+    code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=60)
 
 

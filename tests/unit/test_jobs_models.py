@@ -50,7 +50,7 @@ def test_the_same_configuration_gives_the_same_bytes(made: Path, tmp_path: Path)
 
 def test_another_process_with_other_threads_gives_the_same_bytes(made: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; import outlast.config.configuration; from outlast.jobs.training import models;"
+        "import sys, outlast.config.configuration; from pathlib import Path; from outlast.jobs.training import models;"
         f"models.prepare_tiny(outlast.config.configuration.build({{'model': {TINY!r}}}), {TEXTS!r}, Path(sys.argv[1]))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "7"}

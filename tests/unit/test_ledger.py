@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from outlast.rundir.ledger import Ledger, Recorder, attempts, finished, next_attempt
+from outlast.rundir.attempts import attempts, finished, next_attempt
+from outlast.rundir.ledger import Ledger, Recorder
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 
 from outlast.config.sections import PreemptionSection
 from outlast.preemption.policy import decide
-from outlast.preemption.shutdown import ELASTIC_ENV, SETTLES_ENV, Departure, Lost, LostRankError
+from outlast.preemption.shutdown import ELASTIC_ENV, SETTLES_ENV, Departure
 from outlast.preemption.signals import PreemptionGuard
+from outlast.ranks.lost import Lost, LostRankError
 from outlast.rundir.ledger import Ledger
 from outlast.slurm.environment import SlurmJob
 from outlast.slurm.view import JobView

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from outlast.errors import Exit, RunBusyError
-from outlast.rundir.directory import RunDirectory, RunLock, write_atomically
+from outlast.files import write_atomically
+from outlast.rundir.directory import RunDirectory, RunLock
 
 HOLDER = """
 import subprocess, sys, time
@@ -102,7 +103,7 @@ def test_write_atomically_replaces_and_leaves_nothing_behind(tmp_path: Path) -> 
 def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
     path = tmp_path / "progress.json"
     code = (
-        "import sys; from pathlib import Path; from outlast.rundir.directory import write_atomically\n"
+        "import sys; from pathlib import Path; from outlast.files import write_atomically\n"
         "for n in range(400): write_atomically(Path(sys.argv[1]), str(n % 10) * 100_000, durable=False)\n"
     )
     write_atomically(path, "0" * 100_000)

@@ -10,7 +10,8 @@ from outlast.launcher.execution.arrays import ranges
 from outlast.launcher.execution.sweep import CellsRefusedError, make, merged
 from outlast.launcher.planning.compose import Composer, compose
 from outlast.launcher.planning.expand import LONGEST_NAME, expand
-from outlast.rundir.sweep import Manifest, cell_directory, read_manifest
+from outlast.rundir.sweep import Manifest, read_manifest
+from outlast.which_run import cell_directory
 
 
 def names(*overrides: str) -> list[str]:

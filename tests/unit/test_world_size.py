@@ -9,7 +9,7 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from outlast.checkpoint.compatibility import ResumeRefusedError
+from outlast.errors import ResumeRefusedError
 from outlast.jobs import smoke
 from outlast.ranks.layout import Layout, RankBatches, derived_seed, layout
 

@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpoint import compatibility as origin
+from outlast.checkpoint.compatibility import origin_of
 from outlast.checkpoint.interval import Cadence
 from outlast.checkpoint.manifest import Manifest, PassingError, Sealed, versions
 from outlast.checkpoint.space import Room
 from outlast.checkpoint.store import CheckpointStore, SaveError
 from outlast.config.sections import CheckpointSection, StorageSection
-from outlast.errors import CheckpointError
+from outlast.errors import CheckpointError, ResumeRefusedError
 from outlast.ranks.collectives import Agreement
-from outlast.ranks.layout import Layout, layout, origin_of
+from outlast.ranks.layout import Layout, layout
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event, Record
 from outlast.rundir.progress import read
 from outlast.storage.budget import Footprint, gb, verdict
 from outlast.storage.share import Share
 
-PROBLEMS = (origin.ResumeRefusedError, PassingError, CheckpointError, OSError)
+PROBLEMS = (ResumeRefusedError, PassingError, CheckpointError, OSError)
 """What rank 0 may find when it looks for a checkpoint, the special before the general; all ranks raise it."""
 NO_ROOM = "it would exceed storage.budget_gb, and no older checkpoint may be deleted"
 

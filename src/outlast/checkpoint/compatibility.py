@@ -19,10 +19,15 @@ said in the log and in the ledger's `resumed` line.
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from outlast.errors import CheckpointError, Exit
+from outlast.errors import CheckpointError, ResumeRefusedError
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
+
+from .manifest import read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +49,6 @@ NOTED = {
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
 SAMPLED_ROWS = 16
-
-
-class ResumeRefusedError(CheckpointError):
-    """The checkpoint was made by another run than is about to resume from it."""
-
-    exit_code = Exit.REFUSED
 
 
 @dataclass(frozen=True)
@@ -135,3 +134,15 @@ def _digest(value: Any) -> str:
         return other.tolist() if hasattr(other, "tolist") else type(other).__name__
 
     return hashlib.sha256(json.dumps(value, default=plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def origin_of(run: RunDirectory) -> dict[str, Any] | None:
+    """What a run is, by its newest checkpoint, or else by its first attempt; None before it has begun."""
+    steps = (path.name.rpartition("-")[2] for path in run.checkpoints.glob("checkpoint-*"))
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        with suppress(CheckpointError):
+            newest = read_manifest(run.checkpoints / f"checkpoint-{step}")
+            if not newest.light:
+                return {"world_size": newest.world_size, **newest.origin}
+    started = [event for event in Ledger(run.ledger).read() if event["event"] == "attempt_started"]
+    return {"world_size": started[0]["world_size"]} if started else None

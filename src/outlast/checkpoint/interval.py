@@ -14,7 +14,8 @@ from collections import deque
 from statistics import median
 
 from outlast.config.sections import CheckpointSection
-from outlast.rundir.ledger import Attempt, Event, attempts
+from outlast.rundir.attempts import Attempt, attempts
+from outlast.rundir.ledger import Event
 
 LOWER_S = 60.0
 """No interval is shorter: a minute of steps is quickly made again, and each save pushes an older one out of the budget.

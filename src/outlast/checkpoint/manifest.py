@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from outlast.errors import CheckpointError
-from outlast.rundir.directory import write_atomically
+from outlast.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1

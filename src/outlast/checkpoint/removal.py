@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from outlast.errors import CheckpointError
-from outlast.rundir.directory import RunDirectory, flush_directory
+from outlast.files import flush_directory
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
 
 from .manifest import MANIFEST, Sealed, read_manifest, resume_only, write_manifest

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from outlast.errors import CheckpointError
-from outlast.files import bytes_used
+from outlast.files import bytes_used, flush_directory, remove_temporaries
 from outlast.ranks.collectives import Agreement
-from outlast.rundir.directory import RunDirectory, flush_directory, remove_temporaries
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
 
 from .manifest import MANIFEST, Manifest, PassingError, Sealed, read_manifest, verify, write_manifest

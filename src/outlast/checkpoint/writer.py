@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 import xxhash
 
-from outlast.rundir.directory import flush_directory, flush_file
+from outlast.files import flush_directory, flush_file
 
 from .direct_io import DirectFile
 from .manifest import FileEntry, entry_of, read_entry

@@ -7,8 +7,8 @@ DeepSpeed's configuration, and the random state of a rank that has none saved.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from outlast.checkpoint.compatibility import ResumeRefusedError
 from outlast.checkpoint.manifest import Sealed
+from outlast.errors import ResumeRefusedError
 from outlast.ranks.layout import Layout, RankBatches, derived_seed
 
 if TYPE_CHECKING:

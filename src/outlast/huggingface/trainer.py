@@ -22,7 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 from outlast.checkpoint import compatibility as origin
 from outlast.checkpoint.manifest import Sealed, read_manifest
 from outlast.errors import CheckpointError, ConfigError
-from outlast.preemption.signals import shield_worker
+from outlast.processes import shield_worker
 from outlast.storage.budget import gb
 
 from . import deepspeed as zero

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from outlast.checkpoint.compatibility import ResumeRefusedError
 from outlast.checkpoint.manifest import Sealed
 from outlast.checkpoint.writer import Writer
-from outlast.errors import CheckpointError
+from outlast.errors import CheckpointError, ResumeRefusedError
 from outlast.files import bytes_used
 from outlast.storage.budget import gb
 

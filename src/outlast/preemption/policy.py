@@ -9,7 +9,8 @@ from typing import Literal
 
 from outlast.config.sections import PreemptionSection
 from outlast.errors import Exit
-from outlast.rundir.ledger import Attempt, Cause, Event, attempts
+from outlast.rundir.attempts import Attempt, attempts
+from outlast.rundir.ledger import Cause, Event
 
 PATIENCE = 3
 """Restarts in a row without one new step, after which a run gives up."""

@@ -1,8 +1,9 @@
 """The attempt before this one, if nobody could say how it ended: killed with its node, or with the whole job."""
 
 from outlast.config.sections import PreemptionSection
+from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Attempt, Cause, Ledger, attempts
+from outlast.rundir.ledger import Cause, Ledger
 from outlast.rundir.progress import read
 from outlast.slurm.environment import SlurmJob
 from outlast.slurm.view import STATE_CAUSES, accounted_state, restart_cause

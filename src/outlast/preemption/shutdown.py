@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from outlast.config.sections import PreemptionSection
 from outlast.errors import Exit, OutlastError, SlurmError
 from outlast.ranks.collectives import world_size
+from outlast.ranks.lost import Lost, LostRankError
 from outlast.rundir.directory import cancelled_after
 from outlast.rundir.ledger import Cause, Ledger, Record
 from outlast.slurm.actions import bring_forward, requeue_job
@@ -28,34 +29,6 @@ ELASTIC_ENV = "TORCHELASTIC_RUN_ID"
 ECHO_S = 2.0
 """A rank whose peer has died sees its connection break at once, and a moment later `srun`'s TERM. It waits for that, so
 that the ledger gets the cause and not the effect."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A rank without which an attempt can't go on; or, if it is only `late`, could not for a while."""
-
-    rank: int
-    host: str
-    seconds: float
-    """For how long it has been gone, silent or late; `behind`: since the stop was asked for."""
-    how: Literal["gone", "silent", "behind", "late"]
-
-    def __str__(self) -> str:
-        what = {
-            "gone": "is gone",
-            "silent": f"has given no sign of life for {self.seconds:.0f} s",
-            "late": f"has kept the others waiting for {self.seconds:.1f} s",
-            "behind": f"is not where the others are, {self.seconds:.0f} s after the stop was asked for",
-        }
-        return f"rank {self.rank} on {self.host} {what[self.how]}"
-
-
-class LostRankError(Exception):
-    """Another rank is gone, or gives no sign of life; the message names it."""
-
-    def __init__(self, lost: list[Lost]) -> None:
-        super().__init__("; ".join(map(str, lost)))
-        self.rank = lost[0].rank
 
 
 class Departure:

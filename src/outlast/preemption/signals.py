@@ -7,34 +7,17 @@ one long C call (one that lets go of the interpreter's lock, as torch's do). Dur
 flag yet, that thread is what lets the job leave.
 """
 
-import contextlib
-import ctypes
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_PR_SET_PDEATHSIG = 1
+from outlast.processes import SIGNALS
 
 _active: "PreemptionGuard | None" = None
-
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Hold the three signals back in this thread; a process started inside inherits that.
-
-    A rank started this way keeps an early signal pending until its guard is in place, and a helper command such as
-    `scontrol` is not cut down by the TERM that Slurm sends to every process of the step.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class PreemptionGuard:
@@ -145,22 +128,6 @@ class PreemptionGuard:
             if self.on_signal is not None and not prepared:
                 prepared = True
                 self.on_signal()
-
-
-def shield_worker(worker_id: int = 0) -> None:
-    """`worker_init_fn` for a `DataLoader`: its workers ignore the three signals, and end with their parent.
-
-    Slurm signals every process of a step. PyTorch's workers die from TERM, and the loader then fails the step that the
-    main process would have finished and saved. That their parent has gone they notice by themselves only after 5 s, in
-    which they hold the run directory's lock.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    at_parents_death(signal.SIGKILL)
-
-
-def at_parents_death(number: signal.Signals) -> None:
-    """Have the kernel send this process signal `number` when the thread that has started it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _before_fork() -> None:

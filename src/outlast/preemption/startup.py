@@ -1,12 +1,11 @@
 """A signal before the first step: there is nothing to save, and no group through which ranks could agree."""
 
-import os
-import sys
 import threading
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from outlast.errors import Exit
+from outlast.processes import exit_at_once
 
 if TYPE_CHECKING:
     from outlast.checkpoint.store import CheckpointStore
@@ -54,16 +53,3 @@ class StartupLeave:
             if self._departure.is_settled():
                 exit_at_once(Exit.RESUME_ME)
             time.sleep(0.2)
-
-
-def exit_at_once(code: int) -> NoReturn:
-    """End the process: no atexit hooks, no destructors, nothing that could take time or fail."""
-    flushing = threading.Thread(target=_flush, daemon=True)
-    flushing.start()
-    flushing.join(1.0)  # another thread may hang in a write
-    os._exit(code)
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()

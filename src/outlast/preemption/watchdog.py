@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from outlast.errors import Exit
+from outlast.processes import exit_at_once
 from outlast.ranks.agreement import Consensus
 from outlast.ranks.channel import TICK_S, Message, Peers
+from outlast.ranks.lost import Lost, LostRankError
 from outlast.rundir.ledger import Ledger
 
 from .deadline import MARGIN_S
-from .shutdown import SETTLES_ENV, Departure, Lost, LostRankError
+from .shutdown import SETTLES_ENV, Departure
 from .signals import PreemptionGuard
-from .startup import exit_at_once
 
 GONE_S = 1.0
 """How long the main thread may take to notice by itself that a peer is gone, as it does in a collective."""

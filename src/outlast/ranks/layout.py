@@ -6,17 +6,12 @@ layout*). On another number of ranks each step has the same rows, split in anoth
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from typing import Any
 
-from outlast.checkpoint.compatibility import ResumeRefusedError
-from outlast.checkpoint.manifest import read_manifest
-from outlast.errors import CheckpointError
-from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Ledger
+from outlast.errors import ResumeRefusedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +59,6 @@ def layout(made: dict[str, Any], *, ranks: int, micro_batch: int, accumulation: 
     elif micro_batch * accumulation * ranks != rows:
         first = (ranks, micro_batch)
     return Layout(ranks=ranks, micro_batch=micro_batch, accumulation=accumulation, first=first)
-
-
-def origin_of(run: RunDirectory) -> dict[str, Any] | None:
-    """What a run is, by its newest checkpoint, or else by its first attempt; None before it has begun."""
-    steps = (path.name.rpartition("-")[2] for path in run.checkpoints.glob("checkpoint-*"))
-    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
-        with suppress(CheckpointError):
-            newest = read_manifest(run.checkpoints / f"checkpoint-{step}")
-            if not newest.light:
-                return {"world_size": newest.world_size, **newest.origin}
-    started = [event for event in Ledger(run.ledger).read() if event["event"] == "attempt_started"]
-    return {"world_size": started[0]["world_size"]} if started else None
 
 
 def _divided(rows: int, *, ranks: int, micro_batch: int, made: dict[str, Any]) -> int:

@@ -14,6 +14,9 @@ import psutil
 
 from outlast.errors import ConfigError, RunBusyError
 
+LOCK_FD_ENV = "OUTLAST_LOCK_FD"
+"""Tells a rank the file descriptor of the run lock that its launcher holds."""
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -175,44 +178,3 @@ def cancelled_after(run: Path, moment: float) -> bool:
         return float(json.loads((run / "cancelled.json").read_text())["time"]) > moment
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path` as a whole: a reader sees the old text or the new one, never a part.
-
-    Args:
-        durable: flush to disk, so that the new text also survives a power loss.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if durable:
-        flush_directory(path.parent)
-
-
-def remove_temporaries(path: Path) -> None:
-    """Remove what killed writers of `path` have left beside it. Nobody may be writing it meanwhile."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)
-
-
-def flush_file(path: Path) -> None:
-    """Have the kernel write all of a file to disk, and wait for it."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def flush_directory(path: Path) -> None:
-    """Flush a directory's entries to disk, so that a rename or a new name in it survives a power loss."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -158,73 +157,3 @@ class Recorder:
                     self.waiting.pop(0)
             except OSError as error:
                 self._say(f"WARNING: the ledger can't be written: {error}; this waits: {json.dumps({event: values})}")
-
-
-@dataclass
-class Attempt:
-    """What the ledger says of one attempt."""
-
-    number: int
-    started: Event | None = None
-    ended: Event | None = None
-    resumed: Event | None = None
-    signals: list[Event] = field(default_factory=list)
-    checkpoints: list[Event] = field(default_factory=list)
-    requeued: Event | None = None
-    last_time: float = 0.0
-
-    @property
-    def saved_step(self) -> int:
-        """The furthest step that the next attempt can start from."""
-        saved = [event for event in (self.resumed, *self.checkpoints) if event is not None]
-        return max((int(event["step"]) for event in saved), default=0)
-
-    @property
-    def last_step(self) -> int:
-        """The furthest step that was made."""
-        steps = [event["step"] for event in (self.resumed, self.ended, *self.checkpoints) if event is not None]
-        return max((int(step) for step in steps if step is not None), default=0)
-
-
-def attempts(events: list[Event]) -> list[Attempt]:
-    """The ledger's lines, grouped by attempt, in order."""
-    grouped: dict[int, Attempt] = {}
-    for event in events:
-        attempt = grouped.setdefault(event["attempt"], Attempt(event["attempt"]))
-        attempt.last_time = event["time"]
-        match event["event"]:
-            case "attempt_started":
-                attempt.started = event
-            case "attempt_ended":
-                attempt.ended = event
-            case "resumed":
-                attempt.resumed = event
-            case "requeued":
-                attempt.requeued = event
-            case "signal":
-                attempt.signals.append(event)
-            case "checkpoint":
-                attempt.checkpoints.append(event)
-    return [grouped[number] for number in sorted(grouped)]
-
-
-def finished(events: list[Event]) -> Event | None:
-    """The `finished` line, if the run has one."""
-    return next((event for event in events if event["event"] == "finished"), None)
-
-
-def next_attempt(events: list[Event]) -> int:
-    """The number of the attempt that starts now."""
-    return 1 + max((int(event["attempt"]) for event in events), default=0)
-
-
-def attempt_of(events: list[Event], job: tuple[str, int] | None) -> int:
-    """The number of the attempt that a process belongs to; the same on every rank of a job.
-
-    Args:
-        job: Slurm's job id and restart count, or None outside Slurm.
-    """
-    started = [event for event in events if event["event"] == "attempt_started"]
-    if started and job == (started[-1]["job_id"], started[-1]["restart_count"]):  # an older one: a cluster made anew
-        return int(started[-1]["attempt"])
-    return next_attempt(events)

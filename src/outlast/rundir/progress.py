@@ -10,7 +10,9 @@ import time
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from .directory import RunDirectory, write_atomically
+from outlast.files import write_atomically
+
+from .directory import RunDirectory
 
 Phase = Literal["starting", "converting", "training", "evaluating", "saving", "done"]
 

@@ -9,12 +9,10 @@ import fcntl
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from outlast.slurm.actions import sbatch
 
 LOCK = ".submit.lock"
 
@@ -66,23 +64,3 @@ def submission_lock(directory: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def submit(
-    submission: Submission, script: Path, flags: list[str], lock_fd: int, record: Callable[[Submission], None]
-) -> Submission:
-    """Hand a batch script to Slurm.
-
-    Args:
-        flags: of `sbatch`, before the script's own.
-        record: writes the submission down; called before, without the id, and after, with it.
-
-    Raises:
-        SlurmError: `sbatch` refused the job, or did not answer. What has been recorded is then looked up by the next
-            command.
-    """
-    record(submission)
-    job_id = sbatch(script, [f"--comment={submission.comment}", *flags], keep_open=lock_fd)
-    submission = replace(submission, job_id=job_id, log=submission.log.replace("%j", job_id))
-    record(submission)
-    return submission

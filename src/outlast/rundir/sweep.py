@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from outlast.errors import OutlastError
-from outlast.slurm.environment import current_job
+from outlast.files import write_atomically
 
-from .directory import write_atomically
 from .submission import Submission
 
 MANIFEST = "sweep.json"
@@ -63,19 +62,3 @@ def read_manifest(sweep: Path) -> Manifest:
         return Manifest(**values, cells=cells, submissions=submissions)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutlastError(f"{sweep / MANIFEST} can't be read: {error}") from None
-
-
-def cell_directory(sweep: Path, offset: int = 0) -> Path:
-    """The run directory of the array task that this process belongs to.
-
-    Raises:
-        OutlastError: this is no task of an array, or the sweep has no such cell.
-    """
-    job = current_job()
-    task = job.job_id.partition("_")[2] if job else ""
-    if not task:
-        raise OutlastError(f"{sweep} is a sweep: it runs as a job array, and this is no task of one")
-    for cell in read_manifest(sweep).cells:
-        if cell.index == int(task) + offset:
-            return sweep / cell.directory
-    raise OutlastError(f"{sweep / MANIFEST} has no cell {int(task) + offset}")

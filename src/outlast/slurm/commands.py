@@ -6,7 +6,7 @@ import subprocess
 from datetime import datetime
 
 from outlast.errors import SlurmError
-from outlast.preemption.signals import signals_blocked
+from outlast.processes import signals_blocked
 
 
 def run_slurm(

@@ -11,8 +11,9 @@ from pathlib import Path
 from outlast.config.sections import StorageSection
 from outlast.errors import OutlastError
 from outlast.files import bytes_used
+from outlast.rundir.attempts import finished
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Ledger, finished
+from outlast.rundir.ledger import Ledger
 from outlast.rundir.sweep import MANIFEST, read_manifest
 
 

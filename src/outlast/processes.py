@@ -1,0 +1,71 @@
+"""Processes: signals held back, what becomes of a child when its parent ends, leaving at once."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Each of them means "save and leave"."""
+PARENT_ENV = "OUTLAST_PARENT"
+"""Tells a rank the pid of the process that has started it."""
+_PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Hold the three signals back in this thread; a process started inside inherits that.
+
+    A rank started this way keeps an early signal pending until its guard is in place, and a helper command such as
+    `scontrol` is not cut down by the TERM that Slurm sends to every process of the step.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shield_worker(worker_id: int = 0) -> None:
+    """`worker_init_fn` for a `DataLoader`: its workers ignore the three signals, and end with their parent.
+
+    Slurm signals every process of a step. PyTorch's workers die from TERM, and the loader then fails the step that the
+    main process would have finished and saved. That their parent has gone they notice by themselves only after 5 s, in
+    which they hold the run directory's lock.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    at_parents_death(signal.SIGKILL)
+
+
+def at_parents_death(number: signal.Signals) -> None:
+    """Have the kernel send this process signal `number` when the thread that has started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End the process: no atexit hooks, no destructors, nothing that could take time or fail."""
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(1.0)  # another thread may hang in a write
+    os._exit(code)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def die_with(variable: str, number: signal.Signals) -> None:
+    """If the parent that `variable` names is killed, get signal `number`, instead of training on unseen.
+
+    TERM: save and leave.
+    """
+    parent = os.environ.get(variable)
+    if parent is not None:
+        at_parents_death(number)
+        if os.getppid() != int(parent):
+            signal.raise_signal(number)  # it went before we asked
