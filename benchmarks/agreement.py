@@ -46,7 +46,7 @@ def rank(options: dict[str, Any]) -> None:
     clock = time.pthread_getcpuclockid(lines.ident)
     arms = {
         "built": lambda step: run.should_stop(step),
-        "reduction": lambda step: run.agreement.maximum(0),
+        "reduction": lambda step: run.collectives.maximum(0),
         "none": lambda step: None,
     }
     order = list(ARMS) * options["rounds"]
@@ -64,7 +64,7 @@ def rank(options: dict[str, Any]) -> None:
         if step >= 5:
             seconds[arm].append(time.perf_counter() - before)
     share = (time.clock_gettime(clock) - began_cpu) / (time.perf_counter() - began)
-    found = run.agreement.from_all((seconds, share))
+    found = run.collectives.from_all((seconds, share))
     if run.rank == 0:
         print(json.dumps({"seconds": [one for one, _ in found], "thread_share": [one for _, one in found]}))
     run.finish(0)

@@ -88,7 +88,7 @@ def tables(report: dict[str, Any]) -> Group:
         ratios.add_row(name, f"{ratio['of_medians']:.2f}", f"{ratio['median_by_round']:.2f}", rounds)
     leaving = _table("From the signal, s", "by", "saved", "exit", "sealed_s", "steps lost", "code")
     for name, title in (("outlast", "outlast: sealed"), ("jit", "jit: not flushed")):
-        rounds = report["departure"][name]
+        rounds = report["shutdown"][name]
         seconds = [_spread(rounds, key) for key in ("saved_s", "exit_s", "ledger_sealed_s")]
         lost = " ".join(str(one["steps_lost"]) for one in rounds)
         codes = " ".join(sorted({str(one["exit_code"]) for one in rounds}))

@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 
 import psutil
 from children import Child, ChildError
-from departure import SIGNALS, depart
 from figures import machine, summary, tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from shutdown import SIGNALS, depart
 
 DISK_PER_GB, MEMORY_PER_GB, MEMORY_GB = 2.5, 4.0, 1.0
 """Space that is needed at once, as a multiple of --gb, and memory, with what the libraries take."""
@@ -119,7 +119,7 @@ def main() -> int:
             Progress(*columns, console=errors) as progress,
         ):
             report["stall"] = measure_stalls(options, Path(scratch), progress)
-            report["departure"] = measure_departures(options, Path(scratch), progress)
+            report["shutdown"] = measure_departures(options, Path(scratch), progress)
     except ChildError as error:
         print(f"save.py: {error}", file=sys.stderr)
         return 1

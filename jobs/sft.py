@@ -80,7 +80,7 @@ def main(run: "Run", config: Config) -> None:
             run.say("building the model and its tokenizer")
             texts = data.texts(train)
             prepared.publish(base, lambda directory: models.prepare_tiny(config, texts, directory))
-        run.agreement.barrier()
+        run.collectives.barrier()
     else:
         prepared.reuse(args)
 
@@ -101,7 +101,7 @@ def main(run: "Run", config: Config) -> None:
 def _first(run: "Run", load: Any) -> Any:
     """What rank 0 finds decides for all: a rank that came later must not find what rank 0 has just written."""
     found = load() if run.rank == 0 else None
-    if not run.agreement.from_rank_0(found is not None):
+    if not run.collectives.from_rank_0(found is not None):
         return None
     if run.rank != 0:
         found = load()

@@ -17,7 +17,7 @@ if env --block-signal=TERM,USR1,USR2 true 2>/dev/null; then
 fi
 
 # Ranks that can't know why they were signalled leave it to `outlast.epilogue`.
-export OUTLAST_SETTLES=1
+export OUTLAST_EPILOGUE=1
 
 # Since Slurm 22.05 `srun` no longer takes over what the job asked for: without this each rank is bound to one core.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from outlast.config.sections import LocalCluster
 from outlast.errors import Exit
+from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
 from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock, cancelled_after
@@ -96,10 +97,9 @@ class Launcher:
                 bar.note(f"finished; the model is in {self.run.final}")
                 return Exit.DONE
             last = next((a for a in attempts(events) if a.number == number), None)
+            outcome = Outcome.of(self.run, number, self.config.preemption, bar.note)
             if last is not None and last.ended is None:
-                progress = read(self.run)
-                step = progress.step if progress and progress.attempt == number else last.last_step
-                self.ledger.append("attempt_ended", number, cause="failed", step=step, detail=f"exit code {code}")
+                outcome.ended("failed", detail=f"exit code {code}")
             if code != Exit.RESUME_ME:
                 self._explain(code, number, bar)
                 return code if code in (Exit.REFUSED, Exit.GAVE_UP) else Exit.FAILED
@@ -109,7 +109,7 @@ class Launcher:
             if cancelled_after(self.run.path, began):
                 bar.note("cancelled; `outlast resume`, or the same command, goes on")
                 return Exit.RESUME_ME
-            self.ledger.append("requeued", number, cause="preempted", job_id=None)
+            outcome.requeued("preempted", job_id=None)
             bar.note(
                 f"attempt {number} was preempted; the next one starts in {self.config.cluster.requeue_delay_s:g} s"
             )

@@ -127,7 +127,7 @@ def _checkpoint(config: Config) -> dict[str, Any]:
         events = Ledger(RunDirectory(config.directory).ledger).read()
     except OSError:
         events = []  # `check_directory` says what is wrong with the place, before anything starts
-    pace = cadence.Cadence(section, events, time.time())
+    pace = cadence.SaveInterval(section, events, time.time())
     bounds = {"lower_s": cadence.LOWER_S, "largest_share": cadence.LARGEST_SHARE, "upper_s": cadence.UPPER_S}
     return {
         "every": section.steps or (section.seconds and f"{section.seconds:g}s") or "auto",

@@ -4,8 +4,8 @@ from itertools import pairwise
 from typing import Any
 
 from outlast.rundir import progress as progress_file
-from outlast.rundir.ledger import Event
-from outlast.rundir.attempts import Attempt
+from outlast.rundir.ledger import KILLED, Event
+from outlast.rundir.attempts import Attempt, last_step
 from outlast.rundir.directory import RunDirectory
 
 Row = dict[str, Any]
@@ -22,18 +22,18 @@ def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> Row:
     """One attempt, by its own lines."""
     lines = [event for event in events if event["attempt"] == attempt.number]
     started, ended, resumed = attempt.started or {}, attempt.ended, attempt.resumed
-    killed = ended is None or ended.get("detail") == "killed"
+    killed = ended is None or ended.get("detail") == KILLED
     # The next attempt writes the end of one that was killed: its last sign of life is what came before.
     seen = [event["time"] for event in lines if event is not ended or not killed]
     end = ended["time"] if ended and not killed else max(seen, default=lines[0]["time"])
-    last_step, now = attempt.last_step, progress_file.read(run)
+    last, now = last_step(run, attempt.number) if killed else attempt.last_step, progress_file.read(run)
     if killed and now is not None and now.attempt == attempt.number:
-        last_step, end = max(last_step, now.step), max(end, now.time)
+        end = max(end, now.time)
     worked = resumed or attempt.checkpoints or any(event["event"] == "evaluated" for event in lines)
     sealed_before = any(e["event"] == "checkpoint" and e["attempt"] < attempt.number for e in events)
     first_step = resumed["step"] if resumed else 0
     if not worked and sealed_before:
-        first_step = last_step  # stopped while it loaded: the step in its lines is the one it would have resumed from
+        first_step = last  # stopped while it loaded: the step in its lines is the one it would have resumed from
     return {
         "number": attempt.number,
         "job_id": started.get("job_id"),
@@ -45,8 +45,8 @@ def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> Row:
         "cause": ended["cause"] if ended else None,
         "killed": killed,
         "first_step": first_step,
-        "last_step": last_step,
-        "steps_done": max(last_step - first_step, 0),
+        "last_step": last,
+        "steps_done": max(last - first_step, 0),
         "steps_lost": 0,
         "resume_s": min(resumed["seconds"], max(end - lines[0]["time"], 0.0)) if resumed else None,
         "signal": attempt.signals[-1]["name"] if attempt.signals else None,

@@ -16,12 +16,12 @@ from dataclasses import asdict, replace
 from .config.configuration import Config, load
 from .errors import Exit, OutlastError, RunBusyError, SlurmError
 from .files import write_atomically
-from .preemption.policy import decide, describe
+from .preemption.outcome import Outcome
+from .preemption.policy import describe
 from .processes import SIGNALS
 from .rundir.attempts import Attempt, attempt_of, attempts, finished
 from .rundir.directory import RunDirectory, RunLock, cancelled_after
-from .rundir.ledger import Cause, Event, Ledger, Recorder
-from .rundir.progress import read
+from .rundir.ledger import KILLED, Event, Ledger
 from .rundir.submission import Submission, new_token, submission_lock
 from .slurm.actions import requeue_job
 from .slurm.environment import SlurmJob, current_job
@@ -37,7 +37,7 @@ WAIT_S = 20.0
 """How long ranks of this job, on other nodes, may take to be gone after `srun` has returned."""
 
 
-def settle(run: RunDirectory, code: int) -> int:
+def follow_up(run: RunDirectory, code: int) -> int:
     """Decide what follows, and do it.
 
     Args:
@@ -62,17 +62,17 @@ def settle(run: RunDirectory, code: int) -> int:
         _say(str(error))
         return code or Exit.FAILED
     try:
-        return _settle(run, job, config, code)
+        return _end_attempt(run, job, config, code)
     finally:
         lock.release()
 
 
-def _settle(run: RunDirectory, job: SlurmJob, config: Config, code: int) -> int:
+def _end_attempt(run: RunDirectory, job: SlurmJob, config: Config, code: int) -> int:
     ledger = Ledger(run.ledger)
     events = ledger.read()
     number = attempt_of(events, (job.job_id, job.restart_count))
     attempt = next((a for a in attempts(events) if a.number == number), Attempt(number))
-    record = Recorder(ledger, number, _say)
+    outcome = Outcome.of(run, number, config.preemption, _say)
     if attempt.requeued is not None:
         return Exit.RESUME_ME
     if events and events[-1]["event"] == "gave_up":
@@ -80,25 +80,19 @@ def _settle(run: RunDirectory, job: SlurmJob, config: Config, code: int) -> int:
         return Exit.GAVE_UP
     view = _ask(job)
     if attempt.ended is None:
-        now = read(run)
-        step = now.step if now and now.attempt == number else max((a.saved_step for a in attempts(events)), default=0)
-        record("attempt_ended", step=step, **_end(run, job, view, attempt, code, config.preemption.lead_s))
+        outcome.ended(**_end(run, job, view, attempt, code, config.preemption.lead_s))
         attempt = next(a for a in attempts(ledger.read()) if a.number == number)
     assert attempt.ended is not None
-    cause: Cause = attempt.ended["cause"]
-    decision = decide(cause, ledger.read(), config.preemption)
     _say(f"attempt {number} ended: {describe(attempt.ended)}")
-    match decision.action:
-        case "again":
-            try:
-                record("requeued", cause=cause, **_again(run, job, config))
-            except SlurmError as error:
-                _say(f"it could not be started again: {error}. The same command again resumes.")
-        case "give_up" | "fail":
-            _say(f"giving up: {decision.reason}" if decision.action == "give_up" else f"failed: {decision.reason}")
-            if decision.action == "give_up":
-                record("gave_up", reason=decision.reason)
-            _show_end(run, number)
+    try:
+        decision = outcome.follow(attempt.ended["cause"], lambda: _start_next(run, job, config))
+    except SlurmError as error:
+        _say(f"it could not be started again: {error}. The same command again resumes.")
+        return Exit.RESUME_ME
+    if decision.action == "fail":
+        _say(f"failed: {decision.reason}")
+    if decision.action in ("give_up", "fail"):
+        _show_end(run, number)
     refused = decision.action == "fail" and attempt.ended.get("refused") and code == Exit.REFUSED
     return Exit.REFUSED if refused else decision.exit_code
 
@@ -129,7 +123,7 @@ def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attemp
     # Near its time limit is why a job was signalled; a rank that died without a signal died of something else.
     cause = view.stop_cause(job, lead_s if attempt.signals else -math.inf) if view else None
     if cause is not None:
-        return {"cause": cause, "detail": "killed"}
+        return {"cause": cause, "detail": KILLED}
     if code == 0 and attempt.signals:
         return {"cause": "preempted"}  # in start-up, by a signal that somebody sent on purpose
     if code > 128 and ran_out_of_memory(job.job_id):
@@ -142,7 +136,7 @@ def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attemp
     return end | ({"refused": True} if code in (Exit.REFUSED, 126, 127) else {})
 
 
-def _again(run: RunDirectory, job: SlurmJob, config: Config) -> Event:
+def _start_next(run: RunDirectory, job: SlurmJob, config: Config) -> Event:
     """Have Slurm start the next attempt: requeue this job, or where that is forbidden, submit one that waits for it.
 
     Raises:
@@ -210,7 +204,7 @@ def _command() -> int:
     parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's")
     arguments = parser.parse_args()
     try:
-        return settle(target_of(arguments), arguments.exit_code)
+        return follow_up(target_of(arguments), arguments.exit_code)
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return arguments.exit_code or error.exit_code

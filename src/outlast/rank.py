@@ -13,11 +13,12 @@ import sys
 import traceback
 
 from . import agent
+from .attempt.attempt import AlreadyFinished
 from .config.configuration import load
 from .errors import OutlastError
 from .preemption.signals import PreemptionGuard
 from .processes import PARENT_ENV, SIGNALS, die_with
-from .run import AlreadyFinished, Run
+from .run import Run
 from .rundir.attempts import finished
 from .rundir.ledger import Ledger
 from .slurm.environment import current_job
@@ -52,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
         job.main(run, config)
         if run.rank == 0 and not finished(Ledger(run_directory.ledger).read()):
             raise OutlastError(f"job {config.job.name} returned without finishing its run")
-        run.agreement.close()
+        run.collectives.close()
     except Exception as error:
         traceback.print_exc()
         code = run.fail(error)

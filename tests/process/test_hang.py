@@ -165,33 +165,33 @@ def test_ranks_that_are_far_apart_stop_at_the_same_poll(tmp_path: Path) -> None:
 APART = """
 import os, sys, time
 import torch.distributed as dist
-from outlast.ranks.agreement import Consensus
-from outlast.ranks.channel import Peers
-from outlast.ranks.collectives import Agreement
+from outlast.ranks.agreement import StepAgreement
+from outlast.ranks.channel import ControlChannel
+from outlast.ranks.collectives import Collectives
 
 dist.init_process_group("gloo")
-agreement = Agreement()
-peers = Peers(agreement.rank, agreement.world_size)
-consensus = Consensus(peers, lambda name: None)
-peers.connect(agreement, consensus.receive, lambda seconds: None)
+collectives = Collectives()
+channel = ControlChannel(collectives.rank, collectives.world_size)
+agreement = StepAgreement(channel, lambda name: None)
+channel.connect(collectives, agreement.receive, lambda seconds: None)
 saved_at = 1_000_000
-pause = (0.001, 0.005, 0.02)[agreement.rank]
+pause = (0.001, 0.005, 0.02)[collectives.rank]
 while True:
     time.sleep(pause)
-    if agreement.rank == 0 and consensus.polls == 20:
-        consensus.ask("save")
-    if agreement.rank == 1 and consensus.polls == saved_at + 10:
-        consensus.ask("TERM")
-    if agreement.rank == 2 and consensus.polls == saved_at + 2:
-        consensus.ask("USR1")
-    found = consensus.poll()
+    if collectives.rank == 0 and agreement.polls == 20:
+        agreement.ask("save")
+    if collectives.rank == 1 and agreement.polls == saved_at + 10:
+        agreement.ask("TERM")
+    if collectives.rank == 2 and agreement.polls == saved_at + 2:
+        agreement.ask("USR1")
+    found = agreement.poll(0)
     if found == "save":
-        saved_at = consensus.polls
+        saved_at = agreement.polls
     if found:
-        print(found, consensus.polls, flush=True)
+        print(found, agreement.polls, flush=True)
     if found not in ("", "save"):
         break
-agreement.barrier()
-peers.close()
+collectives.barrier()
+channel.close()
 os._exit(0)
 """

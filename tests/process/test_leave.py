@@ -101,16 +101,16 @@ LEAVES_ALONE = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from outlast.ranks.collectives import Agreement
+from outlast.ranks.collectives import Collectives
 
 dist.init_process_group("gloo")
-agreement = Agreement()
-agreement.barrier()
-if agreement.rank == 1:
+collectives = Collectives()
+collectives.barrier()
+if collectives.rank == 1:
     sys.stdin.read()  # until the test has seen rank 0 leave
     os._exit(0)
-dist.all_reduce(torch.zeros(1), group=agreement._side_group(), async_op=True)  # which rank 1 never joins
-agreement.close()
+dist.all_reduce(torch.zeros(1), group=collectives._side_group(), async_op=True)  # which rank 1 never joins
+collectives.close()
 os._exit(75)
 """
 

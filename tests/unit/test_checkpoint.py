@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from outlast.checkpoint import store as store_module
-from outlast.checkpoint.manifest import Manifest, PassingError, verify
-from outlast.checkpoint.space import Room
+from outlast.checkpoint.manifest import Kind, Manifest, PassingError, verify
+from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore, SaveError
 from outlast.errors import CheckpointError, ConfigError
-from outlast.ranks.collectives import Agreement
+from outlast.ranks.collectives import Collectives
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import MARGIN
 
@@ -22,8 +22,8 @@ class Harness:
         self.run = RunDirectory(path)
         self.run.create()
         self.events: list[dict[str, Any]] = []
-        self.room = Room(self.run, lambda: budget + MARGIN)
-        self.store = CheckpointStore(self.run, Agreement(), self.record, self.room)
+        self.space = Space(self.run, lambda: budget + MARGIN)
+        self.store = CheckpointStore(self.run, Collectives(), self.record, self.space)
 
     def record(self, event: str, **values: Any) -> None:
         self.events.append({"event": event, **values})
@@ -127,7 +127,7 @@ def test_the_budget_deletes_the_oldest_but_never_the_newest_or_the_best(tmp_path
     for step in (10, 20, 30, 40):
         harness.save(step)
     harness.store.retention.best_step = 10
-    assert harness.store.make_room(kind="periodic")
+    assert harness.store.make_space(kind=Kind.PERIODIC)
     assert harness.steps() == [10, 30, 40]
     assert [(e["event"], e["checkpoint"], e["reason"]) for e in harness.events] == [
         ("lightened", "checkpoint-10", "budget"),
@@ -139,7 +139,7 @@ def test_the_budget_deletes_the_oldest_but_never_the_newest_or_the_best(tmp_path
 def test_a_budget_that_holds_no_second_checkpoint(tmp_path: Path, kind: str) -> None:
     harness = Harness(tmp_path / "run", budget=3_000)
     harness.save(10)
-    assert not harness.store.make_room(kind=kind)
+    assert not harness.store.make_space(kind=kind)
     assert harness.steps() == [10], "the last verified checkpoint is never the price"
 
 
@@ -148,7 +148,7 @@ def test_nothing_is_deleted_if_all_that_may_go_would_not_do(tmp_path: Path) -> N
     for step in (10, 20):
         harness.save(step)
     (harness.run.path / "data").write_bytes(bytes(2_000))
-    assert not harness.store.make_room(kind="emergency")
+    assert not harness.store.make_space(kind=Kind.EMERGENCY)
     assert harness.steps() == [10, 20]
 
 
@@ -242,7 +242,7 @@ def test_what_is_in_quarantine_counts_and_goes_first_and_is_named(tmp_path: Path
     damage_flip(harness.store.path(20))
     assert harness.store.newest_verified() is not None
     harness.save(30)
-    assert harness.store.make_room(kind="periodic")
+    assert harness.store.make_space(kind=Kind.PERIODIC)
     assert harness.steps() == [10, 30]
     assert harness.events[-1] == {"event": "deleted", "checkpoint": "quarantine/checkpoint-20", "reason": "budget"}
 
@@ -289,7 +289,7 @@ def test_a_symbolic_link_is_no_checkpoint_and_nothing_is_deleted_through_one(tmp
     newest = harness.store.newest_verified()
     assert newest is not None
     assert newest.step == 10
-    harness.store.make_room(kind="emergency")
+    harness.store.make_space(kind=Kind.EMERGENCY)
     harness.store.sweep()
     assert elsewhere.steps() == [99]
     other = RunDirectory(tmp_path / "other")

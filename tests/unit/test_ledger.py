@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from outlast.rundir.attempts import attempts, finished, next_attempt
-from outlast.rundir.ledger import Ledger, Recorder
+from outlast.rundir.ledger import AttemptNumber, Ledger, Recorder
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_lines_that_a_full_disk_refuses_wait_and_keep_their_time(
 ) -> None:
     said: list[str] = []
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    record = Recorder(ledger, 1, said.append)
+    record = Recorder(ledger, AttemptNumber(1), said.append)
 
     def full(fd: int, data: bytes) -> int:
         raise OSError(28, "No space left on device")

@@ -5,7 +5,8 @@ import sys
 
 GUARD = """
 import os, signal, sys, threading, time
-from outlast.preemption.signals import PreemptionGuard, shield_worker, signals_blocked
+from outlast.preemption.signals import PreemptionGuard
+from outlast.processes import shield_worker, signals_blocked
 """
 
 
@@ -20,7 +21,7 @@ def test_the_first_signal_is_the_one_that_counts() -> None:
 guard = PreemptionGuard(); guard.install(); guard.end_startup()
 for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1):
     os.kill(os.getpid(), number); time.sleep(0.05)
-print(guard.poll(), 0 <= time.time() - guard.requested_at < 5)
+print(guard.requested, 0 <= time.time() - guard.requested_at < 5)
 """)
     assert out == "USR2 True"
 
@@ -40,7 +41,7 @@ os.read(read, 1)  # and only now can the main thread, which was inside this call
 
 
 def test_the_first_ctrl_c_saves_also_when_the_main_thread_hears_of_it_last() -> None:
-    assert run(INTERRUPTED + "print(guard.poll())") == "INT"
+    assert run(INTERRUPTED + "print(guard.requested)") == "INT"
 
 
 def test_the_second_ctrl_c_interrupts() -> None:
@@ -50,7 +51,7 @@ def test_the_second_ctrl_c_interrupts() -> None:
 try:
     os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
 except KeyboardInterrupt:
-    print(guard.poll(), "interrupted")
+    print(guard.requested, "interrupted")
 """
     )
     assert out == "INT interrupted"
@@ -61,7 +62,7 @@ def test_a_signal_that_was_held_back_arrives_when_the_guard_is_in_place() -> Non
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 os.kill(os.getpid(), signal.SIGTERM)
 guard = PreemptionGuard(); guard.install()
-print(guard.poll())
+print(guard.requested)
 """)
     assert out == "TERM"
 
@@ -74,7 +75,7 @@ if child == 0:
     os.kill(os.getpid(), signal.SIGTERM); time.sleep(10); os._exit(0)
 status = os.waitpid(child, 0)[1]
 time.sleep(0.1)
-print(os.WTERMSIG(status) == signal.SIGTERM, guard.poll())
+print(os.WTERMSIG(status) == signal.SIGTERM, guard.requested)
 """)
     assert out == "True None"
 
@@ -89,7 +90,7 @@ if child == 0:
         os.kill(os.getpid(), number)
     os._exit(7)
 status = os.waitpid(child, 0)[1]
-print(os.WEXITSTATUS(status), guard.poll())
+print(os.WEXITSTATUS(status), guard.requested)
 """)
     assert out == "7 None"
 
@@ -117,23 +118,12 @@ def test_in_start_up_the_callback_runs_also_while_the_main_thread_is_in_a_c_call
 import threading
 def leave(name):
     print(name, threading.current_thread() is threading.main_thread(), flush=True); os._exit(0)
-guard = PreemptionGuard(on_startup=leave); guard.install()
+guard = PreemptionGuard(); guard.install(); guard.notify(on_startup=leave, on_signal=lambda: None)
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
 import hashlib
 hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)  # one C call, far longer than the test may take
 """)
     assert out == "USR1 False"
-
-
-def test_its_own_clock() -> None:
-    out = run("""
-guard = PreemptionGuard(); guard.lead_s = 60
-guard.end_time = time.time() + 120
-first = guard.poll()
-guard.end_time = time.time() + 59
-print(first, guard.poll())
-""")
-    assert out == "None clock"
 
 
 def test_a_helper_command_started_under_the_block_outlives_term() -> None:

@@ -3,17 +3,23 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from outlast.config.sections import PreemptionSection
+from outlast.preemption.cause import StopCause
+from outlast.preemption.deadline import Planner, TimeLimit
+from outlast.preemption.outcome import Outcome
 from outlast.preemption.policy import decide
-from outlast.preemption.shutdown import ELASTIC_ENV, SETTLES_ENV, Departure
+from outlast.preemption.shutdown import ELASTIC_ENV, EPILOGUE_ENV, Shutdown
 from outlast.preemption.signals import PreemptionGuard
+from outlast.ranks.identity import Identity
 from outlast.ranks.lost import Lost, LostRankError
-from outlast.rundir.ledger import Ledger
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger, Recorder
 from outlast.slurm.environment import SlurmJob
 from outlast.slurm.view import JobView
 
@@ -136,14 +142,17 @@ def test_the_cause_of_a_restart_that_slurm_made(slurm: Slurm, sacct: str, nodes:
     assert RESTARTED.stop_cause(JOB, lead_s=90) == cause
 
 
-class Recorded:
-    """Appends to a ledger, and shows what is in it."""
+class Rank:
+    """A rank's way out, with all that it is made of, on a ledger of its own."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
-
-    def __call__(self, event: str, **values: Any) -> None:
-        self.ledger.append(event, 1, **values)
+    def __init__(self, directory: Path, *, job: SlurmJob | None = JOB, rank: int = 0, world_size: int = 1) -> None:
+        run, preemption = RunDirectory(directory), PreemptionSection()
+        self.ledger, self.guard = Ledger(run.ledger), PreemptionGuard()
+        identity = Identity(rank, world_size, job, 1)
+        record = Recorder(self.ledger, identity, print)
+        self.cause = StopCause(run, identity, self.guard, preemption, print)
+        outcome = Outcome(run, identity, preemption, record, print)
+        self.shutdown = Shutdown(identity, self.guard, self.cause, outcome, preemption, record, print)
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -155,47 +164,41 @@ class Recorded:
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Recorded:
-    return Recorded(Ledger(tmp_path / "ledger"))
+def rank(tmp_path: Path) -> Rank:
+    return Rank(tmp_path)
 
 
-@pytest.fixture
-def departure(record: Recorded) -> Departure:
-    return Departure(record, print, record.ledger, JOB, PreemptionSection())
-
-
-def test_of_ranks_that_end_an_attempt_at_once_one_requeues(slurm: Slurm, record: Recorded) -> None:
+def test_of_ranks_that_end_an_attempt_at_once_one_requeues(slurm: Slurm, rank: Rank, tmp_path: Path) -> None:
     slurm.says("scontrol", RUNNING)
-    ranks = [Departure(record, print, record.ledger, JOB, PreemptionSection()) for _ in range(8)]
+    ranks = [Rank(tmp_path).shutdown for _ in range(8)]
     with ThreadPoolExecutor(len(ranks)) as threads:
-        codes = set(threads.map(lambda rank: rank.requeue(5), ranks))
+        codes = set(threads.map(lambda one: one.requeue(5), ranks))
     assert codes == {75}
-    assert record.names == ["attempt_ended", "requeued"]
+    assert rank.names == ["attempt_ended", "requeued"]
     assert len(slurm.calls("scontrol requeue")) == 1
-    assert sum(rank.ended_it for rank in ranks) == 1
+    assert sum(one.ended_it for one in ranks) == 1
 
 
-def test_a_rank_that_does_not_speak_for_all_writes_nothing(slurm: Slurm, record: Recorded) -> None:
-    silent = Departure(record, print, record.ledger, JOB, PreemptionSection(), speaks=False)
-    silent.announce("TERM", PreemptionGuard(), 5)
-    assert silent.signal == "TERM"
-    assert record.events == []
+def test_a_rank_that_does_not_speak_for_all_writes_nothing(slurm: Slurm, tmp_path: Path) -> None:
+    silent = Rank(tmp_path, rank=1, world_size=2)
+    silent.shutdown.announce("TERM", 5)
+    assert silent.shutdown.signal == "TERM"
+    assert silent.events == []
     assert not slurm.calls("scontrol")
 
 
 @pytest.mark.parametrize(("agent", "cause"), [(True, "failed"), (False, "preempted")])
 def test_the_agents_term_is_the_echo_of_a_death(
-    record: Recorded, monkeypatch: pytest.MonkeyPatch, agent: bool, cause: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: bool, cause: str
 ) -> None:
     """torch's agent ends the other ranks, by TERM, when one has died; whichever they notice first."""
     if agent:
         monkeypatch.setenv(ELASTIC_ENV, "1")
-    departure, guard = Departure(record, print, record.ledger, None, PreemptionSection()), PreemptionGuard()
-    guard.request("TERM")
-    departure.lost = [Lost(rank=1, host="here", seconds=0.1, how="gone")]
-    departure.fail(LostRankError(departure.lost), guard, 0, 7)
-    assert record.events[-1]["cause"] == cause
-    assert record.names == [*([] if agent else ["signal"]), "straggler", "attempt_ended"]
+    rank = Rank(tmp_path, job=None)
+    rank.guard.request("TERM")
+    rank.shutdown.fail(LostRankError([Lost(rank=1, host="here", seconds=0.1, how="gone")]), 7)
+    assert rank.events[-1]["cause"] == cause
+    assert rank.names == [*([] if agent else ["signal"]), "straggler", "attempt_ended"]
 
 
 RUNNING = "JobState=RUNNING PreemptTime=None Restarts=0"
@@ -203,96 +206,105 @@ PREEMPTED = "JobState=RUNNING StartTime=2020-01-01T00:00:00 PreemptTime=2020-01-
 CANCELLED_IN_GRACE = PREEMPTED.replace("RUNNING", "COMPLETING")
 
 
-def test_a_departure_requeues_once_however_often_it_is_asked(
-    slurm: Slurm, departure: Departure, record: Recorded
-) -> None:
+def test_a_departure_requeues_once_however_often_it_is_asked(slurm: Slurm, rank: Rank) -> None:
     slurm.says("scontrol", RUNNING)
-    assert departure.requeue(5) == departure.requeue(5) == 75
-    assert record.names == ["attempt_ended", "requeued"]
-    assert record.events[1]["by"] == "job"
+    assert rank.shutdown.requeue(5) == rank.shutdown.requeue(5) == 75
+    assert rank.names == ["attempt_ended", "requeued"]
+    assert rank.events[1]["by"] == "job"
     assert len(slurm.calls("scontrol requeue")) == 1
 
 
-def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(
-    slurm: Slurm, departure: Departure, record: Recorded
-) -> None:
+def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(slurm: Slurm, rank: Rank) -> None:
     slurm.says("scontrol", "JobState=COMPLETING Restarts=1")
     slurm.says("sacct", "NODE_FAIL")
     slurm.refuse_requeue()
-    assert departure.requeue(5) == 75
-    assert [event["cause"] for event in record.events] == ["node_failure", "node_failure"]
-    assert record.events[1]["by"] == "slurm"
+    assert rank.shutdown.requeue(5) == 75
+    assert [event["cause"] for event in rank.events] == ["node_failure", "node_failure"]
+    assert rank.events[1]["by"] == "slurm"
 
 
-def test_a_refused_requeue_is_not_noted_as_one(slurm: Slurm, departure: Departure, record: Recorded) -> None:
+def test_a_refused_requeue_is_not_noted_as_one(slurm: Slurm, rank: Rank) -> None:
     slurm.says("scontrol", RUNNING)
     slurm.refuse_requeue()
-    assert departure.requeue(5) == 75
-    assert record.names == ["attempt_ended"]
+    assert rank.shutdown.requeue(5) == 75
+    assert rank.names == ["attempt_ended"]
 
 
 @pytest.mark.parametrize("ending", ["JobState=COMPLETING StartTime=2020-01-01T00:00:00", CANCELLED_IN_GRACE])
-def test_a_job_cancelled_during_its_save_is_not_brought_back(
-    slurm: Slurm, departure: Departure, record: Recorded, ending: str
-) -> None:
+def test_a_job_cancelled_during_its_save_is_not_brought_back(slurm: Slurm, rank: Rank, ending: str) -> None:
     slurm.says("scontrol", PREEMPTED)
-    departure.ask_slurm()
-    assert departure.cause() == "preempted"
+    rank.cause.ask_why()
+    assert rank.cause.cause() == "preempted"
     slurm.says("scontrol", ending)
-    assert departure.requeue(5) == 75
-    assert record.names == ["attempt_ended"]
-    assert record.events[0]["cause"] == "cancelled"
+    assert rank.shutdown.requeue(5) == 75
+    assert rank.names == ["attempt_ended"]
+    assert rank.events[0]["cause"] == "cancelled"
     assert not slurm.calls("scontrol requeue")
 
 
-def test_with_preempt_mode_cancel_a_job_past_its_grace_period_is_still_brought_back(
-    slurm: Slurm, departure: Departure, record: Recorded
-) -> None:
+def test_with_preempt_mode_cancel_a_job_past_its_grace_period_is_still_brought_back(slurm: Slurm, rank: Rank) -> None:
     slurm.says("scontrol", PREEMPTED.replace("2099", "2020"))
-    departure.ask_slurm()
+    rank.cause.ask_why()
     slurm.says("scontrol", CANCELLED_IN_GRACE.replace("2099", "2020"))
-    assert departure.requeue(5) == 75
-    assert record.names == ["attempt_ended", "requeued"]
+    assert rank.shutdown.requeue(5) == 75
+    assert rank.names == ["attempt_ended", "requeued"]
 
 
-def test_what_outlast_cancel_marked_is_cancelled_whatever_slurm_says(
-    slurm: Slurm, departure: Departure, record: Recorded, tmp_path: Path
-) -> None:
+def test_what_outlast_cancel_marked_is_cancelled_whatever_slurm_says(slurm: Slurm, rank: Rank, tmp_path: Path) -> None:
     slurm.says("scontrol", PREEMPTED)
     (tmp_path / "cancelled.json").write_text(f'{{"time": {time.time() + 1}}}')
-    assert departure.requeue(5) == 75
-    assert record.events[0]["cause"] == "cancelled"
+    assert rank.shutdown.requeue(5) == 75
+    assert rank.events[0]["cause"] == "cancelled"
     assert not slurm.calls("scontrol requeue")
 
 
-def test_who_finds_out_what_a_signal_meant(slurm: Slurm, departure: Departure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_finds_out_what_a_signal_meant(slurm: Slurm, rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm.says("scontrol", RUNNING)
-    assert not departure.left_to_settle()  # there is no batch script that would
-    monkeypatch.setenv(SETTLES_ENV, "1")
-    assert departure.left_to_settle()
+    assert not rank.shutdown.left_to_epilogue()  # there is no batch script that would
+    monkeypatch.setenv(EPILOGUE_ENV, "1")
+    assert rank.shutdown.left_to_epilogue()
 
 
 def test_a_preemption_is_never_left_to_the_batch_script(
-    slurm: Slurm, departure: Departure, record: Recorded, monkeypatch: pytest.MonkeyPatch
+    slurm: Slurm, rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(SETTLES_ENV, "1")
+    monkeypatch.setenv(EPILOGUE_ENV, "1")
     slurm.says("scontrol", PREEMPTED)
-    assert not departure.left_to_settle()
-    departure.announce("TERM", PreemptionGuard(), 5)
-    assert record.events[0]["deadline_s"] > 0
+    assert not rank.shutdown.left_to_epilogue()
+    rank.shutdown.announce("TERM", 5)
+    assert rank.events[0]["deadline_s"] > 0
 
 
-@pytest.mark.parametrize(("rank", "signalled"), [(0, True), (1, True), (0, False), (1, False)])
+@pytest.mark.parametrize(("number", "signalled"), [(0, True), (1, True), (0, False), (1, False)])
 def test_a_connection_that_breaks_because_a_peer_has_died_is_not_the_cause(
-    slurm: Slurm, departure: Departure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int, signalled: bool
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, signalled: bool
 ) -> None:
-    monkeypatch.setenv(SETTLES_ENV, "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(EPILOGUE_ENV, "1")
     monkeypatch.setattr("outlast.preemption.shutdown.ECHO_S", 0.5)
     slurm.says("scontrol", RUNNING)
-    guard = PreemptionGuard()
+    rank = Rank(tmp_path, rank=number, world_size=2)
     if signalled:
-        threading.Timer(0.1, guard.request, ["TERM"]).start()
-    departure.fail(RuntimeError("Connection closed by peer"), guard, rank, 5)
-    ended = [event["rank"] for event in Ledger(tmp_path / "ledger").read()]
-    assert ended == ([] if signalled else [rank])
+        threading.Timer(0.1, rank.guard.request, ["TERM"]).start()
+    rank.shutdown.fail(RuntimeError("Connection closed by peer"), 5)
+    assert [event["rank"] for event in rank.events] == ([] if signalled else [number])
+
+
+@pytest.mark.parametrize(
+    ("ran_s", "left_s", "near"),
+    [(3600, 120, False), (3600, 30, True), (0, 40, False)],  # a job shorter than its lead time trains for half of it
+)
+def test_near_its_time_limit_a_job_stops_without_being_told(
+    slurm: Slurm, rank: Rank, ran_s: int, left_s: int, near: bool
+) -> None:
+    limit = TimeLimit(rank.cause, Planner(lead_s=60), started=time.time() - ran_s)
+    assert not limit.is_near()  # nobody has said when it ends
+    slurm.says("scontrol", ends_in(left_s))
+    rank.cause.ask_for_limits()
+    assert limit.is_near() == near
+    slurm.says("scontrol", ends_in(3600))
+    assert not limit.is_near()  # it was raised meanwhile
+
+
+def ends_in(seconds: int) -> str:
+    end = datetime.fromtimestamp(time.time() + seconds).isoformat(timespec="seconds")
+    return f"JobState=RUNNING Restarts=0 EndTime={end}"

@@ -1,95 +1,64 @@
 """What all ranks do at the end of a step, of a micro-batch, or between two batches of an evaluation."""
 
-import threading
 import time
 from typing import Literal
 
-from outlast.preemption.deadline import Planner, Work
-from outlast.preemption.shutdown import Departure
-from outlast.preemption.signals import PreemptionGuard
-from outlast.preemption.watchdog import Watch
-from outlast.ranks.agreement import Consensus
-from outlast.ranks.channel import Peers
-from outlast.ranks.collectives import Agreement
-from outlast.rundir.ledger import Ledger
+from outlast.preemption.cause import StopCause
+from outlast.preemption.deadline import Planner, TimeLimit, Work
+from outlast.preemption.shutdown import Shutdown
+from outlast.preemption.signals import CLOCK, PreemptionGuard
+from outlast.preemption.watchdog import Watchdog
+from outlast.ranks.agreement import StepAgreement
+from outlast.ranks.collectives import Collectives
 
 from .saving import Saver
 
 Verdict = Literal["go_on", "save", "stop"]
 
 
-class StepEnd:
-    """Polled at the same points on all ranks. With one rank every answer is its own.
-
-    Args:
-        hang_s: see `preemption.hang_s`.
-        lead_s: the notice that is assumed where none is known.
-    """
+class Steps:
+    """Polled at the same points on all ranks. With one rank every answer is its own."""
 
     def __init__(
         self,
-        agreement: Agreement,
         guard: PreemptionGuard,
-        departure: Departure,
-        saver: Saver,
+        collectives: Collectives,
+        agreement: StepAgreement,
+        cause: StopCause,
         planner: Planner,
-        ledger: Ledger,
-        *,
-        hang_s: float | None,
-        lead_s: float,
+        shutdown: Shutdown,
+        watchdog: Watchdog,
+        saver: Saver,
     ) -> None:
-        self._agreement, self._guard, self._departure, self._saver = agreement, guard, departure, saver
-        self._planner = planner
+        self._guard, self._collectives, self._agreement, self._cause = guard, collectives, agreement, cause
+        self._planner, self._shutdown, self._watchdog, self._saver = planner, shutdown, watchdog, saver
+        self._time_limit = TimeLimit(cause, planner, time.time())
         self._save_asked = self._save_pending = False
-        self.step = 0
-        """The last step whose end was polled."""
-        self._peers = Peers(agreement.rank, agreement.world_size)
-        self._consensus = Consensus(self._peers, self._on_stop)
-        self.watch = Watch(
-            self._peers,
-            self._consensus,
-            guard,
-            departure,
-            ledger,
-            hang_s=hang_s,
-            lead_s=lead_s,
-            now_at=lambda: (self.step, agreement.calls),
-        )
-
-    def connect(self) -> None:
-        """From here on ranks can ask for things, and are watched. All ranks call it together; again has no effect."""
-        self._peers.connect(self._agreement, self.watch.receive, self.watch.tick)
 
     def on_signal(self) -> None:
-        """This process was signalled, after start-up: in the guard's thread, so that the others know at once."""
-        print(f"[outlast] rank {self._agreement.rank} received {self._guard.requested}", flush=True)
-        if self._agreement.rank == 0:
-            threading.Thread(target=self._departure.ask_slurm, daemon=True).start()
-        if self._agreement.world_size == 1:
-            self.watch.alone()
+        """Tell the other ranks that this process was signalled, at once: in the guard's thread."""
+        print(f"[outlast] rank {self._collectives.rank} received {self._guard.requested}", flush=True)
+        if self._collectives.rank == 0:
+            self._cause.ask_why_in_background()
+        if self._collectives.world_size == 1:
+            self._watchdog.alone()
         elif self._guard.requested is not None:
-            self._consensus.ask(self._guard.requested)
-
-    def _on_stop(self, name: str) -> None:
-        """Some rank has asked for a stop."""
-        self._guard.request(name)
-        if self._agreement.rank == 0:
-            threading.Thread(target=self._departure.ask_slurm, daemon=True).start()
+            self._agreement.ask(self._guard.requested)
 
     def should_stop(self, step: int, work: Work = "step") -> bool:
-        """Whether any rank was asked to stop.
+        """Whether any rank was asked to stop; to be asked at the same point on all ranks.
 
         Args:
-            work: what has been done since the last point like this one.
+            work: what has been done since the last such point: a micro-batch of a step, or an evaluation's batch.
         """
         self._planner.reached(work)
         return self._agree(step, save=False) == "stop"
 
-    def step_done(self, step: int) -> Verdict:
+    def done(self, step: int) -> Verdict:
         """What all ranks do now that `step` optimizer steps are done."""
         self._planner.reached("step")
         by_step = self._saver.due_by_step(step)
-        verdict = self._agree(step, save=self._agreement.rank == 0 and not by_step and self._saver.due(step))
+        verdict = self._agree(step, save=self._collectives.rank == 0 and not by_step and self._saver.due(step))
         if verdict == "go_on" and (by_step or self._save_asked):
             verdict = "save"
         if verdict == "save":
@@ -97,34 +66,30 @@ class StepEnd:
         return verdict
 
     def time_for(self, work: Work, count: int | None) -> bool | None:
-        """Asked to stop: whether there is time for `count` more stretches of work before the save; None: not known.
+        """Whether there is time for `count` more stretches of work before the save; asked when the run is stopping.
 
-        All ranks call it together; rank 0 decides.
+        All ranks call it together; rank 0 decides. None: not known, for want of a deadline or of something to measure.
         """
         fits = None
-        if self._agreement.rank == 0:
+        if self._collectives.rank == 0:
             each = self._planner.each_s(work)
             seconds = None if each is None or count is None else each * count
-            fits = self._planner.time_for(seconds, self._departure.deadline_by(self._guard), time.time())
-        found: bool | None = self._agreement.from_rank_0(fits)
+            fits = self._planner.time_for(seconds, self._cause.deadline(), time.time())
+        found: bool | None = self._collectives.from_rank_0(fits)
         return found
 
     def _agree(self, step: int, *, save: bool) -> Verdict:
-        if self._departure.signal is not None:
+        if self._shutdown.signal is not None:
             return "stop"
-        self.step = step
-        asked = self._guard.poll() or ("save" if save and not self._save_pending else "")
-        self._save_pending |= asked == "save" and self._agreement.world_size > 1
-        if self._agreement.world_size == 1:
-            agreed = asked
-        else:
-            if asked:
-                self._consensus.ask(asked)
-            agreed = self._consensus.poll()
+        if self._guard.requested is None and self._time_limit.is_near():
+            self._guard.request(CLOCK)
+        asked = self._guard.requested or ("save" if save and not self._save_pending else "")
+        self._save_pending |= asked == "save" and self._collectives.world_size > 1
+        agreed = self._agreement.poll(step, asked)
         if agreed in ("", "save"):
             self._save_asked |= agreed == "save"  # in an evaluation, until the next step's end
             return "go_on"
-        if self._agreement.world_size == 1:
-            self.watch.alone()
-        self._departure.announce(agreed, self._guard, step)
+        if self._collectives.world_size == 1:
+            self._watchdog.alone()
+        self._shutdown.announce(agreed, step)
         return "stop"

@@ -15,7 +15,7 @@ from statistics import median
 
 from outlast.config.sections import CheckpointSection
 from outlast.rundir.attempts import Attempt, attempts
-from outlast.rundir.ledger import Event
+from outlast.rundir.ledger import KILLED, Event
 
 LOWER_S = 60.0
 """No interval is shorter: a minute of steps is quickly made again, and each save pushes an older one out of the budget.
@@ -86,14 +86,14 @@ def trained_s(events: list[Event]) -> float:
         number = event["attempt"]
         if event["event"] == "resumed":
             begun[number] = event["time"]
-        elif event.get("detail") == "killed":
+        elif event.get("detail") == KILLED:
             continue  # written by the attempt that came after
         last[number] = event["time"]
         begun.setdefault(number, event["time"])
     return sum(last[number] - begun[number] for number in last)
 
 
-class Cadence:
+class SaveInterval:
     """Answers, on rank 0, whether a periodic save is due.
 
     Args:

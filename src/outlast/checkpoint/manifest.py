@@ -8,6 +8,7 @@ import errno
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,14 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 PACKAGES = ("outlast", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
 
 
+class Kind(StrEnum):
+    """Why a checkpoint was made."""
+
+    PERIODIC = "periodic"
+    EMERGENCY = "emergency"
+    FINAL = "final"
+
+
 class PassingError(CheckpointError):
     """It can't be read just now: that says nothing of the checkpoint, and the next attempt may well be able to."""
 
@@ -44,7 +53,7 @@ class Manifest:
 
     step: int
     kind: str
-    """`periodic`, `emergency`, or `final`."""
+    """A :class:`Kind`."""
     world_size: int
     time: float
     """When it was sealed, Unix seconds."""
@@ -55,7 +64,7 @@ class Manifest:
     best_step: int | None = None
     """Step of the best checkpoint by the metric, as known when this one was sealed."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """What the run was (see `origin.py`)."""
+    """What the run was (see `compatibility.py`)."""
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     """`{relative path: FileEntry}`."""

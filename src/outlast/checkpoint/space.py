@@ -11,7 +11,7 @@ from outlast.storage.budget import margin
 from .manifest import Sealed
 
 
-class Room:
+class Space:
     """Accounts for all that lives in a run directory, by what is on disk, at the moment it is asked.
 
     Args:

@@ -16,14 +16,14 @@ from typing import Any
 
 from outlast.errors import CheckpointError
 from outlast.files import bytes_used, flush_directory, remove_temporaries
-from outlast.ranks.collectives import Agreement
+from outlast.ranks.collectives import Collectives
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
 
-from .manifest import MANIFEST, Manifest, PassingError, Sealed, read_manifest, verify, write_manifest
+from .manifest import MANIFEST, Kind, Manifest, PassingError, Sealed, read_manifest, verify, write_manifest
 from .removal import Remover
 from .retention import Removal, Retention, newest_full
-from .space import Room
+from .space import Space
 from .writer import Writer, adopt, flush_tree
 
 RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"
@@ -51,14 +51,14 @@ class CheckpointStore:
     def __init__(
         self,
         run: RunDirectory,
-        agreement: Agreement,
+        collectives: Collectives,
         record: Record,
-        room: Room,
+        room: Space,
         *,
         say: Callable[[str], None] = print,
     ) -> None:
-        self._run, self._agreement, self._record, self._say = run, agreement, record, say
-        self.room = room
+        self._run, self._collectives, self._record, self._say = run, collectives, record, say
+        self.space = room
         self._bytes_by_rank: list[int] = []
         self._remover = Remover(run, record, say)
         self._verified: set[int] = set()
@@ -170,16 +170,16 @@ class CheckpointStore:
         Raises:
             SaveError: on every rank, if any rank could not write; nothing is published, nothing is left.
         """
-        target = self._run.final if manifest.kind == "final" else self.path(manifest.step)
+        target = self._run.final if manifest.kind == Kind.FINAL else self.path(manifest.step)
         staged = self._run.staging / target.name
         manifest.files = {}
 
         def stage() -> int:
-            if self._agreement.rank == 0:
+            if self._collectives.rank == 0:
                 self._remover.remove_tree(self._run.staging)
                 self._remover.retry()
                 staged.mkdir(parents=True)
-            return self.room.free() if self._agreement.rank == 0 else 0
+            return self.space.free() if self._collectives.rank == 0 else 0
 
         def fill() -> dict[str, Any]:
             writer = Writer(staged, self._allowance(free, manifest.kind))
@@ -193,11 +193,11 @@ class CheckpointStore:
             for entries in written:
                 manifest.files |= entries
             self._bytes_by_rank = [sum(int(e["bytes"]) for e in entries.values()) for entries in written]
-            others = set(manifest.files) - set(written[self._agreement.rank])
+            others = set(manifest.files) - set(written[self._collectives.rank])
             self._together(lambda: flush_tree(staged, others))
-            self._together(lambda: self._publish(staged, target, manifest) if self._agreement.rank == 0 else None)
+            self._together(lambda: self._publish(staged, target, manifest) if self._collectives.rank == 0 else None)
         except SaveError:
-            if self._agreement.rank == 0:
+            if self._collectives.rank == 0:
                 self._remover.remove_tree(self._run.staging)
             raise
         return Sealed(target, manifest)
@@ -208,9 +208,9 @@ class CheckpointStore:
         Before that is known, rank 0 may write all, since it writes most, another its share: one shard of as many as
         there are ranks, or next to nothing. `_publish` sees to the sum.
         """
-        if kind == "final" or not self._bytes_by_rank:
-            return max(free, 0) // (self._agreement.world_size if self._agreement.rank else 1)
-        others = sum(self._bytes_by_rank) - self._bytes_by_rank[self._agreement.rank]
+        if kind == Kind.FINAL or not self._bytes_by_rank:
+            return max(free, 0) // (self._collectives.world_size if self._collectives.rank else 1)
+        others = sum(self._bytes_by_rank) - self._bytes_by_rank[self._collectives.rank]
         return max(free - others, 0)
 
     def _together(self, act: Callable[[], Any]) -> list[Any]:
@@ -222,8 +222,8 @@ class CheckpointStore:
             full = isinstance(error, OSError) and error.errno in FULL
             # torch reports what its file refused as a RuntimeError of its own
             full |= any(os.strerror(number) in str(error) for number in FULL)
-            problem = (f"rank {self._agreement.rank}: {error}", full)
-        answers = self._agreement.from_all((value, problem))
+            problem = (f"rank {self._collectives.rank}: {error}", full)
+        answers = self._collectives.from_all((value, problem))
         for _, problem in answers:
             if problem is not None:
                 raise SaveError(problem[0], disk_full=any(p is not None and p[1] for _, p in answers))
@@ -231,7 +231,7 @@ class CheckpointStore:
 
     def _publish(self, staged: Path, target: Path, manifest: Manifest) -> None:
         adopt(staged, manifest.files)
-        if self.room.used() > self.room.budget():
+        if self.space.used() > self.space.budget():
             raise OSError(errno.EDQUOT, "storage.budget_gb does not allow so many bytes")
         manifest.time = time.time()
         write_manifest(staged, manifest)
@@ -253,33 +253,33 @@ class CheckpointStore:
 
     # Making room ------------------------------------------------------------------------------------------------
 
-    def make_room(self, *, kind: str, need: int | None = None) -> bool:
+    def make_space(self, *, kind: Kind, need: int | None = None) -> bool:
         """Free bytes, in the order of `retention.py`, until the next save fits the budget (rank 0).
 
         Args:
-            kind: `periodic`, `emergency` or `final`; the last two go before the best checkpoint.
+            kind: an emergency or final save goes before the best checkpoint.
             need: the bytes that must fit, if it is not the next save.
 
         Returns:
             Whether it fits. If all that may go would not do, nothing is touched.
         """
-        sealed, emergency = self.sealed(), kind != "periodic"
-        need, freed = self.room.need(sealed, final=kind == "final") if need is None else need, {}
-        free = self.room.free()
+        sealed, emergency = self.sealed(), kind != Kind.PERIODIC
+        need, freed = self.space.need(sealed, final=kind == Kind.FINAL) if need is None else need, {}
+        free = self.space.free()
         if free >= need:
             return True
         for removal in self.retention.for_room(sealed, emergency=emergency):
             checkpoint = removal.checkpoint
             freed[checkpoint.step] = checkpoint.bytes if removal.action == "delete" else checkpoint.resume_bytes
-        aside = bytes_used(self._run.quarantine, skip_unreadable=True) + (self.room.reserved() if emergency else 0)
+        aside = bytes_used(self._run.quarantine, skip_unreadable=True) + (self.space.reserved() if emergency else 0)
         if free + sum(freed.values()) + aside < need:
             return False
-        while self.room.free() < need:
+        while self.space.free() < need:
             if not self.free_some(kind=kind, reason="budget"):
                 return False
         return True
 
-    def free_some(self, *, kind: str, reason: str) -> bool:
+    def free_some(self, *, kind: Kind, reason: str) -> bool:
         """Take the next step that frees bytes (rank 0), if there is one left.
 
         Unless the save is periodic, the reserve; what is in quarantine, oldest first; then the order of `retention.py`.
@@ -287,8 +287,8 @@ class CheckpointStore:
         Returns:
             Whether bytes were freed.
         """
-        emergency = kind != "periodic"
-        if emergency and self.room.give_up_reserve():
+        emergency = kind != Kind.PERIODIC
+        if emergency and self.space.give_up_reserve():
             self._record("deleted", checkpoint="reserve", reason=reason)
             return True
         aside = [p for p in self._run.quarantine.glob("*") if p.is_dir() and not p.is_symlink()]
@@ -297,13 +297,13 @@ class CheckpointStore:
                 self._record("deleted", checkpoint=f"quarantine/{path.name}", reason=reason)
                 return True
         for removal in self.retention.for_room(self.sealed(), emergency=emergency):
-            if self._remove(removal, reason, hurry=kind == "emergency"):
+            if self._remove(removal, reason, hurry=kind == Kind.EMERGENCY):
                 return True
         return False
 
     def keep_reserve(self) -> None:
         """Set bytes aside for an emergency save, if `storage.reserve` asks for that (rank 0)."""
-        if problem := self.room.keep_reserve(self.sealed()):
+        if problem := self.space.keep_reserve(self.sealed()):
             self._say(f"no reserve for an emergency save: {problem}")
 
     def retire(self) -> None:

@@ -15,17 +15,17 @@ from . import random_state
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-    from outlast.run import Run
+    from outlast.attempt.attempt import RankAttempt
 
 
-class MidStep(TrainerCallback):  # type: ignore[misc]
-    """Polls the agreement between micro-batches.
+class Accumulation(TrainerCallback):  # type: ignore[misc]
+    """Polls the collectives between micro-batches.
 
     Args:
         save: saves the state at hand as that of the last step, and leaves.
     """
 
-    def __init__(self, run: "Run", trainer: "Trainer", save: Callable[[], None]) -> None:
+    def __init__(self, run: "RankAttempt", trainer: "Trainer", save: Callable[[], None]) -> None:
         self._run, self._trainer, self._save = run, trainer, save
         self._random: dict[str, Any] = {}
         self._tokens_seen: Any = 0
@@ -53,7 +53,7 @@ class MidStep(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._done += 1
         left = getattr(self._trainer, "current_gradient_accumulation_steps", 0) - self._done
-        if not self._run.should_stop(state.global_step) or self._run.time_for("step", left) is not False:
+        if not self._run.steps.should_stop(state.global_step) or self._run.steps.time_for("step", left) is not False:
             return
         self._run.record("step_cut", step=state.global_step + 1, micro_batches=self._done)
         self._run.say(

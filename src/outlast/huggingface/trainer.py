@@ -28,14 +28,14 @@ from outlast.storage.budget import gb
 from . import deepspeed as zero
 from . import random_state
 from . import universal_checkpoint as universal
-from .accumulation import MidStep
+from .accumulation import Accumulation
 from .frozen_weights import frozen_weights, named
 from .resharding import adapt, seed_rank
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-    from outlast.run import Run
+    from outlast.attempt.attempt import RankAttempt
 
 
 FROZEN_SHARE = 0.1
@@ -58,13 +58,13 @@ class _Shielded:
             self.inner(worker_id)
 
 
-def train(run: "Run", trainer: "Trainer") -> Any:
+def train(run: "RankAttempt", trainer: "Trainer") -> Any:
     """Train `trainer` from the newest checkpoint of `run` to the end, and publish the model as `final/`.
 
     Returns:
         The Trainer's `TrainOutput`. When the job is preempted this does not return.
     """
-    seam = _Seam(run, trainer)
+    seam = TrainerAdapter(run, trainer)
     checkpoint = seam.resume_from()
     with zero.loading() if trainer.is_deepspeed_enabled else nullcontext():
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -75,8 +75,8 @@ def train(run: "Run", trainer: "Trainer") -> Any:
     return output
 
 
-class _Seam(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, run: "Run", trainer: "Trainer") -> None:
+class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, run: "RankAttempt", trainer: "Trainer") -> None:
         self.run, self.trainer = run, trainer
         self.checkpoint: Sealed | None = None
         self.conversion: universal.Conversion | None = None
@@ -88,7 +88,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         self._evaluations = 0  # evaluate() calls itself for each of several datasets
         self._making_up = False
         self._batches = 0  # done, of the evaluation under way
-        self._mid_step = MidStep(run, trainer, lambda: self.save(trainer.model_wrapped, None))
+        self._accumulation = Accumulation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
 
         args = trainer.args
         if args.save_only_model:
@@ -110,7 +110,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         for name in ("get_train_dataloader", "get_eval_dataloader"):
             setattr(trainer, name, _shield_loader(getattr(trainer, name)))
         trainer.add_callback(self)
-        trainer.add_callback(self._mid_step)
+        trainer.add_callback(self._accumulation)
 
     def resume_from(self) -> Path | None:
         args, trainer = self.trainer.args, self.trainer
@@ -153,7 +153,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
         epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
-        verdict = self.run.step_done(step)
+        verdict = self.run.steps.done(step)
         # An evaluation may follow at the end of the epoch: what is sealed at this step holds it too.
         due = control.should_save or verdict == "save"
         self.save_at_epoch_end, control.should_save = due and epoch_ends, due and not epoch_ends
@@ -186,7 +186,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         if not self._evaluations:
             return
         self._batches += 1
-        if self.run.should_stop(state.global_step, "evaluation") and not self._may_finish(eval_dataloader):
+        if self.run.steps.should_stop(state.global_step, "evaluation") and not self._may_finish(eval_dataloader):
             raise _EvaluationCut
 
     def on_log(
@@ -245,7 +245,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
             self._load_rng_state(checkpoint)
         if self.rng_after_pending is not None:
             random_state.restore(self.rng_after_pending)
-        self._mid_step.keep()
+        self._accumulation.keep()
 
     def determine_best(self, metrics: dict[str, float], trial: Any) -> bool:
         """Instead of `Trainer._determine_best_metric`: a new best is saved, whatever the interval between saves."""
@@ -270,7 +270,7 @@ class _Seam(TrainerCallback):  # type: ignore[misc]
         """Whether an evaluation fits in before the save. Not one that is made up for: its step is sealed already."""
         known = isinstance(loader, Sized) and not isinstance(self.trainer.eval_dataset, dict)
         left = len(loader) - self._batches if known and not self._making_up else None
-        return self.run.time_for("evaluation", left) is True
+        return self.run.steps.time_for("evaluation", left) is True
 
     def _evaluate_pending(self) -> None:
         assert self.checkpoint is not None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from outlast.checkpoint.manifest import Sealed
+from outlast.checkpoint.manifest import Kind, Sealed
 from outlast.checkpoint.writer import Writer
 from outlast.errors import CheckpointError, ResumeRefusedError
 from outlast.files import bytes_used
@@ -27,7 +27,7 @@ from .deepspeed import classes
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from outlast.run import Run
+    from outlast.attempt.attempt import RankAttempt
 
 POLL_S, SAY_S = 1.0, 30.0
 PROBLEMS: dict[str, type[Exception]] = {"refused": ResumeRefusedError, "failed": CheckpointError, "passing": OSError}
@@ -43,7 +43,7 @@ class Conversion:
         path: the directory to resume from: the copy of DeepSpeed's state, and links to the other files.
     """
 
-    def __init__(self, run: "Run", checkpoint: Sealed, trainer: "Trainer") -> None:
+    def __init__(self, run: "RankAttempt", checkpoint: Sealed, trainer: "Trainer") -> None:
         self._run, self._checkpoint, self._trainer = run, checkpoint, trainer
         self._staging = run.directory.staging
         self.path = self._staging / checkpoint.path.name
@@ -72,12 +72,12 @@ class Conversion:
                 if time.monotonic() - said > SAY_S:
                     said = time.monotonic()
                     run.say(f"converting: {gb(bytes_used(self.path, skip_unreadable=True))} written")
-            state = run.agreement.from_rank_0(state)
+            state = run.collectives.from_rank_0(state)
         if state is not None:
             raise PROBLEMS[state[0]](state[1])
         if run.rank == 0:
             seconds, size = time.monotonic() - began, bytes_used(self.path, skip_unreadable=True)
-            ranks = run.agreement.world_size
+            ranks = run.collectives.world_size
             run.record("converted", checkpoint=self.path.name, ranks=ranks, bytes=size, seconds=seconds)
             run.say(f"converted in {seconds:.1f} s; the copy of {gb(size)} is removed when it is loaded")
 
@@ -113,7 +113,7 @@ class Conversion:
             f"{self._ranks} (DeepSpeed's universal checkpoint, up to {gb(need)} for a while)"
         )
         run.progress.update(phase="converting", step=self._checkpoint.step, force=True)
-        if not run.store.make_room(kind="periodic", need=need):
+        if not run.store.make_space(kind=Kind.PERIODIC, need=need):
             raise self._no_room(need)
         self.path.mkdir(parents=True)
         for file in self._checkpoint.path.iterdir():
@@ -130,7 +130,7 @@ class Conversion:
             strict=True,
             inject_missing_state=True,
         )
-        writer = Writer(self.path, run.store.room.free() - self._weights)
+        writer = Writer(self.path, run.store.space.free() - self._weights)
         with writer.capture(), _quiet(ds_to_universal), _loading_tensors():
             ds_to_universal.main(arguments)
 
@@ -142,7 +142,7 @@ class Conversion:
         return 2 * shards + self._weights + tensors * SMALL_FILE * 4 * (self._checkpoint.manifest.world_size + 1)
 
     def _no_room(self, need: int) -> ResumeRefusedError:
-        free, budget = max(self._run.store.room.free(), 0), self._run.store.room.budget()
+        free, budget = max(self._run.store.space.free(), 0), self._run.store.space.budget()
         return ResumeRefusedError(
             f"{self._checkpoint.path.name} can't be converted for {self._ranks} ranks: that takes up to {gb(need)} "
             f"beside it, and storage.budget_gb={budget / 1e9:g} has room for {gb(free)}; set "
@@ -158,7 +158,7 @@ class Conversion:
 
     @property
     def _ranks(self) -> int:
-        return self._run.agreement.world_size
+        return self._run.collectives.world_size
 
 
 def needed(checkpoint: Sealed | None, trainer: "Trainer") -> bool:

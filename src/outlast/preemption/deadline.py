@@ -10,9 +10,11 @@ import time
 from collections import deque
 from typing import Any, Literal
 
-from outlast.checkpoint import interval as cadence
+from outlast.checkpoint.interval import interval
 from outlast.rundir.ledger import Event
 from outlast.slurm.view import Notice
+
+from .cause import StopCause
 
 Work = Literal["step", "evaluation"]
 """What a run does between two points at which it can act: one micro-batch of a step, or one batch of an evaluation."""
@@ -138,7 +140,7 @@ class Planner:
             f"{save:.3g} s to save{how}, {SLACK:g} times that to be safe, {MARGIN_S:g} s to leave"
         ]
         if preempted and notice is not None:
-            every, hours = cadence.interval(save, EXAMPLE_MTBF_S), EXAMPLE_MTBF_S / 3600
+            every, hours = interval(save, EXAMPLE_MTBF_S), EXAMPLE_MTBF_S / 3600
             said.append(
                 f"a preemption gives {given:.0f} s ({notice.source}) and may cost what was trained since the last "
                 f"checkpoint: with one every {hours:.0f} hours, checkpoint.every={every / 60:.0f}min loses least"
@@ -150,3 +152,33 @@ class Planner:
             )
         fields = {"needed_s": needed, "save_s": save, "reaction_s": self.reaction_s, "notice_s": given}
         return "; ".join(said), fields | {"lead_s": self._asked_lead_s}
+
+
+class TimeLimit:
+    """The job's own end, before which a run leaves without being told. Only rank 0 knows it.
+
+    Args:
+        cause: knows when that is, as soon as Slurm has said it.
+        planner: knows how long before it the run must stop.
+        started: when this attempt began, Unix seconds.
+    """
+
+    def __init__(self, cause: StopCause, planner: Planner, started: float) -> None:
+        self._cause, self._planner, self._started = cause, planner, started
+
+    def is_near(self) -> bool:
+        """Whether it is time to stop; Slurm is asked once more before the answer is yes."""
+        at = self._stop_at()
+        return at is not None and time.time() >= at and not self._was_raised()
+
+    def _was_raised(self) -> bool:
+        end = self._cause.end_time
+        assert end is not None
+        return self._cause.limit_was_raised(end) and time.time() < (self._stop_at() or 0.0)
+
+    def _stop_at(self) -> float | None:
+        end = self._cause.end_time
+        if end is None:
+            return None
+        longest_s = max(end - self._started, 0.0) / 2  # a job shorter than its lead time shall train, too
+        return end - min(self._planner.lead_s, longest_s)

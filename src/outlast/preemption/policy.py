@@ -1,6 +1,6 @@
 """The requeue policy: what follows an attempt that has ended, by its cause and by how often that has happened.
 
-It is asked three times: by rank 0 when the ranks leave (`departure.py`), by the batch script when they are gone
+It is asked three times: by rank 0 when the ranks leave (`shutdown.py`), by the batch script when they are gone
 (`settle.py`), and by an attempt that starts after one that nobody could settle (`predecessor.py`).
 """
 

@@ -1,44 +1,48 @@
 """The attempt before this one, if nobody could say how it ended: killed with its node, or with the whole job."""
 
+from collections.abc import Callable
+
 from outlast.config.sections import PreemptionSection
 from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Cause, Ledger
-from outlast.rundir.progress import read
+from outlast.rundir.ledger import KILLED, Cause, Ledger
 from outlast.slurm.environment import SlurmJob
 from outlast.slurm.view import STATE_CAUSES, accounted_state, restart_cause
 
-from .policy import Decision, decide
+from .outcome import Outcome
+from .policy import decide
 
 
-def settle_predecessor(
-    run: RunDirectory, number: int, job: SlurmJob | None, limits: PreemptionSection
-) -> Decision | None:
-    """Write down how the attempt before attempt `number` ended and why this one follows. On rank 0.
+def end_previous_attempt(
+    run: RunDirectory, number: int, job: SlurmJob | None, limits: PreemptionSection, say: Callable[[str], None]
+) -> bool:
+    """Write down how the attempt before attempt `number` ended and why this one follows (rank 0).
 
     Slurm starts a job again by itself when a node has failed, or when it was preempted and did not requeue itself:
     this is where that meets the requeue policy.
 
     Returns:
-        What the policy says of a restart that was Slurm's own; None if the one before had seen to it.
+        Whether this attempt may go on. The policy is asked only of a restart that was Slurm's own.
     """
     ledger = Ledger(run.ledger)
     before = [attempt for attempt in attempts(ledger.read()) if attempt.number < number]
     if not before:
-        return None
+        return True
     last = before[-1]
+    outcome = Outcome.of(run, last.number, limits, say)
     if last.ended is None:
-        progress = read(run)
-        step = progress.step if progress and progress.attempt == last.number else last.last_step
-        ledger.append("attempt_ended", last.number, cause=_cause(last, job), step=step, detail="killed")
+        outcome.ended(_cause(last, job), detail=KILLED)
     if job is None or last.requeued is not None or not _same_job(last, job):
-        return None
+        return True
     events = ledger.read()
     cause: Cause = next(a for a in attempts(events) if a.number == last.number).ended["cause"]  # type: ignore[index]
     decision = decide(cause, events, limits)
+    if decision.action in ("give_up", "fail"):  # ours would not be a restart
+        outcome.gave_up(decision.reason)
+        return False
     if decision.action in ("again", "stop"):  # whoever brings a cancelled job back means it
-        ledger.append("requeued", last.number, cause=cause, job_id=job.job_id, by="slurm")
-    return decision
+        outcome.requeued(cause, job_id=job.job_id, by="slurm")
+    return True
 
 
 def _same_job(last: Attempt, job: SlurmJob) -> bool:

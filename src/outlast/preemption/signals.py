@@ -17,6 +17,9 @@ from types import FrameType
 
 from outlast.processes import SIGNALS
 
+CLOCK = "clock"
+"""In the place of a signal's name: the job is near its time limit, and nobody has sent a signal."""
+
 _active: "PreemptionGuard | None" = None
 
 
@@ -24,32 +27,17 @@ class PreemptionGuard:
     """One per process, installed first of all in the main thread.
 
     Args:
-        on_startup: called in the guard's thread with the signal's name when a signal comes before
-            :meth:`end_startup`. It is expected to end the process.
-        on_signal: called in the guard's thread at the first signal after start-up, to prepare what the loop will
-            need (asking Slurm why).
         interrupt: Ctrl-C, too, means "save and leave"; a second one interrupts as usual.
     """
 
-    def __init__(
-        self,
-        on_startup: Callable[[str], None] | None = None,
-        on_signal: Callable[[], None] | None = None,
-        *,
-        interrupt: bool = False,
-    ) -> None:
+    def __init__(self, *, interrupt: bool = False) -> None:
         self._signals = (*SIGNALS, signal.SIGINT) if interrupt else SIGNALS
         self.requested: str | None = None
-        """Name of the first signal ("TERM", "USR1", "USR2", or "clock"), or None. Later ones change nothing."""
+        """Name of the first signal ("TERM", "USR1", "USR2", "INT" or `CLOCK`), or None. Later ones change nothing."""
         self.requested_at = 0.0
         """When it came, Unix seconds."""
-        self.end_time: float | None = None
-        """When the job will be killed anyway, Unix seconds, if that is known (its time limit)."""
-        self.lead_s = 90.0
-        self.ask_end_time: Callable[[], float | None] | None = None
-        """Asked once more before the clock acts: a job's time limit may have been raised meanwhile."""
-        self.on_startup = on_startup
-        self.on_signal = on_signal
+        self._on_startup: Callable[[str], None] | None = None
+        self._on_signal: Callable[[], None] | None = None
         self._pid = os.getpid()
         self._interrupts = 0
         self._in_startup = True
@@ -92,19 +80,22 @@ class PreemptionGuard:
             self.requested_at = time.time()
             self.requested = name
 
+    def notify(self, *, on_startup: Callable[[str], None], on_signal: Callable[[], None]) -> None:
+        """Call these in the guard's thread when a signal comes. One that has come before counts.
+
+        Args:
+            on_startup: called with the signal's name before :meth:`end_startup`; expected to end the process.
+            on_signal: called at the first signal, to prepare what the loop will need: tell the ranks, ask Slurm why.
+        """
+        with self._startup_lock:
+            self._on_startup, self._on_signal = on_startup, on_signal
+            if self.requested is not None:
+                on_startup(self.requested)
+
     def end_startup(self) -> None:
-        """From here on the loop polls :meth:`poll`; a signal no longer ends the process by itself."""
+        """From here on the loop looks at `requested`; a signal no longer ends the process by itself."""
         with self._startup_lock:  # waits, if the thread is on its way out with the process
             self._in_startup = False
-
-    def poll(self) -> str | None:
-        """The name of the signal, if this process was asked to stop; its own clock asks near the time limit."""
-        if self.requested is None and self.end_time is not None and time.time() >= self.end_time - self.lead_s:
-            later = self.ask_end_time() if self.ask_end_time is not None else None
-            self.end_time = max(self.end_time, later or 0.0)
-            if time.time() >= self.end_time - self.lead_s:
-                self.request("clock")
-        return self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:
@@ -123,11 +114,11 @@ class PreemptionGuard:
                 continue
             self.request(names[0])
             with self._startup_lock:
-                if self._in_startup and self.on_startup is not None:
-                    self.on_startup(names[0])
-            if self.on_signal is not None and not prepared:
+                if self._in_startup and self._on_startup is not None:
+                    self._on_startup(names[0])
+            if self._on_signal is not None and not prepared:
                 prepared = True
-                self.on_signal()
+                self._on_signal()
 
 
 def _before_fork() -> None:

@@ -14,19 +14,21 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from outlast.config.sections import PreemptionSection
 from outlast.errors import Exit
 from outlast.processes import exit_at_once
-from outlast.ranks.agreement import Consensus
-from outlast.ranks.channel import TICK_S, Message, Peers
+from outlast.ranks.agreement import StepAgreement
+from outlast.ranks.channel import TICK_S, ControlChannel, Message
+from outlast.ranks.collectives import Collectives
 from outlast.ranks.lost import Lost, LostRankError
-from outlast.rundir.ledger import Ledger
 
+from .cause import StopCause
 from .deadline import MARGIN_S
-from .shutdown import SETTLES_ENV, Departure
+from .outcome import Outcome
+from .shutdown import EPILOGUE_ENV, Shutdown
 from .signals import PreemptionGuard
 
 GONE_S = 1.0
@@ -53,37 +55,34 @@ class Peer:
     """Polls it has passed, and small collectives it has come to."""
 
 
-class Watch:
+class Watchdog:
     """One rank's part.
 
     Args:
-        departure: this rank's way out; on another rank than 0, for the case that it must stand in for rank 0.
-        hang_s: how long a rank may be silent; None: for ever, until a stop is asked for.
-        lead_s: the notice that is assumed when none is known.
-        now_at: the step, and the number of collectives that this rank has come to.
+        shutdown: this rank's way out; another rank than 0 may have to stand in for rank 0.
+        preemption: how long a rank may be silent (`hang_s`), and the notice that is assumed when none is known.
     """
 
     def __init__(
         self,
-        peers: Peers,
-        consensus: Consensus,
         guard: PreemptionGuard,
-        departure: Departure,
-        ledger: Ledger,
-        *,
-        hang_s: float | None,
-        lead_s: float,
-        now_at: Callable[[], tuple[int, int]],
+        collectives: Collectives,
+        channel: ControlChannel,
+        agreement: StepAgreement,
+        cause: StopCause,
+        shutdown: Shutdown,
+        outcome: Outcome,
+        preemption: PreemptionSection,
     ) -> None:
-        self._peers, self._consensus, self._guard = peers, consensus, guard
-        self._departure, self._ledger, self._now_at = departure, ledger, now_at
-        self._hang_s, self._lead_s = hang_s, lead_s
-        self._others = {rank: Peer() for rank in peers.others}
+        self._guard, self._collectives, self._channel, self._agreement = guard, collectives, channel, agreement
+        self._cause, self._shutdown, self._outcome = cause, shutdown, outcome
+        self._hang_s, self._lead_s = preemption.hang_s, preemption.lead_s
+        self._others = {rank: Peer() for rank in channel.others}
         self._asking = self._alone = self._saved = False
         self._over = threading.Event()
         self._noting: list[threading.Thread] = []
 
-    # In the peers' thread ---------------------------------------------------------------------------------------
+    # In the channel's thread ---------------------------------------------------------------------------------------
 
     def receive(self, sender: int, message: Message) -> None:
         """A message of another rank's."""
@@ -95,23 +94,23 @@ class Watch:
             peer.gone_at = time.monotonic()
         elif "bye" in message:
             peer.left = True
-            self._consensus.end()
+            self._agreement.end()
         elif "leave" in message:
             self.leaving(Exit(message["leave"]), lost=message["lost"])
         else:
-            self._consensus.receive(sender, message)
+            self._agreement.receive(sender, message)
 
     def tick(self, elapsed_s: float) -> None:
         """Say where this rank is, and look at the others."""
-        self._peers.send_all(at=[self._consensus.polls, self._now_at()[1]])
+        self._channel.send_all(at=[self._agreement.polls, self._collectives.calls])
         for peer in self._others.values():
             peer.silent_s += elapsed_s
         if self._over.is_set():
             return
-        if self._stopping and self._peers.rank != 0 and not self._asking and self._others[0].silent_s > ASK_S:
+        if self._stopping and self._channel.rank != 0 and not self._asking and self._others[0].silent_s > ASK_S:
             self._asking = True  # rank 0 would have said when the job will be killed
-            threading.Thread(target=self._departure.ask_slurm, daemon=True).start()
-        if self._peers.rank == 0:
+            self._cause.ask_why_in_background()
+        if self._channel.rank == 0:
             self._note_late(elapsed_s)
         lost = self._lost()
         if lost is not None:
@@ -120,11 +119,11 @@ class Watch:
 
     @property
     def _stopping(self) -> bool:
-        return self._consensus.stop is not None or self._guard.requested is not None
+        return self._agreement.stop is not None or self._guard.requested is not None
 
     def _note_late(self, elapsed_s: float) -> None:
         """Name ranks for which the others wait in a save, or to begin it; not rank 0, which does more there."""
-        furthest = max([self._now_at()[1], *(peer.at[1] for peer in self._others.values())])
+        furthest = max([self._collectives.calls, *(peer.at[1] for peer in self._others.values())])
         for rank, peer in self._others.items():
             if peer.at[1] < furthest:
                 peer.late_s += elapsed_s
@@ -133,9 +132,9 @@ class Watch:
 
     def _caught_up(self, rank: int, peer: Peer) -> None:
         late_s, peer.late_s = peer.late_s, 0.0
-        if late_s >= LATE_S:  # the ledger may be what is slow: the peers' thread must not wait for it
+        if late_s >= LATE_S:  # the ledger may be what is slow: the channel's thread must not wait for it
             late = self._named(rank, "late", late_s)
-            self._noting.append(threading.Thread(target=self._departure.note_late, args=(late,), daemon=True))
+            self._noting.append(threading.Thread(target=self._shutdown.note_late, args=(late,), daemon=True))
             self._noting[-1].start()
 
     def _lost(self) -> list[Lost] | None:
@@ -143,7 +142,7 @@ class Watch:
         behind the others: then the job is requeued, and the save goes on."""
         now, limit_s, give_up = time.monotonic(), self._hang_s, None
         if self._stopping:
-            asked_at, deadline = self._guard.requested_at, self._departure.deadline_by(self._guard)
+            asked_at, deadline = self._guard.requested_at, self._cause.deadline()
             notice_s = deadline - asked_at if deadline is not None and deadline > asked_at else self._lead_s
             limit_s = min(notice_s / 2, limit_s or notice_s)
             if deadline is not None and deadline > asked_at:
@@ -156,16 +155,16 @@ class Watch:
                 found.append(self._named(rank, "gone", now - peer.gone_at))
             elif peer.gone_at is None and limit_s is not None and peer.silent_s >= limit_s:
                 found.append(self._named(rank, "silent", peer.silent_s))
-        if found or give_up is None or time.time() < give_up or self._peers.rank != 0 or self._saved:
+        if found or give_up is None or time.time() < give_up or self._channel.rank != 0 or self._saved:
             return found or None
         places = {rank: peer.at for rank, peer in self._others.items()} | {
-            0: (self._consensus.polls, self._now_at()[1])
+            0: (self._agreement.polls, self._collectives.calls)
         }
         late_s = time.time() - self._guard.requested_at
         return [self._named(rank, "behind", late_s) for rank, at in places.items() if at < max(places.values())]
 
     def _named(self, rank: int, how: Literal["gone", "silent", "behind", "late"], seconds: float) -> Lost:
-        return Lost(rank=rank, host=self._peers.hosts[rank], seconds=round(seconds, 3), how=how)
+        return Lost(rank=rank, host=self._channel.hosts[rank], seconds=round(seconds, 3), how=how)
 
     # In threads of their own ------------------------------------------------------------------------------------
 
@@ -181,57 +180,54 @@ class Watch:
 
     def _end_attempt(self, lost: list[Lost]) -> Exit:
         """Say why, see to what follows, and have all ranks leave; this one with the exit code that is returned."""
-        step, rank = self._now_at()[0], self._peers.rank
+        step, rank = self._agreement.step, self._channel.rank
         if (code := self._settled()) is not None:
             return code  # the lost rank had left, in good order
         if rank not in (0, 1) and os.environ.get("LOCAL_RANK", "0") != "0":
             return self._followed()
-        self._departure.lost, self._departure.speaks = lost, True
-        if self._stopping and not self._departure.may_be_echo():
-            if rank != 0 or self._departure.signal is None:
-                self._departure.announce(self._guard.requested or "TERM", self._guard, step, once=True)
-            code = self._departure.requeue(step)
-            if not self._departure.ended_it:
+        self._shutdown.stand_in(lost)
+        if self._stopping and not self._shutdown.may_be_echo():
+            if rank != 0 or self._shutdown.signal is None:
+                self._shutdown.announce(self._guard.requested or "TERM", step)
+            code = self._shutdown.requeue(step)
+            if not self._shutdown.ended_it:
                 code = self._followed()  # another rank was first
             elif not lost:
                 code = self._wait_for_the_save(step)
         else:
-            code = self._departure.fail(LostRankError(lost), self._guard, rank, step)
-        self._peers.send_all(leave=int(code), lost=[str(one) for one in lost] or ["no time left"])
+            code = self._shutdown.fail(LostRankError(lost), step)
+        self._channel.send_all(leave=int(code), lost=[str(one) for one in lost] or ["no time left"])
         return code
 
     def _wait_for_the_save(self, step: int) -> Exit:
         """All ranks are in the save, which is slow: it may take what Slurm still gives a job that is requeued."""
-        notice = self._departure.notice
+        notice = self._cause.notice
         time.sleep(max((notice.kill_wait_s or 0.0) - 2 * MARGIN_S if notice else 0.0, 0.0))  # leaving ends it
         print("[outlast] the save is given up", flush=True)
-        return self._departure.requeue(step)
+        return self._shutdown.requeue(step)
 
     def _settled(self) -> Exit | None:
         """The exit code, if the ledger says that this attempt has ended, or that the batch script will see to it."""
-        for event in self._ledger.read():
-            if event["attempt"] == self._departure.attempt:
-                if event.get("unexplained"):
-                    return Exit.DONE
-                if event["event"] == "attempt_ended":
-                    return self._followed()
-        return None
+        if self._outcome.is_left_to_epilogue:
+            return Exit.DONE
+        return self._followed() if self._outcome.has_ended else None
 
     def _followed(self) -> Exit:
         """Wait, if it is for the ranks to requeue the job, until that has been done: `srun` ends the whole step, the
         rank that acts included, when one leaves early."""
-        if not self._stopping and SETTLES_ENV in os.environ:
+        if not self._stopping and EPILOGUE_ENV in os.environ:
             return Exit.FAILED
         deadline = time.monotonic() + (FOLLOW_S if self._stopping else LEAVE_S)
-        while time.monotonic() < deadline and not self._departure.is_settled():
+        in_job = self._cause.in_job
+        while time.monotonic() < deadline and not self._outcome.is_settled(in_job=in_job):
             time.sleep(0.2)
-        if any(e["event"] == "gave_up" and e["attempt"] == self._departure.attempt for e in self._ledger.read()):
+        if self._outcome.has_given_up:
             return Exit.GAVE_UP
         return Exit.RESUME_ME if self._stopping else Exit.FAILED
 
     def _show(self, lost: list[Lost]) -> None:
         """In the log: why this rank leaves, and where its threads are."""
-        print(f"[outlast] rank {self._peers.rank} leaves: {'; '.join(map(str, lost)) or 'no time left'}", flush=True)
+        print(f"[outlast] rank {self._channel.rank} leaves: {'; '.join(map(str, lost)) or 'no time left'}", flush=True)
         faulthandler.dump_traceback()
 
     # In any thread ----------------------------------------------------------------------------------------------
@@ -239,11 +235,11 @@ class Watch:
     def leaving(self, code: Exit, lost: list[str] | None = None) -> None:
         """This attempt is over: whatever the main thread waits for, the process ends soon."""
         self._over.set()
-        if self._peers.rank == 0:
-            self._peers.send_all(leave=int(code), lost=[])
+        if self._channel.rank == 0:
+            self._channel.send_all(leave=int(code), lost=[])
             self._all_caught_up()
         if lost:
-            print(f"[outlast] rank {self._peers.rank} leaves: {'; '.join(lost)}", flush=True)
+            print(f"[outlast] rank {self._channel.rank} leaves: {'; '.join(lost)}", flush=True)
             faulthandler.dump_traceback()
             exit_at_once(code)
         timer = threading.Timer(LEAVE_S, exit_at_once, args=(code,))
@@ -255,7 +251,7 @@ class Watch:
         self._saved = True
 
     def alone(self) -> None:
-        """For a run of one rank, which has no peers' thread, once it has been asked to stop."""
+        """For a run of one rank, which has no channel's thread, once it has been asked to stop."""
         if not self._alone:
             self._alone = True
             threading.Thread(target=self._tick_alone, name="outlast-watch", daemon=True).start()
@@ -267,22 +263,22 @@ class Watch:
     def close(self) -> None:
         """The run has finished: from here on a rank may go as it likes."""
         self._over.set()
-        self._consensus.end()
-        self._peers.close()
+        self._agreement.end()
+        self._channel.close()
         self._all_caught_up()
         for note in list(self._noting):
             note.join(LEAVE_S)
 
     def _all_caught_up(self) -> None:
         """The save is done, though not every rank's thread has said so yet."""
-        if self._peers.rank == 0:
+        if self._channel.rank == 0:
             for rank, peer in self._others.items():
                 self._caught_up(rank, peer)
 
     def blame(self, error: BaseException, wait_s: float = 2.0) -> Lost | None:
         """The rank whose end made this one raise `error`, if that is what happened; waits until that can be known."""
         of_a_collective = type(error).__name__.startswith("Dist") or "gloo" in str(error)
-        if not of_a_collective or not self._peers.connected:
+        if not of_a_collective or not self._channel.connected:
             return None
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and not self._over.is_set():

@@ -1,1 +1,1 @@
-"""Several processes act as one: collectives, the control channel, step agreement, layout."""
+"""Several processes act as one: collectives, the control channel, step collectives, layout."""

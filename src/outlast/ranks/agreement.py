@@ -18,21 +18,21 @@ always answer. If one does not, its process is stopped or gone, which `watch.py`
 import threading
 from collections.abc import Callable
 
-from .channel import Message, Peers
+from .channel import ControlChannel, Message
 
 ASKED = ("save", "clock", "USR1", "USR2", "INT", "TERM")
 """What may be asked for. Of several at once, the last in this order counts."""
 
 
-class Consensus:
+class StepAgreement:
     """One rank's part. A poll's answer is what to do there: "" (nothing), or one of `ASKED`.
 
     Args:
         on_stop: called once on every rank, in the peers' thread (or the asker's), as soon as a stop has been asked for.
     """
 
-    def __init__(self, peers: Peers, on_stop: Callable[[str], None]) -> None:
-        self._peers, self._on_stop = peers, on_stop
+    def __init__(self, channel: ControlChannel, on_stop: Callable[[str], None]) -> None:
+        self._channel, self._on_stop = channel, on_stop
         self._changed = threading.Condition()
         self._holding = self._over = False
         self._due: dict[int, str] = {}
@@ -41,6 +41,8 @@ class Consensus:
         self._answers: dict[int, int] = {}
         self.polls = 0
         """How many this rank has passed."""
+        self.step = 0
+        """The last step at which it has polled."""
         self.stop: str | None = None
         """What has been asked for, or None; known before all ranks are there."""
 
@@ -50,17 +52,26 @@ class Consensus:
         Before the ranks are connected it has no effect: whoever was signalled asks again at the first poll.
         """
         with self._changed:
-            if not self._peers.connected or self._over or what in self._asks or self.stop is not None:
+            if not self._channel.connected or self._over or what in self._asks or self.stop is not None:
                 return
-            if self._peers.rank == 0:
+            if self._channel.rank == 0:
                 self._asked(what)
             else:
                 self._asks.add(what)
                 self._holding = True  # not past the poll that the answer may name
-                self._peers.send(0, ask=what)
+                self._channel.send(0, ask=what)
 
-    def poll(self) -> str:
-        """Pass one more poll; waits while the ranks are settling which."""
+    def poll(self, step: int, asked: str = "") -> str:
+        """Pass one more poll, in or at the end of `step`; waits while the ranks are settling at which one they act.
+
+        Args:
+            asked: what this rank asks for, one of `ASKED`; "": nothing.
+        """
+        self.step = step
+        if self._channel.world_size == 1:
+            return asked
+        if asked:
+            self.ask(asked)
         with self._changed:
             while self._holding and not self._over:
                 self._changed.wait()
@@ -80,7 +91,7 @@ class Consensus:
                 self._asked(message["ask"])
             elif "hold" in message:
                 self._hold(message["hold"])
-                self._peers.send(0, held=self.polls)
+                self._channel.send(0, held=self.polls)
             elif "held" in message and self._proposed:
                 self._answers[sender] = message["held"]
                 self._settle()
@@ -99,13 +110,13 @@ class Consensus:
         self._asks.clear()
         self._hold(self._proposed)
         self._answers = {0: self.polls}
-        self._peers.send_all(hold=self._proposed)
+        self._channel.send_all(hold=self._proposed)
 
     def _settle(self) -> None:
-        if len(self._answers) == self._peers.world_size:
+        if len(self._answers) == self._channel.world_size:
             what, at = self._proposed, max(self._answers.values()) + 1
             self._proposed = ""
-            self._peers.send_all(go=what, at=at)
+            self._channel.send_all(go=what, at=at)
             self._go(what, at)
             self._propose()
 

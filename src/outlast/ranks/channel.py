@@ -18,7 +18,7 @@ from typing import Any
 
 from outlast.slurm.environment import current_node
 
-from .collectives import Agreement
+from .collectives import Collectives
 
 Message = dict[str, Any]
 
@@ -32,7 +32,7 @@ LONGEST = 4096
 _open: list[socket.socket] = []
 
 
-class Peers:
+class ControlChannel:
     """One rank's end: rank 0 has a line to every other rank, each of these one to rank 0.
 
     Sending never blocks: what a peer that reads nothing has no room for is dropped.
@@ -43,13 +43,12 @@ class Peers:
         self.others = [] if world_size == 1 else list(range(1, world_size)) if rank == 0 else [0]
         """The ranks that this one has a line to."""
         self.hosts: list[str] = [""] * world_size
-        self.pids: list[int] = [0] * world_size
         self.connected = self._closed = False
         self._sockets: dict[int, socket.socket] = {}
         self._sending = threading.Lock()
 
     def connect(
-        self, agreement: Agreement, receive: Callable[[int, Message], None], tick: Callable[[float], None]
+        self, collectives: Collectives, receive: Callable[[int, Message], None], tick: Callable[[float], None]
     ) -> None:
         """Open the lines; all ranks call it together, once. The callbacks run in the thread.
 
@@ -65,7 +64,7 @@ class Peers:
             return
         server = _listen(self.world_size + 16) if self.rank == 0 else None
         secret = (server.getsockname()[1], secrets.token_hex(16)) if server is not None else (0, "")
-        port, token = agreement.from_rank_0(secret)
+        port, token = collectives.from_rank_0(secret)
         problem = None
         try:
             if server is not None:
@@ -75,11 +74,11 @@ class Peers:
                 self._sockets[0] = self._call(port, token)
         except OSError as error:
             problem = f"rank {self.rank} on {current_node()}: no connection between it and rank 0: {error}"
-        found = agreement.from_all((current_node(), os.getpid(), problem))
-        for _, _, problem in found:
+        found = collectives.from_all((current_node(), problem))
+        for _, problem in found:
             if problem is not None:
                 raise ConnectionError(f"{problem}. Ranks need TCP between their nodes, as gloo does")
-        self.hosts, self.pids = [host for host, _, _ in found], [pid for _, pid, _ in found]
+        self.hosts = [host for host, _ in found]
         self.connected = True
         _open.extend(self._sockets.values())
         threading.Thread(target=self._keep, args=(receive, tick), name="outlast-peers", daemon=True).start()

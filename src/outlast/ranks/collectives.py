@@ -1,12 +1,14 @@
-"""Ranks and their agreement: small collectives on a gloo group of their own, beside the one that trains."""
+"""Ranks and their collectives: small collectives on a gloo group of their own, beside the one that trains."""
 
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+T = TypeVar("T")
 CLOSE_S = 2.0
 """How long leaving the process groups may take; without a peer that is gone it takes milliseconds. A process that stays
 longer than `preemption.requeue_delay_s` (5 s) after the requeue brings Slurm's hold of two minutes back."""
@@ -22,7 +24,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class Agreement:
+class Collectives:
     """What all ranks decide together. With one rank every answer is its own, and torch is not imported.
 
     The group is made at the first use, which every rank must reach at the same point, after `torch.distributed` has
@@ -63,6 +65,26 @@ class Agreement:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._side_group())
         return box[0]
+
+    def on_rank_0(self, act: Callable[[], T], *problems: type[Exception]) -> T:
+        """What `act` returns on rank 0, on every rank, in plain Python types; one of `problems` is raised on all.
+
+        Args:
+            problems: errors that `act` may raise, the special before the general; they are made of their message.
+        """
+        value, kind, message = None, None, ""
+        if self.rank == 0:
+            try:
+                value = act()
+            except problems as error:
+                kind = next(i for i, problem in enumerate(problems) if isinstance(error, problem))
+                message = str(error)
+                if self.world_size == 1:
+                    raise
+        found, kind, message = self.from_rank_0((value, kind, message))
+        if kind is not None:
+            raise problems[kind](message)
+        return cast(T, found)
 
     def from_all(self, value: Any) -> list[Any]:
         """Every rank's `value`, by rank, on every rank. Of plain Python types."""

@@ -29,4 +29,4 @@ class LostRankError(Exception):
 
     def __init__(self, lost: list[Lost]) -> None:
         super().__init__("; ".join(map(str, lost)))
-        self.rank = lost[0].rank
+        self.lost, self.rank = lost, lost[0].rank

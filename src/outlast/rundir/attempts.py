@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from .ledger import Event
+from .directory import RunDirectory
+from .ledger import Event, Ledger
+from .progress import read
 
 ATTEMPT_ENV = "OUTLAST_ATTEMPT"
 """Tells a rank the number of its attempt."""
@@ -76,3 +78,15 @@ def attempt_of(events: list[Event], job: tuple[str, int] | None) -> int:
     if started and job == (started[-1]["job_id"], started[-1]["restart_count"]):  # an older one: a cluster made anew
         return int(started[-1]["attempt"])
     return next_attempt(events)
+
+
+def last_step(run: RunDirectory, number: int) -> int:
+    """The last step of attempt `number`, by its lines and its progress file, which may be some steps further.
+
+    One that ended before it had made or loaded any is where it would have begun: at the furthest saved step.
+    """
+    known, now = attempts(Ledger(run.ledger).read()), read(run)
+    steps = [attempt.last_step for attempt in known if attempt.number == number]
+    if now is not None and now.attempt == number:
+        steps.append(now.step)
+    return max(steps, default=0) or max((attempt.saved_step for attempt in known), default=0)

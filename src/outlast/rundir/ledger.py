@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -46,6 +47,24 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "finished": ("step", "seconds"),
 }
 """Events and the fields that each line of them has; lines may carry further fields."""
+
+
+KILLED = "killed"
+"""The `detail` of an attempt that was killed before it could say how it ended."""
+
+
+class Numbered(Protocol):
+    """Has the number of an attempt."""
+
+    @property
+    def attempt(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class AttemptNumber:
+    """The number of an attempt that this process is no rank of."""
+
+    attempt: int
 
 
 class Record(Protocol):
@@ -138,11 +157,12 @@ class Recorder:
     """A :class:`Record` that a full disk does not stop: lines that can't be written wait for the next one.
 
     Args:
+        attempt: which attempt the lines are of.
         say: prints a line in the log.
     """
 
-    def __init__(self, ledger: Ledger, attempt: int, say: Callable[[str], None]) -> None:
-        self._ledger, self.attempt, self._say = ledger, attempt, say
+    def __init__(self, ledger: Ledger, attempt: Numbered, say: Callable[[str], None]) -> None:
+        self._ledger, self._attempt, self._say = ledger, attempt, say
         self._writing = threading.Lock()
         self.waiting: list[tuple[str, float, dict[str, Any]]] = []
         """Lines that could not be written yet: event, time, fields."""
@@ -153,7 +173,7 @@ class Recorder:
             try:
                 while self.waiting:
                     name, at, fields = self.waiting[0]
-                    self._ledger.append(name, self.attempt, at=at, **fields)
+                    self._ledger.append(name, self._attempt.attempt, at=at, **fields)
                     self.waiting.pop(0)
             except OSError as error:
                 self._say(f"WARNING: the ledger can't be written: {error}; this waits: {json.dumps({event: values})}")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from outlast.config.configuration import build, dump
-from outlast.epilogue import settle
+from outlast.epilogue import follow_up
 from outlast.rundir.directory import RunDirectory, RunLock
 from outlast.rundir.ledger import Ledger
 
@@ -39,8 +39,8 @@ class Run:
     def events(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self.ledger.read() if event["event"] == name]
 
-    def settle(self, code: int) -> int:
-        return int(settle(self.directory, code))
+    def follow_up(self, code: int) -> int:
+        return int(follow_up(self.directory, code))
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_run_that_has_finished_is_done_whatever_srun_said(run: Run, slurm: Slu
     run.start()
     run.ledger.append("attempt_ended", 1, cause="finished", step=5)
     run.ledger.append("finished", 1, step=5, seconds=1.0)
-    assert run.settle(143) == 0
+    assert run.follow_up(143) == 0
     assert not slurm.calls("scontrol")
 
 
@@ -65,14 +65,14 @@ def test_what_rank_0_has_requeued_is_left_alone(run: Run, slurm: Slurm) -> None:
     run.start()
     run.ledger.append("attempt_ended", 1, cause="preempted", step=5)
     run.ledger.append("requeued", 1, cause="preempted", job_id="7")
-    assert run.settle(75) == 75
+    assert run.follow_up(75) == 75
     assert not slurm.calls("scontrol")
 
 
 def test_a_killed_rank_is_noted_and_the_job_requeued_once(run: Run, slurm: Slurm) -> None:
     run.start()
-    assert run.settle(137) == 75
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
+    assert run.follow_up(137) == 75
     (ended,) = run.events("attempt_ended")
     assert (ended["cause"], ended["detail"]) == ("failed", "a rank was killed by SIGKILL")
     (requeued,) = run.events("requeued")
@@ -83,14 +83,14 @@ def test_a_killed_rank_is_noted_and_the_job_requeued_once(run: Run, slurm: Slurm
 def test_what_a_rank_said_of_its_end_stands(run: Run, slurm: Slurm) -> None:
     run.start()
     run.ledger.append("attempt_ended", 1, cause="failed", step=3, error="ValueError: no", rank=1)
-    assert run.settle(1) == 75
+    assert run.follow_up(1) == 75
     assert [event["step"] for event in run.events("attempt_ended")] == [3]
 
 
 def test_out_of_memory_is_what_slurm_calls_so(run: Run, slurm: Slurm) -> None:
     run.start()
     slurm.says("sacct", "RUNNING\nRUNNING\nOUT_OF_MEMORY\n")
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
     assert run.events("attempt_ended")[0]["cause"] == "out_of_memory"
 
 
@@ -107,7 +107,7 @@ def test_what_slurm_says_of_the_job_goes_before_how_its_ranks_ended(
 ) -> None:
     run.start()
     slurm.says("scontrol", says)
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
     assert run.events("attempt_ended")[0]["cause"] == cause
     assert bool(slurm.calls("scontrol requeue")) == (cause != "cancelled")
 
@@ -117,7 +117,7 @@ def test_a_job_that_slurm_has_put_back_by_itself_is_noted_as_that(run: Run, slur
     slurm.says("scontrol", "JobState=COMPLETING Restarts=1")
     slurm.says("sacct", "NODE_FAIL\n")
     slurm.refuse_requeue()
-    assert run.settle(143) == 75
+    assert run.follow_up(143) == 75
     assert run.events("attempt_ended")[0]["cause"] == "node_failure"
     assert run.events("requeued")[0]["by"] == "slurm"
     assert not slurm.calls("sbatch")
@@ -126,7 +126,7 @@ def test_a_job_that_slurm_has_put_back_by_itself_is_noted_as_that(run: Run, slur
 def test_what_outlast_cancel_has_marked_stays_cancelled(run: Run, slurm: Slurm) -> None:
     run.start()
     (run.directory.path / "cancelled.json").write_text(json.dumps({"time": time.time() + 1}))
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
     assert run.events("attempt_ended")[0]["cause"] == "cancelled"
     assert not slurm.calls("scontrol requeue")
 
@@ -134,7 +134,7 @@ def test_what_outlast_cancel_has_marked_stays_cancelled(run: Run, slurm: Slurm) 
 def test_a_signal_in_start_up_without_a_death_is_a_preemption(run: Run, slurm: Slurm) -> None:
     run.start()
     run.ledger.append("signal", 1, name="TERM", step=0, deadline_s=None, unexplained=True)
-    assert run.settle(0) == 75
+    assert run.follow_up(0) == 75
     assert run.events("attempt_ended")[0]["cause"] == "preempted"
     assert slurm.calls("scontrol requeue")
 
@@ -142,19 +142,19 @@ def test_a_signal_in_start_up_without_a_death_is_a_preemption(run: Run, slurm: S
 def test_the_same_with_a_death_is_none(run: Run, slurm: Slurm) -> None:
     run.start()
     run.ledger.append("signal", 1, name="TERM", step=0, deadline_s=None, unexplained=True)
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
     assert run.events("attempt_ended")[0]["cause"] == "failed"
 
 
 def test_ranks_that_never_began_are_an_attempt_too(run: Run, slurm: Slurm) -> None:
-    assert run.settle(1) == 75
+    assert run.follow_up(1) == 75
     (ended,) = run.events("attempt_ended")
     assert ended["attempt"] == 1
     assert ended["detail"] == "the ranks ended with exit code 1 before the run began"
 
 
 def test_a_refused_configuration_is_not_tried_again(run: Run, slurm: Slurm) -> None:
-    assert run.settle(2) == 2
+    assert run.follow_up(2) == 2
     assert run.events("attempt_ended")[0]["cause"] == "failed"
     assert not slurm.calls("scontrol requeue")
 
@@ -168,7 +168,7 @@ def test_after_too_many_crashes_the_end_of_the_log_is_shown(
         if attempt < 3:
             run.ledger.append("requeued", attempt, cause="failed", job_id="6")
     run.directory.log(3, 1).write_text("before\nValueError: no\n")
-    assert run.settle(1) == 1
+    assert run.follow_up(1) == 1
     out = capfd.readouterr().out
     assert "failed: failed (ValueError: no), 3 times in a row without a new checkpoint" in out
     assert "    ValueError: no\n" in out
@@ -181,7 +181,7 @@ def test_another_attempts_ledger_is_not_written_to(run: Run, slurm: Slurm, monke
     holder.acquire("another attempt")
     monkeypatch.setattr("outlast.epilogue.WAIT_S", 0.1)
     try:
-        assert run.settle(2) == 2
+        assert run.follow_up(2) == 2
     finally:
         holder.release()
     assert [event["event"] for event in run.ledger.read()] == ["attempt_started"]
@@ -198,7 +198,7 @@ def test_where_a_requeue_is_refused_the_frozen_script_is_submitted_to_start_afte
     path = script(run)
     slurm.refuse_requeue()
     slurm.says("sbatch", "8\n")
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
     (requeued,) = run.events("requeued")
     assert (requeued["job_id"], requeued["by"]) == ("8", "dependent")
     record = json.loads((run.directory.path / "submitted.json").read_text())
@@ -215,7 +215,7 @@ def test_the_same_for_one_task_of_an_array(run: Run, slurm: Slurm, monkeypatch: 
     script(run)
     slurm.refuse_requeue()
     slurm.says("sbatch", "8\n")
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
     assert run.events("requeued")[0]["job_id"] == "8_3"
     assert "--dependency=afterany:7_3 --array=3" in slurm.calls("sbatch")[0]
     assert json.loads((run.directory.path / "submitted.json").read_text())["job_id"] == "8_3"
@@ -224,7 +224,7 @@ def test_the_same_for_one_task_of_an_array(run: Run, slurm: Slurm, monkeypatch: 
 def test_without_a_frozen_script_it_says_so(run: Run, slurm: Slurm, capfd: pytest.CaptureFixture[str]) -> None:
     run.start()
     slurm.refuse_requeue()
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
     assert "it could not be started again" in capfd.readouterr().out
     assert not run.events("requeued")
 
@@ -255,7 +255,7 @@ def test_while_slurm_is_silent_it_waits(
         script.write_text(answering)
 
     monkeypatch.setattr("outlast.epilogue.time.sleep", sleep)
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
     assert "Unable to contact slurm controller; waiting for Slurm to answer" in capfd.readouterr().out
     assert slurm.calls("scontrol requeue")
 
@@ -263,5 +263,5 @@ def test_while_slurm_is_silent_it_waits(
 def test_a_crash_near_the_time_limit_is_a_crash(run: Run, slurm: Slurm) -> None:
     run.start()
     slurm.says("scontrol", f"JobState=RUNNING EndTime={datetime.fromtimestamp(time.time() + 30).isoformat()}")
-    assert run.settle(137) == 75
+    assert run.follow_up(137) == 75
     assert run.events("attempt_ended")[0]["cause"] == "failed"

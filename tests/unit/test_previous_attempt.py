@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from outlast.config.sections import PreemptionSection
-from outlast.preemption.previous_attempt import settle_predecessor
+from outlast.preemption.previous_attempt import end_previous_attempt
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.slurm.environment import SlurmJob
@@ -34,7 +34,7 @@ def last(run: RunDirectory, event: str) -> dict[str, Any]:
 
 
 def test_there_is_none(run: RunDirectory) -> None:
-    assert settle_predecessor(run, 1, SlurmJob("7", 0, "n0"), LIMITS) is None
+    assert end_previous_attempt(run, 1, SlurmJob("7", 0, "n0"), LIMITS, print)
     assert Ledger(run.ledger).read() == []
 
 
@@ -42,9 +42,7 @@ def test_there_is_none(run: RunDirectory) -> None:
 def test_slurm_says_why_it_has_started_the_job_again(run: RunDirectory, slurm: Slurm, state: str, cause: str) -> None:
     start(run, 1, "7", 0)
     slurm.says("sacct", f"{state}\nRUNNING\n")
-    decision = settle_predecessor(run, 2, SlurmJob("7", 1, "n2"), LIMITS)
-    assert decision is not None
-    assert decision.action == "again"
+    assert end_previous_attempt(run, 2, SlurmJob("7", 1, "n2"), LIMITS, print)
     assert (last(run, "attempt_ended")["cause"], last(run, "attempt_ended")["attempt"]) == (cause, 1)
     assert (last(run, "requeued")["by"], last(run, "requeued")["attempt"]) == ("slurm", 1)
 
@@ -52,33 +50,31 @@ def test_slurm_says_why_it_has_started_the_job_again(run: RunDirectory, slurm: S
 def test_its_nodes_say_it_where_there_is_no_sacct(run: RunDirectory, slurm: Slurm) -> None:
     start(run, 1, "7", 0)
     slurm.says("sinfo", "alloc\ndown*\n")
-    settle_predecessor(run, 2, SlurmJob("7", 1, "n2"), LIMITS)
+    end_previous_attempt(run, 2, SlurmJob("7", 1, "n2"), LIMITS, print)
     assert last(run, "attempt_ended")["cause"] == "node_failure"
     assert slurm.calls("sinfo") == ["sinfo --noheader --Node --nodes=n0,n1 --format=%t"]
 
 
 def test_restarts_by_slurm_count_like_any_other(run: RunDirectory, slurm: Slurm) -> None:
     slurm.says("sacct", "NODE_FAIL\n" * 9)
-    actions = []
+    may_go_on = []
     for attempt in range(2, 6):
         start(run, attempt - 1, "7", attempt - 2)
-        decision = settle_predecessor(run, attempt, SlurmJob("7", attempt - 1, "n0"), LIMITS)
-        assert decision is not None
-        actions.append(decision.action)
-    assert actions == ["again", "again", "again", "give_up"]
+        may_go_on.append(end_previous_attempt(run, attempt, SlurmJob("7", attempt - 1, "n0"), LIMITS, print))
+    assert may_go_on == [True, True, True, False]
+    assert last(run, "gave_up")["attempt"] == 4
 
 
 def test_a_run_that_had_failed_is_not_run_because_slurm_requeues_failed_jobs(run: RunDirectory, slurm: Slurm) -> None:
     start(run, 1, "7", 0, cause="failed", error="ConfigError: no", refused=True)
-    decision = settle_predecessor(run, 2, SlurmJob("7", 1, "n0"), LIMITS)
-    assert decision is not None
-    assert decision.action == "fail"
+    assert not end_previous_attempt(run, 2, SlurmJob("7", 1, "n0"), LIMITS, print)
+    assert "ConfigError: no" in last(run, "gave_up")["reason"]
 
 
 def test_another_job_is_a_user_s_doing(run: RunDirectory, slurm: Slurm) -> None:
     start(run, 1, "7", 0)
     slurm.says("sacct", "OUT_OF_MEMORY\n")
-    assert settle_predecessor(run, 2, SlurmJob("8", 0, "n0"), LIMITS) is None
+    assert end_previous_attempt(run, 2, SlurmJob("8", 0, "n0"), LIMITS, print)
     assert last(run, "attempt_ended")["cause"] == "out_of_memory"
     assert not [event for event in Ledger(run.ledger).read() if event["event"] == "requeued"]
 
@@ -87,11 +83,11 @@ def test_what_the_one_before_saw_to_is_left_alone(run: RunDirectory, slurm: Slur
     start(run, 1, "7", 0, cause="preempted")
     Ledger(run.ledger).append("requeued", 1, cause="preempted", job_id="7")
     before = Ledger(run.ledger).read()
-    assert settle_predecessor(run, 2, SlurmJob("7", 1, "n0"), LIMITS) is None
+    assert end_previous_attempt(run, 2, SlurmJob("7", 1, "n0"), LIMITS, print)
     assert Ledger(run.ledger).read() == before
 
 
 def test_without_slurm_it_was_killed(run: RunDirectory) -> None:
     start(run, 1, None, 0)
-    assert settle_predecessor(run, 2, None, LIMITS) is None
+    assert end_previous_attempt(run, 2, None, LIMITS, print)
     assert (last(run, "attempt_ended")["cause"], last(run, "attempt_ended")["detail"]) == ("failed", "killed")

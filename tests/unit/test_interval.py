@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint.interval import LARGEST_SHARE, LOWER_S, UPPER_S, Cadence, explain, failures, interval, optimum
+from outlast.checkpoint.interval import (
+    LARGEST_SHARE,
+    LOWER_S,
+    UPPER_S,
+    SaveInterval,
+    explain,
+    failures,
+    interval,
+    optimum,
+)
 from outlast.config.sections import CheckpointSection
 from outlast.errors import ConfigError
 from outlast.launcher.planning import plan
@@ -105,82 +114,84 @@ def test_the_explanation(cost: float | None, mtbf: float, words: str) -> None:
 
 
 def test_steps() -> None:
-    cadence = Cadence(CheckpointSection(every=20, milestone_every=50), [], now=0.0)
-    assert [step for step in range(1, 121) if cadence.due(step, 0.0)] == [20, 40, 50, 60, 80, 100, 120]
-    cadence.saved(20, 5.0, 1.0)
-    assert (cadence.mode, cadence.seconds, cadence.changed()) == ("steps", None, None)
-    assert cadence.explanation == "every 20 steps, as configured; and a milestone every 50 steps"
+    interval = SaveInterval(CheckpointSection(every=20, milestone_every=50), [], now=0.0)
+    assert [step for step in range(1, 121) if interval.due(step, 0.0)] == [20, 40, 50, 60, 80, 100, 120]
+    interval.saved(20, 5.0, 1.0)
+    assert (interval.mode, interval.seconds, interval.changed()) == ("steps", None, None)
+    assert interval.explanation == "every 20 steps, as configured; and a milestone every 50 steps"
     assert CheckpointSection(every_steps=20).steps == 20
 
 
 def test_a_time_counts_from_the_end_of_the_last_save_whatever_its_kind() -> None:
-    cadence = Cadence(CheckpointSection(every="90s", milestone_every=50), [], now=1000.0)
-    assert not cadence.due(1, 1089.9)
-    assert cadence.due(50, 1001.0)
-    cadence.saved(50, 2.0, 1003.0)
-    assert not cadence.due(51, 1090.0)
-    assert cadence.due(52, 1093.0)
-    cadence.saved(52, 30.0, 1123.0)
-    assert not cadence.due(53, 1212.9)
-    assert cadence.due(54, 1213.0)
-    assert (cadence.mode, cadence.seconds, cadence.changed()) == ("time", 90.0, None)
-    assert cadence.explanation == "every 90 s, as configured; and a milestone every 50 steps"
+    interval = SaveInterval(CheckpointSection(every="90s", milestone_every=50), [], now=1000.0)
+    assert not interval.due(1, 1089.9)
+    assert interval.due(50, 1001.0)
+    interval.saved(50, 2.0, 1003.0)
+    assert not interval.due(51, 1090.0)
+    assert interval.due(52, 1093.0)
+    interval.saved(52, 30.0, 1123.0)
+    assert not interval.due(53, 1212.9)
+    assert interval.due(54, 1213.0)
+    assert (interval.mode, interval.seconds, interval.changed()) == ("time", 90.0, None)
+    assert interval.explanation == "every 90 s, as configured; and a milestone every 50 steps"
 
 
 def test_auto_saves_early_to_learn_the_cost_then_by_the_rule() -> None:
-    cadence = Cadence(CheckpointSection(), [], now=0.0)
-    assert cadence.explanation.startswith("first after 60 s")
-    assert cadence.changed() is None  # nothing is known yet
-    assert not cadence.due(1, 59.9)
-    assert cadence.due(2, 60.0)
-    cadence.saved(2, 30.0, 90.0)
-    assert cadence.seconds == optimum(30.0, DAY + 90.0)
-    assert not cadence.due(3, 90.0 + optimum(30.0, DAY + 90.0) - 0.1)
-    assert cadence.due(3, 90.0 + optimum(30.0, DAY + 90.0))
+    interval = SaveInterval(CheckpointSection(), [], now=0.0)
+    assert interval.explanation.startswith("first after 60 s")
+    assert interval.changed() is None  # nothing is known yet
+    assert not interval.due(1, 59.9)
+    assert interval.due(2, 60.0)
+    interval.saved(2, 30.0, 90.0)
+    assert interval.seconds == optimum(30.0, DAY + 90.0)
+    assert not interval.due(3, 90.0 + optimum(30.0, DAY + 90.0) - 0.1)
+    assert interval.due(3, 90.0 + optimum(30.0, DAY + 90.0))
 
 
 def test_a_save_that_failed_is_due_again_after_the_lower_bound_not_at_each_step() -> None:
-    cadence = Cadence(CheckpointSection(every="30min"), [], now=0.0)
-    due = [step for step in range(1, 3000) if cadence.due(step, float(step))]
+    interval = SaveInterval(CheckpointSection(every="30min"), [], now=0.0)
+    due = [step for step in range(1, 3000) if interval.due(step, float(step))]
     assert due == [*range(1800, 3000, 60)]
-    assert cadence.due(due[-1], 2999.5)  # the same step: asked again before it is saved at the end of an epoch
-    cadence.saved(due[-1], 1.0, 3001.0)
-    assert not cadence.due(3002, 3002.0)
-    short = Cadence(CheckpointSection(every="10s"), [], now=0.0)
+    assert interval.due(due[-1], 2999.5)  # the same step: asked again before it is saved at the end of an epoch
+    interval.saved(due[-1], 1.0, 3001.0)
+    assert not interval.due(3002, 3002.0)
+    short = SaveInterval(CheckpointSection(every="10s"), [], now=0.0)
     assert [step for step in range(1, 41) if short.due(step, float(step))] == [10, 20, 30, 40]
-    costly = Cadence(CheckpointSection(every="30min"), [saved(0.0, 1, 5, stall_s=20.0)], now=0.0)
+    costly = SaveInterval(CheckpointSection(every="30min"), [saved(0.0, 1, 5, stall_s=20.0)], now=0.0)
     assert [step for step in range(1, 3000) if costly.due(step, float(step))] == [1800, 2200, 2600]
 
 
 def test_the_cost_is_that_of_the_last_saves_and_one_that_hung_counts_little() -> None:
     before = [saved(float(i), 1, i, stall_s=50.0) for i in range(20)]
-    cadence = Cadence(CheckpointSection(), before, now=0.0)
-    assert cadence.cost_s == 50.0
+    interval = SaveInterval(CheckpointSection(), before, now=0.0)
+    assert interval.cost_s == 50.0
     final = saved(21.0, 1, 21, stall_s=9.0, kind="final")  # the model alone, which takes less
-    assert Cadence(CheckpointSection(), [before[0], final], now=0.0).cost_s == 50.0
+    assert SaveInterval(CheckpointSection(), [before[0], final], now=0.0).cost_s == 50.0
     for step in range(9):
-        cadence.saved(step, 600.0 if step == 4 else 10.0, 0.0)
-    assert cadence.cost_s == 10.0
-    assert cadence.seconds == optimum(10.0, cadence.mtbf_s)
+        interval.saved(step, 600.0 if step == 4 else 10.0, 0.0)
+    assert interval.cost_s == 10.0
+    assert interval.seconds == optimum(10.0, interval.mtbf_s)
 
 
 def test_a_change_is_told_once_and_only_if_it_is_noticeable() -> None:
-    cadence = Cadence(CheckpointSection(), [], now=0.0)
-    cadence.saved(1, 30.0, 0.0)
-    first = cadence.changed()
+    interval = SaveInterval(CheckpointSection(), [], now=0.0)
+    interval.saved(1, 30.0, 0.0)
+    first = interval.changed()
     assert first == {"seconds": optimum(30.0, DAY), "cost_s": 30.0, "mtbf_s": DAY}
-    assert cadence.changed() is None
-    cadence.saved(2, 40.0, 0.0)  # median 35 s: 8 % longer
-    assert cadence.changed() is None
+    assert interval.changed() is None
+    interval.saved(2, 40.0, 0.0)  # median 35 s: 8 % longer
+    assert interval.changed() is None
     for step in range(3, 8):
-        cadence.saved(step, 60.0, 0.0)
-    second = cadence.changed()
+        interval.saved(step, 60.0, 0.0)
+    second = interval.changed()
     assert second is not None
     assert second["seconds"] > 1.2 * first["seconds"]
     ledger = [saved(0.0, 1, 1, stall_s=30.0), event(0.0, 1, "interval", **first)]
-    assert Cadence(CheckpointSection(), ledger, now=0.0).changed() is None  # a later attempt has nothing new to tell
+    assert (
+        SaveInterval(CheckpointSection(), ledger, now=0.0).changed() is None
+    )  # a later attempt has nothing new to tell
     ledger[1]["seconds"] *= 2
-    assert Cadence(CheckpointSection(), ledger, now=0.0).changed() == first
+    assert SaveInterval(CheckpointSection(), ledger, now=0.0).changed() == first
 
 
 KILLED = [
@@ -225,16 +236,16 @@ def test_failures_are_attempts_that_lost_steps(events: list[Event], count: int) 
 def test_failures_and_hours_trained_change_the_rate() -> None:
     # 2000 s in the first attempt, up to its last own line; the second is the present one and has just begun
     section = CheckpointSection(mtbf_hours=10)
-    cadence = Cadence(section, KILLED, now=5.0)
-    assert cadence.mtbf_s == pytest.approx((10 * HOUR + 2000) / 2)
-    cadence.saved(105, 2.0, 1005.0)
-    assert cadence.mtbf_s == pytest.approx((10 * HOUR + 3000) / 2)
-    untouched = Cadence(section, [], now=0.0)
+    interval = SaveInterval(section, KILLED, now=5.0)
+    assert interval.mtbf_s == pytest.approx((10 * HOUR + 2000) / 2)
+    interval.saved(105, 2.0, 1005.0)
+    assert interval.mtbf_s == pytest.approx((10 * HOUR + 3000) / 2)
+    untouched = SaveInterval(section, [], now=0.0)
     assert untouched.mtbf_s == 10 * HOUR
     untouched.saved(1, 2.0, 40 * HOUR)
     assert untouched.mtbf_s == 50 * HOUR  # forty hours without a failure
     last = [*KILLED, saved(91099.0, 2, 150, kind="emergency"), *NOTICED]
-    assert Cadence(section, last, now=0.0).mtbf_s == pytest.approx((10 * HOUR + 2000 + 1001 + 5) / 2)
+    assert SaveInterval(section, last, now=0.0).mtbf_s == pytest.approx((10 * HOUR + 2000 + 1001 + 5) / 2)
 
 
 def test_the_estimate_finds_the_rate_that_failures_really_have() -> None:
@@ -244,20 +255,20 @@ def test_the_estimate_finds_the_rate_that_failures_really_have() -> None:
         begun, step = 10_000.0 * number, 10 * number
         events += [event(begun - 50, number, "attempt_started"), event(begun, number, "resumed", step=step - 10)]
         events += [saved(begun + 3000, number, step), ended(begun + HOUR, number, step + 5, "failed")]
-    found = Cadence(CheckpointSection(mtbf_hours=24), events, now=0.0).mtbf_s
+    found = SaveInterval(CheckpointSection(mtbf_hours=24), events, now=0.0).mtbf_s
     assert found == pytest.approx((24 + 10) / 11 * HOUR)
 
 
 def test_a_simulated_night_saves_as_often_as_the_rule_says() -> None:
     """Ten hours of steps of 7 s and saves of 12 s: the time from one save's end to the next's start is the interval,
     and the few seconds to the end of a step."""
-    cadence, now, gaps, last = Cadence(CheckpointSection(), [], now=0.0), 0.0, [], 0.0
+    interval, now, gaps, last = SaveInterval(CheckpointSection(), [], now=0.0), 0.0, [], 0.0
     for step in range(1, 5000):
         now += 7.0
-        if cadence.due(step, now):
-            gaps.append((now - last, cadence.seconds))
+        if interval.due(step, now):
+            gaps.append((now - last, interval.seconds))
             now += 12.0
-            cadence.saved(step, 12.0, now)
+            interval.saved(step, 12.0, now)
             last = now
     assert len(gaps) > 20
     for gap, seconds in gaps:

@@ -1,0 +1,348 @@
+"""One attempt of one rank, from start to leave. All its parts are made here, in order, each complete."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from outlast.checkpoint.manifest import Kind, Sealed, versions
+from outlast.checkpoint.space import Space
+from outlast.checkpoint.store import CheckpointStore
+from outlast.config.sections import CheckpointSection, PreemptionSection, StorageSection
+from outlast.errors import CheckpointError, Exit, OutlastError
+from outlast.preemption.cause import StopCause
+from outlast.preemption.deadline import Planner
+from outlast.preemption.outcome import Outcome
+from outlast.preemption.previous_attempt import end_previous_attempt
+from outlast.preemption.shutdown import Shutdown
+from outlast.preemption.signals import PreemptionGuard
+from outlast.preemption.startup import LeaveInStartup
+from outlast.preemption.watchdog import Watchdog
+from outlast.processes import exit_at_once
+from outlast.ranks.agreement import StepAgreement
+from outlast.ranks.channel import ControlChannel
+from outlast.ranks.collectives import Collectives
+from outlast.ranks.identity import Identity
+from outlast.ranks.layout import Layout
+from outlast.ranks.lost import LostRankError
+from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, attempts, finished
+from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
+from outlast.rundir.ledger import Ledger, Recorder
+from outlast.rundir.progress import ProgressWriter, read
+from outlast.slurm.environment import current_job, export_ranks, hostnames
+from outlast.storage.budget import Footprint
+from outlast.storage.share import Share
+
+from .limit import CheckpointLimit, planned_footprint
+from .resuming import Resuming
+from .saving import Saver
+from .steps import Steps
+
+
+class AlreadyFinished(SystemExit):
+    """The run has finished before: the process ends well, having done nothing."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(int(Exit.DONE))
+        self.step = step
+
+
+class RankAttempt:
+    """The attempt that this process takes part in, as one rank.
+
+    Args:
+        guard: installed already; from here on its signals are acted on.
+        loop_saves: when to save periodically is up to the training loop, whatever `checkpoint` says.
+
+    Raises:
+        AlreadyFinished: the run has finished before.
+        RunBusyError: another attempt is alive on the directory.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        guard: PreemptionGuard,
+        preemption: PreemptionSection,
+        checkpoint: CheckpointSection,
+        storage: StorageSection,
+        *,
+        loop_saves: bool = False,
+    ) -> None:
+        self.directory, self.loop_saves = directory, loop_saves
+        self._started, self._guard, self._preemption = time.time(), guard, preemption
+        # Who this process is.
+        job = current_job()
+        export_ranks()
+        self.collectives = collectives = Collectives()
+        self._ledger = Ledger(directory.ledger)
+        if done := finished(self._ledger.read()):
+            self.say(f"{directory.path} has finished already, at step {done['step']}; nothing to do")
+            raise AlreadyFinished(done["step"])
+        directory.create()
+        self._lock = RunLock(directory)
+        if self.rank == 0 and LOCK_FD_ENV not in os.environ:
+            # A predecessor of the same job may still be on its way out, on another node.
+            self._lock.acquire(f"job {job.job_id}" if job else "a training script", wait_s=60.0)
+        number = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(
+            self._ledger.read(), (job.job_id, job.restart_count) if job else None
+        )
+        self._identity = identity = Identity(self.rank, collectives.world_size, job, number)
+        self._recorder = Recorder(self._ledger, identity, _print)
+        self.progress = ProgressWriter(directory)
+        # What it saves, and what it resumes from.
+        planned, before = planned_footprint(directory), read(directory)
+        estimate = planned or Footprint()
+        space = Space(
+            directory,
+            Share(directory, storage),
+            estimate=(estimate.checkpoint_bytes, estimate.final_bytes),
+            reserve=storage.reserve,
+            peak=before.bytes_peak if before else 0,
+        )
+        self.store = CheckpointStore(directory, collectives, self.record, space, say=self.say)
+        self.store.retention.milestone_every = checkpoint.milestone_every
+        self._resuming = Resuming(directory, collectives, self.store, checkpoint.allow, self.say)
+        limit = CheckpointLimit(self.store, storage, planned, self.record, self.say)
+        self._saver = Saver(
+            collectives,
+            self.store,
+            limit,
+            self._resuming,
+            checkpoint,
+            self.record,
+            self.say,
+            loop_saves=loop_saves,
+        )
+        self._newest: Sealed | None = None
+        # How it stops.
+        self._cause = StopCause(directory, identity, guard, preemption, self.say)
+        self._outcome = Outcome(directory, identity, preemption, self._recorder, _print)
+        self._shutdown = Shutdown(identity, guard, self._cause, self._outcome, preemption, self._recorder, _print)
+        self._planner = Planner(preemption.lead_s, limit.expected_bytes)
+        self._channel = ControlChannel(self.rank, collectives.world_size)
+        agreement = StepAgreement(self._channel, self._on_stop_asked)
+        self._watchdog = Watchdog(
+            guard, collectives, self._channel, agreement, self._cause, self._shutdown, self._outcome, preemption
+        )
+        self.steps = Steps(
+            guard, collectives, agreement, self._cause, self._planner, self._shutdown, self._watchdog, self._saver
+        )
+        self._agreement = agreement
+        self._leave_in_startup = LeaveInStartup(identity, self._shutdown, self._outcome, self.store)
+        if self.rank == 0:
+            self._open()
+        guard.notify(on_startup=self._leave_in_startup, on_signal=self.steps.on_signal)
+
+    @property
+    def rank(self) -> int:
+        """This process's rank, from 0."""
+        return self.collectives.rank
+
+    @property
+    def attempt(self) -> int:
+        """The attempt's number, from 1."""
+        return self._identity.attempt
+
+    @property
+    def final(self) -> Path:
+        """Where the finished model goes."""
+        return self.directory.final
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all ranks have agreed to save and leave."""
+        return self._shutdown.signal is not None
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows of each optimizer step are spread; only if :meth:`describe` was told the `accumulation`."""
+        return self._resuming.layout
+
+    def say(self, text: str) -> None:
+        """Print a line in the log (rank 0 only)."""
+        if self.rank == 0:
+            _print(text)
+
+    def record(self, event: str, **values: Any) -> None:
+        """Append a line to the ledger (rank 0 only). On a full disk it is kept, and written with the next."""
+        if self.rank == 0:
+            self._recorder(event, **values)
+
+    def describe(self, **origin: Any) -> None:
+        """Say what this run is, as far as a checkpoint depends on it; to be called before :meth:`resume_point`.
+
+        Args:
+            origin: any of `dataset`, `seed`, `global_batch`, `micro_batch`, `trainable`, `config`, as plain values;
+                `checkpoint/compatibility.py` has what follows if one differs on resume. With `accumulation` in the
+                place of `global_batch`, the loop takes it from `run.layout` afterwards: that suits another number of
+                ranks.
+        """
+        self._resuming.describe(**origin)
+
+    def _open(self) -> None:
+        """Write down that the attempt starts, after seeing to the one before it (rank 0)."""
+        job = self._identity.job
+        if not end_previous_attempt(self.directory, self.attempt, job, self._preemption, self.say):
+            raise SystemExit(int(Exit.GAVE_UP))
+        self.store.sweep()
+        hosts = hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
+        self.record(
+            "attempt_started",
+            job_id=job.job_id if job else None,
+            restart_count=job.restart_count if job else 0,
+            hosts=hosts,
+            world_size=self.collectives.world_size,
+            versions=versions(),
+        )
+        self.say(f"attempt {self.attempt} on {', '.join(hosts)}, {self.collectives.world_size} rank(s)")
+        self.progress.now.attempt = self.attempt
+        self.update_progress(phase="starting")
+        view = self._cause.ask_for_limits()
+        self._warn_of_short_notice()
+        if view is not None and view.preempt_time is not None and view.preempt_time >= (view.start_time or 0.0):
+            self._leave_in_startup("TERM")  # its signal came before this process could catch one
+
+    def resume_point(self) -> Sealed | None:
+        """The newest checkpoint that verifies, or None on a fresh run. All ranks call it together.
+
+        Raises:
+            ResumeRefusedError: it was made by another run than this one; the message says what to do.
+        """
+        self._identity.attempt = self.collectives.from_rank_0(self.attempt)
+        self._connect()
+        self._newest = self._resuming.find()
+        return self._newest
+
+    def _connect(self) -> None:
+        """From here on ranks can ask for things, and are watched. All ranks call it together; again has no effect."""
+        self._channel.connect(self.collectives, self._watchdog.receive, self._watchdog.tick)
+
+    def _on_stop_asked(self, name: str) -> None:
+        """Some rank has asked for a stop; called in the channel's thread."""
+        self._guard.request(name)
+        if self.rank == 0:
+            self._cause.ask_why_in_background()
+
+    def begin(self, step: int) -> None:
+        """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together."""
+        self._connect()
+        seconds = time.time() - self._started
+        if self._newest is not None:
+            name, differences = self._newest.path.name, self._resuming.differences
+            self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences)
+            self.say(f"resumed from {name} after {seconds:.1f} s")
+        events = self._ledger.read()
+        self._saver.begin(events)
+        self._planner.begin(events)
+        self._warn_of_short_notice()
+        self._guard.end_startup()
+        self.update_progress(phase="training", step=step, force=True)
+        if self.steps.should_stop(step):
+            self.leave(step)
+
+    def _warn_of_short_notice(self) -> None:
+        """Say once if what steps and saves were seen to take is longer than the notice (rank 0)."""
+        if self._identity.job is None or self.rank != 0:
+            return
+        if short := self._planner.shortfall(self._cause.notice):
+            text, fields = short
+            self.record("notice_short", **fields)
+            self.say(f"WARNING: {text}")
+
+    def checkpoint(
+        self,
+        step: int,
+        save: Callable[[Path], None],
+        *,
+        pending_evaluation: bool = False,
+        best_step: int | None = None,
+    ) -> Sealed | None:
+        """Save `step` on all ranks: an emergency checkpoint if the run is stopping, else a periodic one.
+
+        Returns:
+            The sealed checkpoint, or None if it could not be written (the ledger says why; what was there before
+            stands). A step that has a sealed checkpoint already is not written again.
+        """
+        if self._newest is not None and self._newest.step == step:
+            if pending_evaluation and self.rank == 0:
+                self.store.mark_pending(step)
+            self.collectives.barrier()
+            return self._newest
+        self.update_progress(phase="saving", step=step, force=True)
+        began = time.monotonic()
+        sealed = self._saver.save(
+            step,
+            save,
+            kind=Kind.EMERGENCY if self.stopping else Kind.PERIODIC,
+            asked_at=self._shutdown.asked_at if self.stopping else None,
+            pending_evaluation=pending_evaluation,
+            best_step=best_step,
+        )
+        if sealed is not None:
+            self._newest = sealed
+            self.progress.now.checkpoint_step, self.progress.now.checkpoint_time = step, time.time()
+            self._planner.saved(time.monotonic() - began)
+            self._warn_of_short_notice()
+        self.update_progress(phase="training", force=True)
+        return sealed
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Note an evaluation that ran to its end."""
+        self.record("evaluated", step=step, metrics=metrics)
+        self._planner.mark()
+
+    def leave(self, step: int) -> NoReturn:
+        """Requeue the job, once, and end this process; all ranks call it together, everything being saved."""
+        self._watchdog.all_saved()
+        code = int(self._shutdown.requeue(step)) if self.rank == 0 else int(Exit.RESUME_ME)
+        if self.rank == 0:
+            self._watchdog.leaving(Exit(code))
+        try:
+            code = self.collectives.from_rank_0(code)
+            self.collectives.close()
+        finally:  # the requeue may have ended a peer already: what is saved is saved, and this rank leaves
+            exit_at_once(code)
+
+    def finish(self, step: int, save: Callable[[Path], None] | None = None) -> None:
+        """The run is done after `step` steps: publish the model and say so. All ranks call it together.
+
+        Args:
+            save: called on every rank with an existing directory; writes the finished model into it.
+
+        Raises:
+            CheckpointError: the model could not be written; the run is not finished.
+        """
+        if save is not None and self._saver.save(step, save, kind=Kind.FINAL) is None:
+            raise CheckpointError(f"the finished model could not be written to {self.final}; the same command resumes")
+        self.collectives.barrier()
+        self._watchdog.close()
+        if self.rank == 0:
+            first = attempts(self._ledger.read())[0].started
+            seconds = time.time() - (first["time"] if first else self._started)
+            self._outcome.ended("finished", step=step)
+            self.update_progress(phase="done", step=step, force=True)
+            self.record("finished", step=step, seconds=seconds)  # the very last: who finds it has nothing to clear up
+            if self._recorder.waiting:
+                raise OutlastError(f"{self._ledger.path} can't be written, so the run does not count as finished")
+        self.say(f"finished at step {step}; the model is in {self.final}")
+        self._lock.release()
+
+    def fail(self, error: BaseException) -> int:
+        """Write down that this attempt ended by an exception; returns the exit code."""
+        lost = self._watchdog.blame(error)
+        return self._shutdown.fail(LostRankError([lost]) if lost is not None else error, self._agreement.step)
+
+    def update_progress(self, *, force: bool = False, **values: Any) -> None:
+        """Show where the run is: fields of :class:`Progress` (rank 0 only)."""
+        if self.rank == 0:
+            if force and values.get("phase") != "saving":  # what it adds is counted when it is there
+                space = self.store.space
+                values |= {"bytes_used": space.used(), "bytes_peak": space.peak, "budget_bytes": space.budget()}
+            self.progress.update(force=force, **values)
+
+
+def _print(text: str) -> None:
+    print(f"[outlast] {text}", flush=True)

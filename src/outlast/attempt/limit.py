@@ -1,0 +1,90 @@
+"""How many checkpoints the byte budget has room for: by the plan's estimate, then by what a save really took."""
+
+import json
+from collections.abc import Callable
+
+from outlast.checkpoint.manifest import Sealed
+from outlast.checkpoint.store import CheckpointStore
+from outlast.config.sections import StorageSection
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Record
+from outlast.storage.budget import Footprint, gb, verdict
+
+
+class CheckpointLimit:
+    """Keeps the store's `save_total_limit` to what the budget holds (on rank 0).
+
+    Args:
+        planned: what the plan expects the run to take; None for a run without a plan (a user's own script).
+        say: prints a line in the log.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        storage: StorageSection,
+        planned: Footprint | None,
+        record: Record,
+        say: Callable[[str], None],
+    ) -> None:
+        self._store, self._reserve, self._record, self._say = store, storage.reserve, record, say
+        self._footprint, self._measured = planned, False
+        self._asked: int | None = None
+
+    @property
+    def expected_bytes(self) -> int | None:
+        """What a checkpoint takes, by what was measured, else by the plan; None: not known."""
+        return self._footprint.checkpoint_bytes if self._footprint else None
+
+    def begin(self) -> None:
+        """Take the limit that the user asked for as an upper bound, and set the one that holds."""
+        self._asked = self._store.retention.limit
+        whole = [c for c in self._store.sealed() if not c.light]
+        if whole:
+            self._measure(whole[-1])
+        self.apply()
+
+    def saved(self, sealed: Sealed) -> None:
+        """Take the size of the attempt's first checkpoint in the place of the estimate, and say how far it was off."""
+        if self._measured:
+            return
+        estimate = self._footprint
+        files = self._measure(sealed)
+        limit = self.apply()
+        off = estimate.deviations(files) if estimate is not None and estimate.checkpoint else {}
+        self._record("measured", bytes=self.expected_bytes, save_total_limit=limit, off=off)
+        for part, (expected, found) in off.items():
+            self._say(f"WARNING: {part} of a checkpoint takes {gb(found)}; the plan expected {gb(expected)}")
+
+    def apply(self) -> int | None:
+        """Keep no more checkpoints than the budget has room for, with one in flight and the finished model.
+
+        A cell's share of its sweep's budget grows, so the answer may change.
+        """
+        if self._footprint is None:
+            return None
+        budget, retention = self._store.space.budget(), self._store.retention
+        found = verdict(self._footprint, budget, save_total_limit=self._asked, reserve=self._reserve)
+        limit = max(found.save_total_limit, 1)
+        if not found.fits and retention.limit != limit:
+            self._say(f"WARNING: storage.budget_gb is too small by what was measured: it needs {found.arithmetic}")
+        elif found.lowered and retention.limit != limit:
+            self._say(f"save_total_limit is {limit}: more do not fit into {gb(budget)}")
+        retention.limit = limit
+        return limit
+
+    def _measure(self, sealed: Sealed) -> dict[str, int]:
+        self._measured = True
+        files = {name: int(entry["bytes"]) for name, entry in sealed.manifest.files.items()}
+        model = {"weights": sealed.bytes - sealed.resume_bytes}
+        estimate = self._footprint or Footprint(final=model, fixed={"what is there": self._store.space.beside()})
+        self._footprint = estimate.measured(files)
+        return files
+
+
+def planned_footprint(run: RunDirectory) -> Footprint | None:
+    """What the plan expects the run to take; None for a run without a plan."""
+    try:
+        return Footprint.from_dict(json.loads(run.plan.read_text())["storage"]["parts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

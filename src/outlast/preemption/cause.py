@@ -1,0 +1,142 @@
+"""Why this attempt has to stop, and until when it may go on: what Slurm says, asked while the signal is fresh."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from outlast.config.sections import PreemptionSection
+from outlast.errors import SlurmError
+from outlast.ranks.identity import Identity
+from outlast.rundir.directory import RunDirectory, cancelled_after
+from outlast.rundir.ledger import Cause
+from outlast.slurm.view import JobView, Notice, end_time_of, notice_of, show_job
+
+from .signals import CLOCK, PreemptionGuard
+
+
+class StopCause:
+    """What Slurm says of this attempt's job. Outside Slurm it knows nothing, and says "preempted".
+
+    Args:
+        say: prints a line in the log.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        identity: Identity,
+        guard: PreemptionGuard,
+        preemption: PreemptionSection,
+        say: Callable[[str], None],
+    ) -> None:
+        self._run, self._job, self._guard, self._preemption, self._say = run, identity.job, guard, preemption, say
+        self._since = time.time()
+        self._asking = threading.Lock()
+        self._view: JobView | None = None
+        self.end_time: float | None = None
+        """When the job reaches its time limit, Unix seconds; None: not known."""
+        self.notice: Notice | None = None
+        """What Slurm gives this job between a signal and the kill; None: not known."""
+
+    @property
+    def in_job(self) -> bool:
+        """Whether this attempt runs in a Slurm job."""
+        return self._job is not None
+
+    def ask_for_limits(self) -> JobView | None:
+        """Ask for the job's time limit and its notice, as the attempt begins; None: Slurm did not say."""
+        if self._job is None:
+            return None
+        try:
+            view = show_job(self._job.job_id, timeout_s=5.0)
+        except SlurmError as error:
+            self._say(f"Slurm did not say when this job ends ({error}); its signal is what is left")
+            return None
+        self.end_time = view.end_time
+        with suppress(SlurmError):
+            self.notice = notice_of(self._job.job_id, self._preemption.grace_s)
+        return view
+
+    def limit_was_raised(self, until: float) -> bool:
+        """Ask again whether the time limit is later than `until`, Unix seconds: it may have been raised meanwhile."""
+        later = end_time_of(self._job.job_id) if self._job is not None else None
+        self.end_time = max(self.end_time or 0.0, later or 0.0)
+        return self.end_time > until
+
+    def ask_why(self) -> None:
+        """Ask, while the signal is fresh, why it came and how long there is."""
+        if self._job is not None:
+            with self._asking:
+                if self._view is None:
+                    try:
+                        self._view = show_job(self._job.job_id, timeout_s=10.0)
+                    except SlurmError as error:
+                        self._say(f"Slurm did not say why: {error}")
+
+    def ask_why_in_background(self) -> threading.Thread:
+        """Ask in a thread of its own, beside the training step."""
+        asking = threading.Thread(target=self.ask_why, name="outlast-why", daemon=True)
+        asking.start()
+        return asking
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether what Slurm said explains the signal. It does not if somebody, or `srun`, has sent it on purpose."""
+        return self._view is not None and self._by_slurm() is not None
+
+    def cause(self) -> Cause:
+        """Why this attempt stops, by what Slurm said; without an answer, by what the signal alone can tell."""
+        if self._job is None:
+            return "preempted"
+        if cancelled_after(self._run.path, self._since):
+            return "cancelled"
+        self.ask_why()
+        if self._view is None:
+            return "time_limit" if self._guard.requested == CLOCK else "preempted"
+        # a signal that was sent on purpose means that the nodes are wanted
+        return self._by_slurm() or ("time_limit" if self._guard.requested == CLOCK else "preempted")
+
+    def cause_after_saving(self) -> Cause:
+        """The cause, now that all is saved: a preempted job may have been cancelled meanwhile, and must stay so.
+
+        A job that was in its grace period and is completing before the end of it, without being back in the queue,
+        was cancelled. With `PreemptMode=CANCEL` it looks the same after the end, and must then be requeued.
+        """
+        cause, first = self.cause(), self._view
+        if self._job is None or cause != "preempted":
+            return cause
+        try:
+            now = self._view = show_job(self._job.job_id, timeout_s=5.0)
+        except SlurmError:
+            return cause
+        restarted = now.restarts > self._job.restart_count
+        in_grace = first is not None and not first.is_ending and time.time() < (first.end_time or 0.0) - 1.0
+        if now.is_ending and not restarted and (in_grace or not now.is_preempted):
+            return "cancelled"
+        return cause
+
+    def deadline(self) -> float | None:
+        """When the job will be killed, as far as that is known by now; Unix seconds.
+
+        Where Slurm does not say why the job was signalled, the time limit says nothing of it: then it is what the user
+        has said (`preemption.grace_s`); while Slurm has not answered, also what it gives at a preemption.
+        """
+        asked_at, view = self._guard.requested_at or time.time(), self._view
+        if self._job is None or self._guard.requested == CLOCK:
+            return self.end_time
+        if view and view.is_ending:  # then its end is when that began
+            wait_s = self.notice.kill_wait_s if self.notice else None
+            return None if wait_s is None else asked_at + wait_s
+        if view and self.is_explained:
+            return view.end_time
+        grace_s = self._preemption.grace_s
+        if grace_s is None and view is None and self.notice is not None:
+            grace_s = self.notice.preemption_s
+        return None if grace_s is None else min(asked_at + grace_s, self.end_time or math.inf)
+
+    def _by_slurm(self) -> Cause | None:
+        assert self._view is not None
+        assert self._job is not None
+        return self._view.stop_cause(self._job, self._preemption.lead_s)
