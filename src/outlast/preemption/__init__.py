@@ -1,1 +1,1 @@
-"""From the signal to the requeue: signals, deadline, cause, watchdog, shutdown, policy."""
+"""From the signal to the requeue. What happens on SIGUSR1: `signals`, `attempt/steps`, `attempt/saving`, `shutdown`."""

@@ -1,4 +1,4 @@
-"""How long there is, and what fits into it: the notice that this cluster gives, against measured steps and saves.
+"""Compares the notice that the cluster gives with the measured time of steps and saves.
 
 What a stop takes is counted from the moment at which it is asked for: the time until the ranks come to the next point
 where they can act (the end of a micro-batch, of an evaluation's batch), a save, and the requeue. Rank 0 keeps the
@@ -24,15 +24,15 @@ RECENT = 9
 SLACK = 1.5
 """How much longer than the longest of these the next one may take."""
 MARGIN_S = 5.0
-"""Before the kill: the requeue, which are two of Slurm's commands, and the ranks' leaving."""
+"""Seconds kept free before the kill: for the requeue (two Slurm commands) and for the ranks to leave."""
 ASSUMED_BYTES_S = 0.2e9
-"""Bytes a second of a save, before one was measured: little, but what a busy network file system gives."""
+"""Bytes a second assumed for a save before one was measured: what a busy network file system gives."""
 EXAMPLE_MTBF_S = 4 * 3600.0
-"""Time between preemptions for which a warning says what interval between checkpoints would do."""
+"""Seconds between preemptions that a warning takes as its example."""
 
 
 class Planner:
-    """Keeps the account of one attempt. Times of `now` are Unix seconds.
+    """Measures the steps, evaluations and saves of one attempt, and says what still fits before the kill.
 
     Args:
         lead_s: `preemption.lead_s`.
@@ -47,7 +47,7 @@ class Planner:
         self._warned = False
 
     def begin(self, events: list[Event]) -> None:
-        """Training begins.
+        """Start measuring: training begins.
 
         Args:
             events: the run's ledger: what saves have cost in earlier attempts.
@@ -58,58 +58,60 @@ class Planner:
     # Measuring --------------------------------------------------------------------------------------------------
 
     def mark(self) -> None:
-        """A stretch of work begins here: what came before is not part of it."""
+        """Begin a stretch of work here; what came before is not part of it."""
         self._since = time.monotonic()
 
     def reached(self, work: Work) -> None:
-        """The ranks are at a point where they can act, after a stretch of this work; the next begins."""
+        """End a stretch of this work at a point where the ranks can act, and begin the next."""
         if self._since is not None:
             self._stretches[work].append(time.monotonic() - self._since)
         self.mark()
 
     def saved(self, seconds: float) -> None:
-        """A save has stalled the run for so long."""
+        """Note that a save has stalled the run for this long."""
         self._saves.append(seconds)
         self.mark()
 
     def each_s(self, work: Work) -> float | None:
-        """Seconds of one stretch: the longest of late; None before the first."""
+        """Seconds of one stretch: the longest of the last few; None before the first."""
         return max(self._stretches[work], default=None)
 
     @property
     def save_s(self) -> float | None:
-        """Seconds of a save: the longest of late, earlier attempts' included; before the first, by its expected size;
-        None if that is not known either."""
+        """Seconds of a save: the longest of the last few, earlier attempts included.
+
+        Before the first it is estimated from the expected size; None if that is not known either.
+        """
         if not self._saves and self._checkpoint_bytes is not None:
             return self._checkpoint_bytes / ASSUMED_BYTES_S
         return max(self._saves, default=None)
 
     @property
     def reaction_s(self) -> float:
-        """Seconds from a signal until the ranks can act, at worst."""
+        """Seconds from a signal until the ranks can act, in the worst case."""
         return max((each for work in self._stretches if (each := self.each_s(work)) is not None), default=0.0)
 
     @property
     def needed_s(self) -> float | None:
-        """Seconds from a signal to gone; None if nothing is known of a save."""
+        """Seconds from a signal until the processes are gone; None if nothing is known of a save."""
         return None if self.save_s is None else SLACK * (self.reaction_s + self.save_s) + MARGIN_S
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
     @property
     def lead_s(self) -> float:
-        """Seconds before the time limit at which to stop without being told: as configured, or as it must be."""
+        """Seconds before the time limit at which to stop untold: the configured time, or more if that is too short."""
         return max(self._asked_lead_s, self.needed_s or 0.0)
 
     def time_for(self, seconds: float | None, deadline: float | None, now: float) -> bool | None:
         """Whether work of `seconds` can still be finished before the save that follows.
 
         Args:
-            deadline: when the job will be killed, Unix seconds, if that is known; now: likewise.
+            deadline: when the job will be killed, Unix seconds; None if that is not known.
+            now: Unix seconds.
 
         Returns:
-            None: not known, for want of a deadline, or of `seconds`; or it would fit, were it not for a save of which
-            nothing is known.
+            None if it can't be known: no deadline, no `seconds`, or no save has been measured and the rest would fit.
         """
         if deadline is None or seconds is None:
             return None
@@ -118,10 +120,10 @@ class Planner:
         return None if self.save_s is None else True
 
     def shortfall(self, notice: Notice | None) -> tuple[str, dict[str, Any]] | None:
-        """What to warn of, once: a stop needs longer than the notice that this cluster gives.
+        """Warn, once, if a stop needs longer than the notice that this cluster gives.
 
         Args:
-            notice: None: nobody could be asked.
+            notice: what Slurm gives; None if it could not be asked.
 
         Returns:
             A sentence, and the fields of the ledger's `notice_short`; None if all is well, or has been said.

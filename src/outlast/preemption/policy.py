@@ -1,7 +1,7 @@
-"""The requeue policy: what follows an attempt that has ended, by its cause and by how often that has happened.
+"""The requeue policy: what follows an attempt, by its cause and by how often that has happened.
 
 It is asked three times: by rank 0 when the ranks leave (`shutdown.py`), by the batch script when they are gone
-(`settle.py`), and by an attempt that starts after one that nobody could settle (`predecessor.py`).
+(`epilogue.py`), and by an attempt that starts after one that could not say how it ended (`previous_attempt.py`).
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ CRASHES = ("failed", "out_of_memory")
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows: `again` is an attempt that starts without a user's doing."""
+    """What follows an attempt; `again` is another one that no user has to start."""
 
     action: Literal["again", "finish", "stop", "fail", "give_up"]
     reason: str
 
     @property
     def exit_code(self) -> Exit:
-        """Of the job, should it still be asked for one."""
+        """The exit code that the ranks and the batch script end with."""
         return _EXITS[self.action]
 
 

@@ -1,4 +1,4 @@
-"""The way out: the ranks have agreed to stop, or something failed; the job is requeued and every rank leaves.
+"""The way out of an attempt: the ranks have agreed to stop, or one has failed; the job is requeued, and all leave.
 
 Rank 0 speaks for all: it writes the ledger and requeues the job, once. Where rank 0 is the one that is lost, the
 watchdog lets another rank stand in for it.
@@ -84,7 +84,7 @@ class Shutdown:
         self._say(f"{signal}: saving step {step} and leaving{left}")
 
     def left_to_epilogue(self) -> bool:
-        """Whether this signal may be the echo of another rank's death, and the batch script will find out.
+        """Whether this signal may only be the echo of another rank's death, which the batch script will find out.
 
         `srun` sends TERM to the other ranks when one has died, and Slurm then says of the job what it says when
         somebody has sent a signal on purpose: nothing. Where all ranks still agree, none has died; where they can't,
@@ -96,9 +96,9 @@ class Shutdown:
         return not self._cause.is_explained
 
     def may_be_echo(self) -> bool:
-        """Whether a rank has died, and TERM may be the answer to that of what has started the ranks.
+        """Whether a rank has died, and the TERM that this rank got may be the starter's answer to that.
 
-        `srun` does so, and torch's agent. Where there is a batch script, it sees how each of them ended.
+        `srun` sends one, and so does torch's agent. Where there is a batch script, it sees how each of them ended.
         """
         died = any(one.how == "gone" for one in self._lost)
         in_job = self._identity.job is not None

@@ -1,4 +1,4 @@
-"""The preemption guard: signals become a flag, and the loop acts on it.
+"""The preemption guard turns signals into a flag, and the training loop acts on it.
 
 TERM, USR1 and USR2 all mean "save and leave": Slurm's default preemption sends TERM, `--signal` sends whatever it was
 told to, and neither is under the job's control. The handler sets the flag, notes the time and returns. A thread

@@ -1,12 +1,12 @@
-"""Ranks that are dead, stopped or stuck: noticed by the others, which end the attempt instead of hanging with them.
+"""Notices ranks that are dead, stopped or stuck; the others end the attempt instead of hanging with them.
 
-Rank 0 watches all ranks, and they watch it. A rank is *gone* when its line has closed (`peers.py`), *silent* when its
-thread says nothing: its process is stopped, or its node out of reach. Once a stop has been asked for, a rank that is
-alive may be the one too many as well: a quarter of the notice before the kill, at most `MARGIN_S`, whoever is not where
-the others are is *behind*. What was being saved is given up; the checkpoint before it stands.
+Rank 0 watches all ranks, and they watch it. A rank is *gone* when its connection has closed (`ranks/channel.py`), and
+*silent* when its thread says nothing: its process is stopped, or its node is out of reach. Once a stop has been asked
+for, a living rank can hold up the others too. Shortly before the kill (a quarter of the notice, at most `MARGIN_S`) a
+rank that is not where the others are is *behind*. The save in progress is then given up, and the last checkpoint stands.
 
-Rank 0 acts; where it is the one that is lost, one rank per node may, and the ledger's lock lets one of them
-(`Ledger.append_first`). All this happens in threads: the main thread is as a rule waiting for the lost rank.
+Rank 0 acts. If rank 0 is the lost one, a rank of each node tries, and the ledger's lock lets one of them
+(`Ledger.append_first`). All this happens in threads, because the main thread usually waits for the lost rank.
 """
 
 import faulthandler
@@ -32,15 +32,15 @@ from .shutdown import EPILOGUE_ENV, Shutdown
 from .signals import PreemptionGuard
 
 GONE_S = 1.0
-"""How long the main thread may take to notice by itself that a peer is gone, as it does in a collective."""
+"""Seconds that the main thread has to notice by itself that a rank is gone, as it does in a collective."""
 LATE_S = 2.0
-"""From when on a rank for which the others wait is named."""
+"""Seconds after which a rank that keeps the others waiting is named."""
 LEAVE_S = 5.0
-"""How long a rank may go on that has been told to leave, everything being saved."""
+"""Seconds that a rank may still run after it was told to leave, when all is saved."""
 ASK_S = 2.0
 """Seconds of rank 0's silence after which another rank asks Slurm how long there is."""
 FOLLOW_S = 30.0
-"""How long a rank waits for another to requeue the job before it leaves."""
+"""Seconds that a rank waits for another one to requeue the job before it leaves."""
 
 
 @dataclass
@@ -52,11 +52,11 @@ class Peer:
     left: bool = False
     late_s: float = 0.0
     at: tuple[int, int] = (0, 0)
-    """Polls it has passed, and small collectives it has come to."""
+    """How many polls and how many small collectives it has reached."""
 
 
 class Watchdog:
-    """One rank's part.
+    """One rank's view of the others.
 
     Args:
         shutdown: this rank's way out; another rank than 0 may have to stand in for rank 0.
@@ -85,7 +85,7 @@ class Watchdog:
     # In the channel's thread ---------------------------------------------------------------------------------------
 
     def receive(self, sender: int, message: Message) -> None:
-        """A message of another rank's."""
+        """Take in a message from another rank."""
         peer = self._others[sender]
         peer.silent_s = 0.0
         if "at" in message and "go" not in message:
@@ -101,7 +101,7 @@ class Watchdog:
             self._agreement.receive(sender, message)
 
     def tick(self, elapsed_s: float) -> None:
-        """Say where this rank is, and look at the others."""
+        """Tell the others where this rank is, and look for ranks that are lost."""
         self._channel.send_all(at=[self._agreement.polls, self._collectives.calls])
         for peer in self._others.values():
             peer.silent_s += elapsed_s
@@ -122,7 +122,7 @@ class Watchdog:
         return self._agreement.stop is not None or self._guard.requested is not None
 
     def _note_late(self, elapsed_s: float) -> None:
-        """Name ranks for which the others wait in a save, or to begin it; not rank 0, which does more there."""
+        """Name the ranks that keep the others waiting in a save; never rank 0, which has more to do in one."""
         furthest = max([self._collectives.calls, *(peer.at[1] for peer in self._others.values())])
         for rank, peer in self._others.items():
             if peer.at[1] < furthest:
@@ -138,8 +138,10 @@ class Watchdog:
             self._noting[-1].start()
 
     def _lost(self) -> list[Lost] | None:
-        """Ranks without which this attempt can't go on; None: all is well. Empty: there is no time left, and none is
-        behind the others: then the job is requeued, and the save goes on."""
+        """The ranks without which this attempt can't go on; None if all is well.
+
+        An empty list says that no time is left and no rank is behind: the job is requeued, and the save goes on.
+        """
         now, limit_s, give_up = time.monotonic(), self._hang_s, None
         if self._stopping:
             asked_at, deadline = self._guard.requested_at, self._cause.deadline()
@@ -179,7 +181,7 @@ class Watchdog:
             exit_at_once(code)
 
     def _end_attempt(self, lost: list[Lost]) -> Exit:
-        """Say why, see to what follows, and have all ranks leave; this one with the exit code that is returned."""
+        """Write why, requeue the job if the policy says so, and have all ranks leave; returns this rank's exit code."""
         step, rank = self._agreement.step, self._channel.rank
         if (code := self._settled()) is not None:
             return code  # the lost rank had left, in good order
@@ -200,7 +202,7 @@ class Watchdog:
         return code
 
     def _wait_for_the_save(self, step: int) -> Exit:
-        """All ranks are in the save, which is slow: it may take what Slurm still gives a job that is requeued."""
+        """Let a slow save, in which all ranks are, use the time that Slurm still gives to a requeued job."""
         notice = self._cause.notice
         time.sleep(max((notice.kill_wait_s or 0.0) - 2 * MARGIN_S if notice else 0.0, 0.0))  # leaving ends it
         print("[outlast] the save is given up", flush=True)
@@ -213,8 +215,10 @@ class Watchdog:
         return self._followed() if self._outcome.has_ended else None
 
     def _followed(self) -> Exit:
-        """Wait, if it is for the ranks to requeue the job, until that has been done: `srun` ends the whole step, the
-        rank that acts included, when one leaves early."""
+        """Wait until another rank has requeued the job, and return the exit code.
+
+        `srun` ends the whole step, the rank that acts included, when one rank leaves early.
+        """
         if not self._stopping and EPILOGUE_ENV in os.environ:
             return Exit.FAILED
         deadline = time.monotonic() + (FOLLOW_S if self._stopping else LEAVE_S)
@@ -226,14 +230,14 @@ class Watchdog:
         return Exit.RESUME_ME if self._stopping else Exit.FAILED
 
     def _show(self, lost: list[Lost]) -> None:
-        """In the log: why this rank leaves, and where its threads are."""
+        """Print in the log why this rank leaves, and where its threads are."""
         print(f"[outlast] rank {self._channel.rank} leaves: {'; '.join(map(str, lost)) or 'no time left'}", flush=True)
         faulthandler.dump_traceback()
 
     # In any thread ----------------------------------------------------------------------------------------------
 
     def leaving(self, code: Exit, lost: list[str] | None = None) -> None:
-        """This attempt is over: whatever the main thread waits for, the process ends soon."""
+        """End this process soon, whatever its main thread waits for: the attempt is over."""
         self._over.set()
         if self._channel.rank == 0:
             self._channel.send_all(leave=int(code), lost=[])
@@ -247,11 +251,11 @@ class Watchdog:
         timer.start()
 
     def all_saved(self) -> None:
-        """What is left to do can't be too late, and rank 0, which requeues the job, is not behind the others."""
+        """Stop looking for ranks that are behind: all is saved, and rank 0 still has to requeue the job."""
         self._saved = True
 
     def alone(self) -> None:
-        """For a run of one rank, which has no channel's thread, once it has been asked to stop."""
+        """Watch a run of a single rank, which has no channel, from the moment it is asked to stop."""
         if not self._alone:
             self._alone = True
             threading.Thread(target=self._tick_alone, name="outlast-watch", daemon=True).start()
@@ -261,7 +265,7 @@ class Watchdog:
             self.tick(TICK_S)
 
     def close(self) -> None:
-        """The run has finished: from here on a rank may go as it likes."""
+        """Stop watching: the run has finished, and ranks may end when they like."""
         self._over.set()
         self._agreement.end()
         self._channel.close()
@@ -270,13 +274,13 @@ class Watchdog:
             note.join(LEAVE_S)
 
     def _all_caught_up(self) -> None:
-        """The save is done, though not every rank's thread has said so yet."""
+        """Note the late ranks: the save is done, though not every rank's thread has said so yet."""
         if self._channel.rank == 0:
             for rank, peer in self._others.items():
                 self._caught_up(rank, peer)
 
     def blame(self, error: BaseException, wait_s: float = 2.0) -> Lost | None:
-        """The rank whose end made this one raise `error`, if that is what happened; waits until that can be known."""
+        """The rank whose end made this one raise `error`, or None; waits until that can be known."""
         of_a_collective = type(error).__name__.startswith("Dist") or "gloo" in str(error)
         if not of_a_collective or not self._channel.connected:
             return None

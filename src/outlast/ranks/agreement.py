@@ -1,4 +1,4 @@
-"""How ranks come to do the same thing at the same step without a collective in each step.
+"""Lets all ranks do the same thing at the same step, without a collective in each step.
 
 Training loops poll at the same points on all ranks: the end of a step, of a micro-batch, of an evaluation's batch. A
 rank counts its polls. When one is asked to stop, threads settle it while the main threads go on computing:
@@ -12,7 +12,7 @@ So a step costs a look at two variables; nothing is asked or sent. A signal in t
 end of that step as a rule: a reduction that is started at the end of one step and read at the end of the next costs
 little too, but a whole step of the notice. Ranks may be any number of polls apart (nothing keeps them together in an
 evaluation, or while they accumulate gradients), and no rank waits for another's main thread, only for threads that
-always answer. If one does not, its process is stopped or gone, which `watch.py` sees to.
+always answer. If one does not, its process is stopped or gone, and `preemption/watchdog.py` acts.
 """
 
 import threading
@@ -21,14 +21,14 @@ from collections.abc import Callable
 from .channel import ControlChannel, Message
 
 ASKED = ("save", "clock", "USR1", "USR2", "INT", "TERM")
-"""What may be asked for. Of several at once, the last in this order counts."""
+"""What may be asked for. If several are asked for at once, the last in this order counts."""
 
 
 class StepAgreement:
-    """One rank's part. A poll's answer is what to do there: "" (nothing), or one of `ASKED`.
+    """One rank's part in the agreement. A poll answers what to do there: "" (nothing), or one of `ASKED`.
 
     Args:
-        on_stop: called once on every rank, in the peers' thread (or the asker's), as soon as a stop has been asked for.
+        on_stop: called once on every rank as soon as a stop is asked for, in the channel's thread or the asker's.
     """
 
     def __init__(self, channel: ControlChannel, on_stop: Callable[[str], None]) -> None:
@@ -79,13 +79,13 @@ class StepAgreement:
             return self._due.pop(self.polls, "")
 
     def end(self) -> None:
-        """No more polls: nobody waits for an answer."""
+        """End the agreement: no rank polls any more, so none waits for an answer."""
         with self._changed:
             self._over = True
             self._changed.notify_all()
 
     def receive(self, sender: int, message: Message) -> None:
-        """A message of another rank's, in the peers' thread."""
+        """A message of another rank's, in the channel's thread."""
         with self._changed:
             if "ask" in message:
                 self._asked(message["ask"])

@@ -1,7 +1,7 @@
-"""A line from each rank to rank 0, beside the process groups. A thread keeps it, so it answers while the main thread
-computes, and also while it hangs in a collective.
+"""A connection from each rank to rank 0, beside the process groups.
 
-A rank that dies closes its line at once; one that is stopped, or whose node is unreachable, falls silent.
+A thread serves it, so a rank answers while its main thread computes, and also while that hangs in a collective. A rank
+that dies closes its connection at once; one that is stopped, or whose node is unreachable, falls silent.
 """
 
 import json
@@ -25,23 +25,23 @@ Message = dict[str, Any]
 TICK_S = 0.25
 CONNECT_S = 30.0
 STRANGER_S = 1.0
-"""How long a connection may be silent before it has said which rank it is."""
+"""Seconds that a new connection may take to say which rank it is."""
 LONGEST = 4096
-"""Bytes of a message; what is longer was not sent by a rank."""
+"""Largest message in bytes; a longer one was not sent by a rank."""
 
 _open: list[socket.socket] = []
 
 
 class ControlChannel:
-    """One rank's end: rank 0 has a line to every other rank, each of these one to rank 0.
+    """One rank's end: rank 0 is connected to every other rank, and each of these to rank 0.
 
-    Sending never blocks: what a peer that reads nothing has no room for is dropped.
+    Sending never blocks: what a rank that reads nothing has no buffer for is dropped.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.others = [] if world_size == 1 else list(range(1, world_size)) if rank == 0 else [0]
-        """The ranks that this one has a line to."""
+        """The ranks that this one is connected to."""
         self.hosts: list[str] = [""] * world_size
         self.connected = self._closed = False
         self._sockets: dict[int, socket.socket] = {}
@@ -50,10 +50,10 @@ class ControlChannel:
     def connect(
         self, collectives: Collectives, receive: Callable[[int, Message], None], tick: Callable[[float], None]
     ) -> None:
-        """Open the lines; all ranks call it together, once. The callbacks run in the thread.
+        """Connect the ranks; all call it together, once. The callbacks run in the channel's thread.
 
         Args:
-            receive: called with the sender's rank and what it has sent, or `{"gone": True}` at the end of its line.
+            receive: called with the sender's rank and what it has sent, or `{"gone": True}` when it has closed.
             tick: called about four times a second, with the seconds since the last time. A process that was itself
                 stopped in between (a job that is suspended) is told of one tick, not of the time it has slept.
 
@@ -81,22 +81,22 @@ class ControlChannel:
         self.hosts = [host for host, _ in found]
         self.connected = True
         _open.extend(self._sockets.values())
-        threading.Thread(target=self._keep, args=(receive, tick), name="outlast-peers", daemon=True).start()
+        threading.Thread(target=self._keep, args=(receive, tick), name="outlast-control-channel", daemon=True).start()
 
     def send(self, rank: int, **message: Any) -> None:
         """Send to one rank, from any thread."""
-        line = self._sockets.get(rank)
-        if line is not None:
+        connection = self._sockets.get(rank)
+        if connection is not None:
             with self._sending, suppress(OSError):
-                line.send(json.dumps(message).encode() + b"\n", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                connection.send(json.dumps(message).encode() + b"\n", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def send_all(self, **message: Any) -> None:
-        """Send to every rank that this one has a line to."""
+        """Send to every rank that this one is connected to."""
         for rank in self.others:
             self.send(rank, **message)
 
     def close(self) -> None:
-        """Close the lines, after a word that this is no accident."""
+        """Close the connections, after telling the others that this is no accident."""
         if self.connected and not self._closed:
             self.send_all(bye=True)
             self._closed = True
@@ -105,19 +105,19 @@ class ControlChannel:
         deadline = time.monotonic() + CONNECT_S
         while len(self._sockets) < self.world_size - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
-            line, _ = server.accept()
-            line.settimeout(STRANGER_S)
+            connection, _ = server.accept()
+            connection.settimeout(STRANGER_S)
             with suppress(OSError, ValueError, KeyError, TypeError):  # a stranger's
-                hello = json.loads(line.recv(LONGEST))
+                hello = json.loads(connection.recv(LONGEST))
                 if secrets.compare_digest(str(hello["token"]), token):
-                    self._sockets[int(hello["rank"])] = _ready(line)
+                    self._sockets[int(hello["rank"])] = _ready(connection)
                     continue
-            line.close()
+            connection.close()
 
     def _call(self, port: int, token: str) -> socket.socket:
-        line = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), CONNECT_S)
-        line.sendall(json.dumps({"rank": self.rank, "token": token}).encode())
-        return _ready(line)
+        connection = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), CONNECT_S)
+        connection.sendall(json.dumps({"rank": self.rank, "token": token}).encode())
+        return _ready(connection)
 
     def _keep(self, receive: Callable[[int, Message], None], tick: Callable[[float], None]) -> None:
         try:
@@ -129,8 +129,8 @@ class ControlChannel:
     def _loop(self, receive: Callable[[int, Message], None], tick: Callable[[float], None]) -> None:
         selector = selectors.DefaultSelector()
         unread: dict[int, bytes] = {}
-        for rank, line in self._sockets.items():
-            selector.register(line, selectors.EVENT_READ, rank)
+        for rank, connection in self._sockets.items():
+            selector.register(connection, selectors.EVENT_READ, rank)
             unread[rank] = b""
         last = time.monotonic()
         while not self._closed:
@@ -151,7 +151,7 @@ class ControlChannel:
 
 
 def _listen(backlog: int) -> socket.socket:
-    """A port of rank 0's. Where all ranks are on this machine, by the address they were given, nobody else sees it.
+    """Listen on a port of rank 0; only on loopback where the ranks' address says that all are on this machine.
 
     Not on what a host's name resolves to: on its own machine that may be a loopback address, elsewhere another.
     """
@@ -160,16 +160,16 @@ def _listen(backlog: int) -> socket.socket:
     return socket.create_server((here, 0), backlog=backlog)
 
 
-def _ready(line: socket.socket) -> socket.socket:
-    line.settimeout(None)
-    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return line
+def _ready(connection: socket.socket) -> socket.socket:
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
 def _after_fork_in_child() -> None:
-    # A DataLoader's worker outlives its killed parent for seconds; it must not keep the parent's line open.
-    for line in _open:
-        line.close()
+    # A DataLoader's worker outlives its killed parent for seconds; it must not keep the parent's connection open.
+    for connection in _open:
+        connection.close()
     _open.clear()
 
 

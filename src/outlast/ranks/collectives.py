@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CLOSE_S = 2.0
-"""How long leaving the process groups may take; without a peer that is gone it takes milliseconds. A process that stays
-longer than `preemption.requeue_delay_s` (5 s) after the requeue brings Slurm's hold of two minutes back."""
+"""Seconds that leaving the process groups may take; it takes milliseconds unless another rank is gone. A process that
+stays longer than `preemption.requeue_delay_s` (5 s) after the requeue brings Slurm's hold of two minutes back."""
 
 
 def rank() -> int:
@@ -25,7 +25,7 @@ def world_size() -> int:
 
 
 class Collectives:
-    """What all ranks decide together. With one rank every answer is its own, and torch is not imported.
+    """What all ranks tell each other. With one rank every answer is its own, and torch is not imported.
 
     The group is made at the first use, which every rank must reach at the same point, after `torch.distributed` has
     been initialized (by accelerate, or by the Trainer's arguments).

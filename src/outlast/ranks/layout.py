@@ -1,4 +1,4 @@
-"""Another number of ranks: what the gradient accumulation becomes, and which rows each rank reads.
+"""Which rows each rank reads, and what the gradient accumulation becomes, on another number of ranks.
 
 A run keeps the global batch that it began with: the rows of each optimizer step, their order over the epochs, the
 number of steps in an epoch, and so the schedule, belong to the number of ranks of its first attempt (its *first
