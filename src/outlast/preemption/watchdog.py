@@ -3,7 +3,7 @@
 Rank 0 watches all ranks, and they watch it. A rank is *gone* when its connection has closed (`ranks/channel.py`), and
 *silent* when its thread says nothing: its process is stopped, or its node is out of reach. Once a stop has been asked
 for, a living rank can hold up the others too. Shortly before the kill (a quarter of the notice, at most `MARGIN_S`) a
-rank that is not where the others are is *behind*. The save in progress is then given up, and the last checkpoint stands.
+rank that is not where the others are is *behind*. The save in progress is then given up, and the last one stands.
 
 Rank 0 acts. If rank 0 is the lost one, a rank of each node tries, and the ledger's lock lets one of them
 (`Ledger.append_first`). All this happens in threads, because the main thread usually waits for the lost rank.
