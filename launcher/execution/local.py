@@ -29,7 +29,8 @@ from outlast.rundir.progress import Progress, read
 from outlast.slurm.environment import environment_without_job
 
 from ..display.progress import ProgressBar
-from ..planning.plan import Plan, freeze, make_directory
+from ..planning.plan import Plan
+from .freeze import freeze, make_run_directory
 
 POLL_S = 0.1
 STRAGGLER_S = 10.0
@@ -62,7 +63,7 @@ class Launcher:
         Raises:
             RunBusyError: the run directory is in use.
         """
-        make_directory(self.run)
+        make_run_directory(self.run)
         lock = RunLock(self.run)
         lock.acquire("outlast train")
         try:

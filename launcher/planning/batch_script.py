@@ -8,15 +8,13 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from outlast.config.configuration import Config
 from outlast.config.sections import SlurmCluster
 from outlast.errors import ConfigError, SlurmError
-
-from ..devcluster import cluster as devcluster
-from ..execution import snapshot
-from .plan import shell_file
+from outlast.files import read_json
 
 OWNED = (
     "requeue", "no-requeue", "open-mode", "signal", "output", "error", "nodes", "ntasks-per-node", "cpus-per-task",
@@ -52,19 +50,9 @@ class Target:
         return self.directory / "logs" / ("%A_%a.log" if self.sweep else "%j.log")
 
 
-def use_cluster(config: Config) -> None:
-    """Point Slurm's commands at the cluster that `config` names.
-
-    Raises:
-        SlurmError: it is the devcluster, which is not up.
-    """
-    if config.cluster.kind == "devcluster":
-        directory = devcluster.default_directory()
-        variables = devcluster.env(directory)
-        if not os.path.exists(variables["SLURM_CONF"]):  # the commands would try for a minute
-            where = "`outlast devcluster up` starts one; OUTLAST_DEVCLUSTER=DIR says where one is"
-            raise SlurmError(f"no devcluster is up in {directory}: {where}")
-        os.environ.update(variables)
+def target_of(config: Config) -> Target:
+    """What the batch script of a single run runs."""
+    return Target(name=config.run.name or "", directory=config.directory, code=config.directory / "code")
 
 
 def batch_script(config: Config, target: Target) -> str:
@@ -81,7 +69,7 @@ def batch_script(config: Config, target: Target) -> str:
     hold = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *_flags("srun", cluster.srun)]
     command = ["-P", "-u", "-m", "outlast.rank", *target.arguments]
     settle = ["-P", "-m", "outlast.epilogue", *target.arguments, "--exit-code"]
-    path = shlex.quote(snapshot.pythonpath(target.code))
+    path = shlex.quote(pythonpath(target.code))
     lines = [
         *cluster.setup,
         f"export OMP_NUM_THREADS={config.parallel.cpus_per_rank}",
@@ -97,6 +85,23 @@ def batch_script(config: Config, target: Target) -> str:
     ]
     header = _header(config, target)
     return f"{header}\n\n" + "\n".join(lines) + "\n"
+
+
+def pythonpath(target: Path) -> str:
+    """What `PYTHONPATH` must begin with for the snapshot in `target` to be what is imported."""
+    project = target / "project"
+    recorded = read_json(target / "code.json") or {}
+    places = [target]
+    if recorded.get("project") is not None:
+        places += [
+            place for place in (project / recorded["project"]["prefix"], project, project / "src") if place.is_dir()
+        ]
+    return ":".join(dict.fromkeys(os.path.normpath(place.absolute()) for place in places))
+
+
+def shell_file(name: str) -> Path:
+    """A file of the `slurm` room, where it is installed."""
+    return Path(str(resources.files("outlast.shell"))) / name
 
 
 def _prologue(code: Path) -> Path:
