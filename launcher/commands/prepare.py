@@ -1,7 +1,6 @@
 """`outlast prepare`: what a user's own batch script is told."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from outlast.errors import Exit
 
 from ..execution.freeze import freeze
 from ..execution.sweep import prepare_cell
-from ..planning.batch_script import shell_file
+from ..planning.batch_script import shell_file, shell_python
 from ..planning.compose import compose
 from ..planning.plan import plan_run
 from ..planning.sweep import plan_sweep
@@ -27,5 +26,5 @@ def main(overrides: Sequence[str], config_dir: Path | None, *, sweep: bool, cell
 
 def prologue() -> int:
     """Print the first lines of a batch script, for its shell to evaluate."""
-    print(f". {shlex.quote(str(shell_file('prologue.sh')))}; python={shlex.quote(sys.executable)}")
+    print(f". {shlex.quote(str(shell_file('prologue.sh')))}; {shell_python()}")
     return Exit.DONE

@@ -6,7 +6,6 @@ has to know in its run directory.
 
 import os
 import shlex
-import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from outlast.config.configuration import Config
 from outlast.config.sections import SlurmCluster
 from outlast.errors import ConfigError, SlurmError
 from outlast.files import read_json
+from outlast.processes import python_module_command
 
 OWNED = (
     "requeue", "no-requeue", "open-mode", "signal", "output", "error", "nodes", "ntasks-per-node", "cpus-per-task",
@@ -67,8 +67,8 @@ def batch_script(config: Config, target: Target) -> str:
     if "\\" in str(target.directory) or "\n" in str(target.directory):
         raise ConfigError("run.root", str(target.directory), "Slurm takes no backslash and no newline in a log's path")
     hold = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *_flags("srun", cluster.srun)]
-    command = ["-P", "-u", "-m", "outlast.rank", *target.arguments]
-    settle = ["-P", "-m", "outlast.epilogue", *target.arguments, "--exit-code"]
+    rank = shlex.join(["outlast.rank", *target.arguments])
+    epilogue = shlex.join(["outlast.epilogue", *target.arguments, "--exit-code"])
     path = shlex.quote(pythonpath(target.code))
     lines = [
         *cluster.setup,
@@ -76,12 +76,12 @@ def batch_script(config: Config, target: Target) -> str:
         f". {shlex.quote(str(_prologue(target.code)))}",
         "# The code that was frozen at submission comes before what is installed.",
         f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        f"python={shlex.quote(sys.executable)}",
+        shell_python(),
         "",
         "code=0",
-        f'{shlex.join(hold)} "${{OUTLAST_HOLD[@]}}" "$python" {shlex.join(command)} || code=$?',
+        f'{shlex.join(hold)} "${{OUTLAST_HOLD[@]}}" "${{python[@]}}" {rank} || code=$?',
         "# What the ranks can't see to when they are gone; its exit code is the job's.",
-        f'"$python" {shlex.join(settle)} "$code"',
+        f'"${{python[@]}}" {epilogue} "$code"',
     ]
     header = _header(config, target)
     return f"{header}\n\n" + "\n".join(lines) + "\n"
@@ -102,6 +102,11 @@ def pythonpath(target: Path) -> str:
 def shell_file(name: str) -> Path:
     """A file of the `slurm` room, where it is installed."""
     return Path(str(resources.files("outlast.shell"))) / name
+
+
+def shell_python() -> str:
+    """The line of a batch script after which `"${python[@]}" MODULE` runs a module."""
+    return f"python=({shlex.join(python_module_command())})"
 
 
 def _prologue(code: Path) -> Path:

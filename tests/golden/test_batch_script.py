@@ -36,13 +36,13 @@ export OMP_NUM_THREADS=3
 . '{root}/my run/code/outlast/shell/prologue.sh'
 # The code that was frozen at submission comes before what is installed.
 export PYTHONPATH='{root}/my run/code'"${{PYTHONPATH:+:$PYTHONPATH}}"
-python={python}
+python=({python} -P -u -m)
 
 code=0
-srun --unbuffered --kill-on-bad-exit=1 --cpu-bind=cores '--label-io=a b' "${{OUTLAST_HOLD[@]}}" "$python" \
--P -u -m outlast.rank {arguments} || code=$?
+srun --unbuffered --kill-on-bad-exit=1 --cpu-bind=cores '--label-io=a b' "${{OUTLAST_HOLD[@]}}" "${{python[@]}}" \
+outlast.rank {arguments} || code=$?
 # What the ranks can't see to when they are gone; its exit code is the job's.
-"$python" -P -m outlast.epilogue {arguments} --exit-code "$code"
+"${{python[@]}}" outlast.epilogue {arguments} --exit-code "$code"
 """
 OVERRIDES = [
     "job=smoke",
