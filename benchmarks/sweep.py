@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from outlast.launcher.devcluster import cluster as devcluster
-from outlast.launcher.execution import sweep
+from outlast.launcher.execution.sweep import submit_sweep
+from outlast.launcher.planning.sweep import plan_sweep
 
 COUNTER = """#!/bin/bash
 echo 1 >> {log}
@@ -84,13 +85,13 @@ def _outlast(cells: int, at: Path, job: str) -> dict[str, float]:
     overrides = [f"job={job}", "cluster=devcluster", "cluster.sbatch.hold=true", f"run.root={at}", "run.name=s"]
     overrides += [f"seed=range(0,{-(-cells // 2)})", "trainer.learning_rate=0.01,0.02"]
     before = time.perf_counter()
-    plan = sweep.make(overrides)
+    plan = plan_sweep(overrides)
     planned = time.perf_counter()
-    done = sweep.submit(plan)
+    done = submit_sweep(plan)
     submitted = time.perf_counter()
-    again = sweep.submit(sweep.make(overrides))
+    again = submit_sweep(plan_sweep(overrides))
     seconds = {"plan_s": planned - before, "submit_s": submitted - planned, "again_s": time.perf_counter() - submitted}
-    assert len(done.submitted) == again.count("queued") >= cells
+    assert len(done.submitted) == list(again.before.values()).count("queued") >= cells
     return seconds
 
 

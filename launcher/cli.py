@@ -1,10 +1,7 @@
 """The `outlast` command. Each subcommand imports what it needs, so that those which plan no job start fast."""
 
 import argparse
-import json
-import shlex
 import sys
-from dataclasses import asdict
 
 from outlast.errors import Exit, OutlastError
 
@@ -52,51 +49,34 @@ def _run(arguments: argparse.Namespace) -> int:
             from .commands import checkpoints
 
             return checkpoints.main(arguments.run, arguments.root, verify=arguments.verify, as_json=arguments.json)
+        case "plan":
+            from .commands import plan
+
+            sweep, as_json = arguments.multirun, arguments.json
+            return plan.main(arguments.overrides, arguments.config_dir, sweep=sweep, as_json=as_json)
+        case "prepare":
+            from .commands import prepare
+
+            if arguments.prologue:
+                return prepare.prologue()
+            sweep, cell = arguments.multirun, arguments.cell
+            return prepare.main(arguments.overrides, arguments.config_dir, sweep=sweep, cell=cell)
         case "devcluster":
             return _devcluster(arguments)
-        case "prepare":
-            return _prepare(arguments)
     from .commands import train
 
-    chosen = {"as_json": arguments.json}
-    if arguments.command == "plan":
-        return train.plan(arguments.overrides, arguments.config_dir, sweep=arguments.multirun, **chosen)
     command = train.train_sweep if arguments.multirun else train.train
-    return command(arguments.overrides, arguments.config_dir, waiting=arguments.wait, **chosen)
-
-
-def _prepare(arguments: argparse.Namespace) -> int:
-    from .planning import plan as planning
-    from .planning.compose import compose
-
-    if arguments.prologue:
-        print(f". {shlex.quote(str(planning.shell_file('prologue.sh')))}; python={shlex.quote(sys.executable)}")
-    elif arguments.multirun:
-        from .execution import sweep
-
-        cells = sweep.make(arguments.overrides, config_dir=arguments.config_dir)
-        print(sweep.prepare(cells, arguments.cell).path)
-    else:
-        plan = planning.make(compose(arguments.overrides, config_dir=arguments.config_dir))
-        print(planning.freeze(plan).path)
-    return Exit.DONE
+    return command(arguments.overrides, arguments.config_dir, waiting=arguments.wait, as_json=arguments.json)
 
 
 def _devcluster(arguments: argparse.Namespace) -> int:
-    from .devcluster import cluster as devcluster
+    from .commands import devcluster
 
-    directory = arguments.dir or devcluster.default_directory()
     match arguments.verb:
         case "up":
-            devcluster.up(
-                directory, grace_s=arguments.grace, user_signal=arguments.user_signal, accounting=arguments.accounting
-            )
+            options = {"grace_s": arguments.grace, "user_signal": arguments.user_signal}
+            return devcluster.up(arguments.dir, **options, accounting=arguments.accounting)
         case "down":
-            devcluster.down(directory)
-        case "status" if arguments.env:
-            names = {**devcluster.env(directory), "OUTLAST_DEVCLUSTER": str(directory)}
-            print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in names.items()))
+            return devcluster.down(arguments.dir)
         case _:
-            shown = devcluster.status(directory)
-            print(json.dumps(asdict(shown), default=str, indent=1) if arguments.json else devcluster.describe(shown))
-    return Exit.DONE
+            return devcluster.status(arguments.dir, env=arguments.env, as_json=arguments.json)

@@ -5,7 +5,6 @@ comes back from the dead (Slurm requeues one that is completing), so the queue i
 this machine is told by a signal to whoever holds its lock.
 """
 
-import json
 import signal
 import socket
 import sys
@@ -20,13 +19,15 @@ from typing import Any
 import psutil
 
 from outlast.errors import ConfigError, Exit, SlurmError
+from outlast.files import read_json
 from outlast.rundir.directory import RunDirectory
 
-from ..runs import queue as slurm_queue
+from ..runs import queue
+from ..runs.find import runs_named, runs_under
 from ..runs.queue import ACTIVE, WAITING, JobKey
-from ..runs.runs import is_locked, runs_named, runs_under
+from ..runs.standing import RunStatus, collect, owner_of
+from ..runs.state import is_locked
 from ..runs.submissions import mark_cancelled, unmark_cancelled
-from .status import RunStatus, collect, owner_of
 
 LIMIT_S = 10.0
 """How long Slurm may take to answer, and how long saves are waited for."""
@@ -56,7 +57,7 @@ def main(names: Sequence[str], root: Path, *, everything: bool, sure: bool) -> i
             "RUN", " ".join(names), "valid: names of runs and sweeps, or --all for every run under --root"
         )
     runs = runs_under(root) if everything else runs_named(names, root)
-    rows = collect(runs, ask=partial(slurm_queue.ask, limit_s=LIMIT_S))
+    rows = collect(runs, ask=partial(queue.ask, limit_s=LIMIT_S))
     if everything:
         rows = [row for row in rows if row.state not in OVER or _in_queue(row)]
         if rows and not sure:
@@ -101,28 +102,24 @@ def cancel(rows: Sequence[RunStatus]) -> list[Done]:
         elif row.state == "running":
             local.append(row)
         else:
-            mark_cancelled(_run(row), row.job_id)
+            mark_cancelled(row.directory, row.job_id)
             done.append(Done(row.name, "was neither running nor in the queue; it is cancelled now"))
     for conf, members in queued.items():
         done += _scancel(conf, members)
     return [*done, *_signal(local)]
 
 
-def _run(row: RunStatus) -> RunDirectory:
-    return RunDirectory(Path(row.path))
-
-
 def _scancel(conf: str | None, rows: list[RunStatus]) -> list[Done]:
     """Cancel jobs of one cluster, and see that they stay so."""
     jobs = {JobKey(conf, row.job_id): row for row in rows if row.job_id is not None}
     for row in rows:
-        mark_cancelled(_run(row), row.job_id)
+        mark_cancelled(row.directory, row.job_id)
     try:
-        slurm_queue.cancel(conf, [key.job_id for key in jobs])
+        queue.cancel(conf, [key.job_id for key in jobs])
         left = stay_cancelled(conf, list(jobs), {owner_of(row.path) for row in rows})
     except SlurmError as error:
         for row in rows:
-            unmark_cancelled(_run(row))
+            unmark_cancelled(row.directory)
         return [Done(row.name, f"is not cancelled: {error}", _job(row), ok=False) for row in rows]
     done = []
     for key, row in jobs.items():
@@ -145,7 +142,7 @@ def stay_cancelled(conf: str | None, keys: list[JobKey], users: set[int]) -> dic
     """Watch the jobs leave; cancel those again that come back. Returns those that have not left in time."""
     deadline = time.monotonic() + LIMIT_S
     while True:
-        answer = slurm_queue.ask([], users, [conf], limit_s=LIMIT_S)
+        answer = queue.ask([], users, [conf], limit_s=LIMIT_S)
         if conf in answer.silent:
             raise SlurmError(f"{answer.silent[conf]}, after scancel")
         left = {key: answer.jobs[key].state for key in keys if key in answer.jobs and answer.jobs[key].active}
@@ -153,7 +150,7 @@ def stay_cancelled(conf: str | None, keys: list[JobKey], users: set[int]) -> dic
             return left
         back = [key.job_id for key, state in left.items() if state in WAITING]
         if back:
-            slurm_queue.cancel(conf, back)
+            queue.cancel(conf, back)
         time.sleep(POLL_S)
 
 
@@ -161,34 +158,34 @@ def _signal(rows: list[RunStatus]) -> list[Done]:
     """Runs without a job: tell those that run on this machine, and wait until they have saved."""
     done, told = [], []
     for row in rows:
-        holder, refusal = _holder(_run(row))
+        holder, refusal = _holder(row.directory)
         if holder is None:
             done.append(Done(row.name, f"is not cancelled: {refusal}", ok=False))
             continue
-        mark_cancelled(_run(row), None)
+        mark_cancelled(row.directory, None)
         try:
             # A sweep's launcher holds the locks of all cells that it runs: there, a cell's own ranks are told.
             for process in _ranks(holder, row.path) if row.sweep else [holder]:
                 process.send_signal(signal.SIGTERM)
             told.append((row, holder.pid))
         except psutil.Error as error:
-            unmark_cancelled(_run(row))
+            unmark_cancelled(row.directory)
             done.append(Done(row.name, f"is not cancelled: {error}", ok=False))
     deadline = time.monotonic() + LIMIT_S
     for row, pid in told:
-        while is_locked(_run(row)) and time.monotonic() < deadline:
+        while is_locked(row.directory) and time.monotonic() < deadline:
             time.sleep(0.1)
-        saves = is_locked(_run(row))
+        saves = is_locked(row.directory)
         done.append(Done(row.name, "was told to stop; it saves and leaves" if saves else "has stopped", f"pid {pid}"))
     return done
 
 
 def _holder(run: RunDirectory) -> tuple[psutil.Process | None, str]:
     """The process that holds the run's lock, or why there is none to tell."""
+    record: Any = read_json(run.lock)
     try:
-        record: dict[str, Any] = json.loads(run.lock.read_text())
         pid, host, since = int(record["pid"]), str(record["host"]), float(record["time"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None, "its lock does not say who runs it"
     if host != socket.gethostname():
         return None, f"process {pid} on {host} runs it: say it there"

@@ -27,7 +27,8 @@ from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 
 from ..display.progress import duration, size
-from ..runs.runs import evaluations, run_named, settings_of
+from ..runs.find import run_named
+from ..runs.settings import evaluations, settings_of
 
 State = Literal["sealed", "light", "final", "unsealed", "unreadable", "quarantined"]
 SEALED = ("sealed", "light", "final")

@@ -12,7 +12,8 @@ from outlast.rundir.attempts import Attempt
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 
-from ..runs.runs import name_of, run_named, started_attempts, state_of
+from ..runs.find import name_of, run_named
+from ..runs.state import started_attempts, state_of
 from ..runs.submissions import submission_of
 
 POLL_S = 0.25

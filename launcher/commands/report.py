@@ -9,17 +9,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from outlast.checkpoint import interval as cadence
+from outlast.checkpoint import interval
 from outlast.errors import ConfigError, Exit
 from outlast.files import bytes_used
-from outlast.rundir import progress as progress_file
+from outlast.rundir import progress
 from outlast.rundir.attempts import finished
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event, Ledger
 
 from ..display.progress import duration, size
 from ..runs.attempts import attempt_rows
-from ..runs.runs import best_metric, budget_of, run_named, settings_of, started_attempts, state_of
+from ..runs.find import run_named
+from ..runs.settings import best_metric, budget_of, settings_of
+from ..runs.state import started_attempts, state_of
 
 Summary = dict[str, Any]
 
@@ -112,18 +114,18 @@ def _interval(events: list[Event]) -> Summary | None:
     if last is None:
         return None
     values = {name: last[name] for name in ("seconds", "cost_s", "mtbf_s")}
-    return {**values, "explanation": cadence.explain(**values)}
+    return {**values, "explanation": interval.explain(**values)}
 
 
 def _peak(run: RunDirectory, saved: list[Event]) -> int:
     """The most that was in use, as far as anybody looked."""
-    now = progress_file.read(run)
+    now = progress.read(run)
     seen = [int(event.get("run_bytes", 0)) for event in saved]
     return max(bytes_used(run.path), now.bytes_peak if now else 0, *seen)
 
 
 def _total_steps(run: RunDirectory, trainer: Summary) -> int | None:
-    now = progress_file.read(run)
+    now = progress.read(run)
     return (now.total_steps if now else None) or max(int(trainer.get("max_steps") or 0), 0) or None
 
 

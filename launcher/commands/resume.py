@@ -1,37 +1,31 @@
-"""`outlast resume`: what is unfinished goes on, also what failed, was cancelled or gave up.
-
-It starts from the run's own `config.yaml`, so nothing but the overrides given here can differ. What decides the weights
-can't be changed: that would be another run.
-"""
+"""`outlast resume`: what is unfinished goes on, also what failed, was cancelled or gave up."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from outlast.config.configuration import IDENTITY, Config, build, load
 from outlast.config.sections import LocalCluster, SlurmCluster
 from outlast.errors import ConfigError, Exit, SlurmError
-from outlast.rundir.directory import RunDirectory
 from outlast.rundir.sweep import read_manifest
 
-from ..execution import local, submit, sweep
-from ..planning import plan as planning
-from ..planning.compose import parsed
+from ..execution import local
+from ..execution.submit import submit
+from ..execution.sweep import submit_sweep
 from ..planning.expand import Combination
-from ..planning.plan import Plan
-from ..runs import queue as slurm_queue
-from ..runs.runs import is_named, runs_named
+from ..planning.plan import Plan, plan_run
+from ..planning.resume import changed
+from ..planning.sweep import PlannedCell, SweepPlan
+from ..runs import queue
+from ..runs.find import is_named, runs_named
+from ..runs.standing import RunStatus, collect
 from ..runs.submissions import sweep_at
-from .status import RunStatus, collect
 
-LAYOUT = ("parallel.nodes", "parallel.ranks_per_node", "parallel.launch")
-"""How many ranks there are, and how they are spread over nodes: a run adapts to it."""
 LISTED = 12
 """Runs up to which each has a line; more are counted."""
+
 LIMIT_S = 10.0
 
 
@@ -45,12 +39,12 @@ def main(arguments: Sequence[str], root: Path) -> int:
         SlurmError: Slurm does not answer: whether a run is in the queue can't be known, so nothing is submitted.
     """
     names, overrides = sorted_out(arguments, root)
-    rows = collect(runs_named(names, root), ask=partial(slurm_queue.ask, limit_s=LIMIT_S))
+    rows = collect(runs_named(names, root), ask=partial(queue.ask, limit_s=LIMIT_S))
     for row in rows:
         if row.note is not None:
             raise SlurmError(f"{row.note}. Whether {row.name} is in the queue can't be known: nothing was submitted.")
-    plans = {row.name: plan_of(row, overrides) for row in rows if _settled(row) is None}
-    _print_settled(rows)
+    plans = {row.name: plan_of(row, overrides) for row in rows if _left_alone(row) is None}
+    _print_left_alone(rows)
     cells: dict[Path, list[Plan]] = defaultdict(list)
     for name, plan in plans.items():
         if not isinstance(plan.config.cluster, SlurmCluster):
@@ -58,7 +52,7 @@ def main(arguments: Sequence[str], root: Path) -> int:
         if sweep_at(plan.directory.path.parent) is not None:
             cells[plan.directory.path.parent].append(plan)
         else:
-            job = submit.submit(plan)
+            job = submit(plan)
             print(f"{name}: " + (f"job {job.job_id} is in the queue already" if job.again else f"job {job.job_id}"))
     for directory, members in cells.items():
         _submit_cells(directory, members)
@@ -83,11 +77,11 @@ def plan_of(row: RunStatus, overrides: Sequence[str]) -> Plan:
     Raises:
         ConfigError: it is refused, with the reason.
     """
-    config = changed(_run(row), overrides)
+    config = changed(row.directory, overrides)
     if isinstance(config.cluster, LocalCluster) and row.job_id is not None:
         reason = "it was submitted with `sbatch`, whose script has its resources; valid: the same `sbatch` again"
         raise ConfigError("RUN", row.name, reason)
-    return planning.make(config, with_script=row.sweep is None)
+    return plan_run(config, with_script=row.sweep is None)
 
 
 def _train_here(plans: list[Plan]) -> int:
@@ -101,11 +95,7 @@ def _train_here(plans: list[Plan]) -> int:
     return worst
 
 
-def _run(row: RunStatus) -> RunDirectory:
-    return RunDirectory(Path(row.path))
-
-
-def _settled(row: RunStatus) -> str | None:
+def _left_alone(row: RunStatus) -> str | None:
     """Why a run is left alone; None if it is to go on."""
     match row.state:
         case "finished":
@@ -113,13 +103,13 @@ def _settled(row: RunStatus) -> str | None:
         case "running" | "queued" | "preempted":
             job = "" if row.job_id is None else f" (job {row.job_id})"
             return f"{'waits for its requeue' if row.state == 'preempted' else f'is {row.state} already'}{job}"
-    if row.slurm_state in slurm_queue.ACTIVE:
+    if row.slurm_state in queue.ACTIVE:
         return f"is on its way out (job {row.job_id}); try again when it has left"
     return None
 
 
-def _print_settled(rows: list[RunStatus]) -> None:
-    alone = [(row.name, reason) for row in rows if (reason := _settled(row)) is not None]
+def _print_left_alone(rows: list[RunStatus]) -> None:
+    alone = [(row.name, reason) for row in rows if (reason := _left_alone(row)) is not None]
     if len(alone) <= LISTED:
         for name, reason in alone:
             print(f"{name} {reason}")
@@ -128,56 +118,17 @@ def _print_settled(rows: list[RunStatus]) -> None:
             print(f"{count} of {len(rows)}: {reason}")
 
 
-def changed(run: RunDirectory, overrides: Sequence[str]) -> Config:
-    """The configuration of a run, at the place where it is now, with other resources.
-
-    Raises:
-        ConfigError: an override of something that decides the weights, or that is no value of a section.
-    """
-    before = load(run.config)
-    tree = before.as_dict()
-    tree["run"] |= {"name": run.path.name, "root": str(run.path.parent)}
-    for text in overrides:
-        _set(tree, text)
-    return build(tree)
-
-
-def _set(tree: dict[str, Any], text: str) -> None:
-    """Apply one override to plain values."""
-    override = parsed(text)
-    key = str(override.key_or_group)
-    section, _, rest = key.partition(".")
-    value = None if override.is_delete() else override.value()
-    if override.is_delete() or override.is_sweep_override():
-        raise ConfigError(key, text, "valid: one value, key=value")
-    if section in IDENTITY and key not in LAYOUT:
-        raise ConfigError(
-            key, value, "it decides the weights, so it would be another run: `outlast train … run.name=…`"
-        )
-    if section == "run":
-        raise ConfigError(key, value, "a run is its directory; move that, or start another with `outlast train`")
-    if not rest:
-        raise ConfigError(key, value, f"a resumed run changes values, not groups; valid: {section}.<key>=…")
-    *path, last = rest.split(".")
-    place = tree.setdefault(section, {})
-    for part in path:
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
-            raise ConfigError(key, value, f"{part} has no keys of its own")
-    place[last] = value
-
-
 def _submit_cells(directory: Path, plans: list[Plan]) -> None:
     """Submit cells of one sweep, in one array."""
     manifest = read_manifest(directory)
     by_directory = {plan.directory.path.name: plan for plan in plans}
     planned = [
-        sweep.PlannedCell(Combination(cell.name, tuple(cell.overrides)), by_directory[cell.directory])
+        PlannedCell(Combination(cell.name, tuple(cell.overrides)), by_directory[cell.directory])
         for cell in manifest.cells
         if cell.directory in by_directory
     ]
-    again = sweep.SweepPlan(directory.name, directory.parent, manifest.overrides, planned)
-    outcome = sweep.submit(again, reopen=True)
+    again = SweepPlan(directory.name, directory.parent, manifest.overrides, planned)
+    outcome = submit_sweep(again, reopen=True)
     for job in outcome.jobs:
         print(f"{directory.name}: {len(job.indices or ())} cells in array job {job.job_id}")
     if left := len(planned) - len(outcome.submitted):

@@ -1,4 +1,4 @@
-"""`outlast train` and `outlast plan`: one run, or the cells of a sweep; here, or submitted."""
+"""`outlast train`: one run, or the cells of a sweep; here, or submitted."""
 
 import json
 import shlex
@@ -13,13 +13,12 @@ from outlast.errors import Exit
 from outlast.rundir.attempts import finished
 from outlast.rundir.ledger import Ledger
 
-from ..execution import sweep as sweeping
-from ..execution.sweep import Outcome, SweepPlan
-from ..execution.wait import Result, exit_code, metric_text, result, wait
-from ..planning import plan as planning
+from ..execution.sweep import ENDED, Outcome, submit_sweep
+from ..execution.wait import wait
 from ..planning.compose import compose
-from ..planning.plan import Plan
-from ..planning.storage import describe
+from ..planning.plan import Plan, check_run_directory, plan_run
+from ..planning.sweep import SweepPlan, plan_sweep, shown
+from ..runs.results import Result, exit_code, metric_text, result
 
 WARNINGS = 5
 """Lines at most: each cell of a sweep may have one of its own."""
@@ -27,8 +26,8 @@ WARNINGS = 5
 
 def train(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, as_json: bool) -> int:
     """`outlast train`: the exit code of the command."""
-    plan = planning.make(compose(overrides, config_dir=config_dir))
-    planning.check_directory(plan)
+    plan = plan_run(compose(overrides, config_dir=config_dir))
+    check_run_directory(plan)
     run, console = plan.directory, _console(as_json)
     _warn(plan.hazards, console)
     if done := finished(Ledger(run.ledger).read()):
@@ -69,10 +68,10 @@ def _submit(plan: Plan, console: Console) -> None:
 
 def train_sweep(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, as_json: bool) -> int:
     """`outlast train -m`: the exit code of the command."""
-    sweep, console = sweeping.make(overrides, config_dir=config_dir), _console(as_json)
+    sweep, console = plan_sweep(overrides, config_dir=config_dir), _console(as_json)
     _warn(sweep.hazards, console)
     if sweep.kind != "local":
-        _describe(sweep, sweeping.submit(sweep), console)
+        _describe(sweep, submit_sweep(sweep), console)
         if not (waiting or as_json):
             return Exit.DONE
     return _ended(lambda: _to_the_end(sweep, console), console, as_json=as_json)
@@ -94,9 +93,9 @@ def run_sweep(overrides: Sequence[str], *, config_dir: Path | None = None) -> li
         ConfigError, CellsRefusedError: refused; nothing was started.
         SlurmError: Slurm does not answer, or refuses the array.
     """
-    sweep, console = sweeping.make(overrides, config_dir=config_dir), _console(True)
+    sweep, console = plan_sweep(overrides, config_dir=config_dir), _console(True)
     if sweep.kind != "local":
-        _describe(sweep, sweeping.submit(sweep), console)
+        _describe(sweep, submit_sweep(sweep), console)
     return _to_the_end(sweep, console)
 
 
@@ -115,13 +114,13 @@ def _describe(sweep: SweepPlan, outcome: Outcome, console: Console) -> None:
         console.print(f"submitted job array {job.job_id}, {len(job.indices or ())} cells")
     if not outcome.jobs:
         console.print("nothing to submit")
-    for standing, text in (("queued", "in the queue already"), ("finished", "finished already")):
-        if count := sum(one == standing for one in outcome.standing.values()):
+    for state, text in (("queued", "in the queue already"), ("finished", "finished already")):
+        if count := sum(one == state for one in outcome.before.values()):
             console.print(f"  {count} {text}")
     name, root = shlex.quote(sweep.name), shlex.quote(str(sweep.root))
-    for standing in sweeping.ENDED:
-        if names := [name for name, one in outcome.standing.items() if one == standing]:
-            text = f"  {len(names)} {standing.replace('_', ' ')}: {sweeping.shown(names)}"
+    for state in ENDED:
+        if names := [name for name, one in outcome.before.items() if one == state]:
+            text = f"  {len(names)} {state.replace('_', ' ')}: {shown(names)}"
             console.print(f"{text}\n          to go on with them: outlast resume {name} --root {root}")
     console.print(f"  sweep   {sweep.directory}")
     console.print(f"  status  outlast status {name} --root {root}")
@@ -154,49 +153,3 @@ def _report(results: list[Result], console: Console, *, as_json: bool) -> int:
 def _console(to_stderr: bool) -> Console:
     """Off a terminal, a line may be as long as it is; with `--json`, standard output is for the JSON alone."""
     return Console(stderr=to_stderr, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-
-
-def plan(overrides: Sequence[str], config_dir: Path | None, *, sweep: bool, as_json: bool) -> int:
-    """`outlast plan`: what `train` would decide."""
-    if sweep:
-        cells = sweeping.make(overrides, config_dir=config_dir)
-        sweeping.check_cells(cells)
-        return _print_sweep(cells, as_json=as_json)
-    values = planning.make(compose(overrides, config_dir=config_dir)).as_dict()
-    if as_json:
-        print(json.dumps(values, indent=1))
-        return Exit.DONE
-    script, engine = values.pop("script"), values["training"].pop("deepspeed", None)
-    values["checkpoint"] = values["checkpoint"]["explanation"]
-    values["storage"] = f"\n{'':11}".join(describe(values["storage"]))
-    values["hazards"] = f"\n{'':11}".join(values["hazards"])
-    for key, value in values.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value or "none"
-        print(f"{key:10} {shown}")
-    if engine:
-        print(f"deepspeed  {json.dumps(engine)}")
-    _print_script(script)
-    return Exit.DONE
-
-
-def _print_sweep(sweep: SweepPlan, *, as_json: bool) -> int:
-    script = sweep.script()
-    if as_json:
-        cells = [
-            {"name": cell.name, "overrides": list(cell.combination.overrides), **cell.plan.as_dict()}
-            for cell in sweep.cells
-        ]
-        print(json.dumps({"sweep": str(sweep.directory), "script": script, "cells": cells}, indent=1))
-        return Exit.DONE
-    print(f"sweep      {sweep.directory}")
-    for cell in sweep.cells:
-        print(f"cell       {cell.name}")
-    for hazard in sweep.hazards:
-        print(f"hazard     {hazard}")
-    _print_script(script)
-    return Exit.DONE
-
-
-def _print_script(script: str | None) -> None:
-    if script:
-        print("script\n" + "\n".join(f"    {line}" for line in script.splitlines()))

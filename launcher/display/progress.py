@@ -12,6 +12,8 @@ from rich.text import Text
 
 from outlast.rundir.progress import Progress
 
+from ..runs.standing import seconds_left
+
 PLAIN_INTERVAL_S = 10.0
 
 
@@ -34,13 +36,6 @@ def size(used: int | None, budget: int | None = None) -> str:
     if used is None:
         return "?"
     return decimal(used) if budget is None else f"{decimal(used)} of {decimal(budget)}"
-
-
-def eta_s(progress: Progress) -> float | None:
-    """Seconds left, seen from now instead of from when the progress was written."""
-    if progress.eta_s is None or progress.phase == "done":
-        return None
-    return max(progress.eta_s - max(time.time() - progress.time, 0.0), 0.0)
 
 
 class ProgressBar:
@@ -113,7 +108,7 @@ class _LiveBar(RichProgress):
             self.update(self._task, total=progress.total_steps, completed=progress.step)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        left = None if self._progress is None else eta_s(self._progress)
+        left = None if self._progress is None else seconds_left(self._progress)
         for task in self.tasks:
             task.fields["eta"] = "" if left is None else f"{duration(left)} left"
         yield self.make_tasks_table(self.tasks)
@@ -133,7 +128,7 @@ def _details(progress: Progress | None, *, eta: bool = True) -> list[str]:
     if progress is None:
         return []
     details = []
-    left = eta_s(progress)
+    left = seconds_left(progress)
     if progress.loss is not None:
         details.append(f"loss {progress.loss:.4g}")
     if eta and left is not None:

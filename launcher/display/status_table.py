@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ..commands.status import RunStatus
-from ..runs.runs import STATES, State
+from ..runs.standing import RunStatus
+from ..runs.state import STATES, State
 from .progress import duration, size
 
 HEADERS = ("run", "state", "step", "left", "attempts", "saved", "bytes (peak) of budget", "metric")

@@ -2,9 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from outlast.config.sections import SlurmCluster
 from outlast.files import write_atomically
@@ -14,15 +12,14 @@ from outlast.slurm.actions import max_array_size
 from outlast.slurm.submit import submit_recorded
 
 from ..planning.batch_script import Target, batch_script
+from ..planning.sweep import PlannedCell, SweepPlan
+from ..runs.queue import ranges
 
-if TYPE_CHECKING:
-    from .sweep import PlannedCell, SweepPlan
-
-Array = tuple[list["PlannedCell"], list[int], int]
+Array = tuple[list[PlannedCell], list[int], int]
 """Cells, their indices, and the offset of the array's tasks."""
 
 
-def arrays_of(cells: "list[PlannedCell]", manifest: Manifest) -> list[Array]:
+def arrays_of(cells: list[PlannedCell], manifest: Manifest) -> list[Array]:
     """Cells that go into one array: they ask the same of Slurm, and their tasks are numbered below its limit.
 
     Raises:
@@ -39,9 +36,9 @@ def arrays_of(cells: "list[PlannedCell]", manifest: Manifest) -> list[Array]:
 
 
 def submit(
-    sweep: "SweepPlan",
+    sweep: SweepPlan,
     manifest: Manifest,
-    cells: "list[PlannedCell]",
+    cells: list[PlannedCell],
     indices: list[int],
     target: Target,
     lock: int,
@@ -91,14 +88,3 @@ def _link(script: Path, link: Path) -> None:
         os.link(script, link)
     except OSError:
         link.write_bytes(script.read_bytes())
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """As `sbatch --array` takes them: `0-3,7`."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

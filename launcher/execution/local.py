@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from rich.console import Console
 from outlast.config.sections import LocalCluster
 from outlast.errors import Exit
 from outlast.preemption.outcome import Outcome
-from outlast.processes import PARENT_ENV, signals_blocked
+from outlast.processes import PARENT_ENV, python_module_command, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
 from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock, cancelled_after
 from outlast.rundir.ledger import Ledger
@@ -30,7 +29,8 @@ from outlast.rundir.progress import Progress, read
 from outlast.slurm.environment import environment_without_job
 
 from ..display.progress import ProgressBar
-from ..planning.plan import Plan, freeze, make_directory
+from ..planning.plan import Plan
+from .freeze import freeze, make_run_directory
 
 POLL_S = 0.1
 STRAGGLER_S = 10.0
@@ -63,7 +63,7 @@ class Launcher:
         Raises:
             RunBusyError: the run directory is in use.
         """
-        make_directory(self.run)
+        make_run_directory(self.run)
         lock = RunLock(self.run)
         lock.acquire("outlast train")
         try:
@@ -151,7 +151,6 @@ class Launcher:
             LOCK_FD_ENV: str(lock_fd),
             PARENT_ENV: str(os.getpid()),
             "OMP_NUM_THREADS": str(self.config.parallel.cpus_per_rank),
-            "PYTHONUNBUFFERED": "1",
         }
         if world_size > 1 and not self.agent:
             if rank == 0:
@@ -166,7 +165,7 @@ class Launcher:
             }
         with open(self._log(number, rank), "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "outlast.rank", str(self.run.path)],
+                python_module_command("outlast.rank", str(self.run.path)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

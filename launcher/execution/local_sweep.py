@@ -12,11 +12,13 @@ from outlast.errors import OutlastError
 from outlast.rundir.directory import RunDirectory, RunLock, cancelled_after
 from outlast.rundir.progress import Progress
 
-from ..commands.status import RunStatus, collect
-from ..planning.plan import freeze
+from ..display.live_table import LiveTable
+from ..planning.sweep import PlannedCell, SweepPlan, check_cells, merged
+from ..runs.standing import RunStatus, collect
+from .freeze import freeze
 from .local import Launcher, passing_on_signals
-from .sweep import PlannedCell, SweepPlan, check_cells, make_directory, merged, standing
-from .wait import LiveTable, pause_s
+from .sweep import cell_state, make_sweep_directory
+from .wait import pause_s
 
 LOOK_S = 0.5
 
@@ -94,14 +96,14 @@ def run(sweep: SweepPlan, console: Console) -> list[RunStatus]:
     Raises:
         RunBusyError: the same sweep is run by another command.
     """
-    make_directory(sweep)
+    make_sweep_directory(sweep)
     lock = RunLock(RunDirectory(sweep.directory))
     lock.acquire("outlast train -m")
     try:
         check_cells(sweep)
         merged(sweep).write(sweep.directory)
         runs = [cell.plan.directory for cell in sweep.cells]
-        todo = [cell for cell in sweep.cells if standing(cell.plan.directory) in ("open", "failed", "gave_up")]
+        todo = [cell for cell in sweep.cells if cell_state(cell.plan.directory) in ("open", "failed", "gave_up")]
         for cell in todo:
             if not cell.plan.directory.config.exists():
                 freeze(cell.plan)  # so that status, cancel and resume know those that have not begun

@@ -109,22 +109,6 @@ def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
     return snapshot
 
 
-def pythonpath(target: Path) -> str:
-    """What `PYTHONPATH` must begin with for the snapshot in `target` to be what is imported.
-
-    Python must also be started with `-P`: the working directory, which `-m` puts first, is the living tree.
-    """
-    project = target / "project"
-    try:
-        recorded = json.loads((target / "code.json").read_text())["project"]
-    except (OSError, ValueError, KeyError):
-        recorded = None
-    places = [target]
-    if recorded is not None:
-        places += [place for place in (project / recorded["prefix"], project, project / "src") if place.is_dir()]
-    return ":".join(dict.fromkeys(os.path.normpath(place.absolute()) for place in places))
-
-
 def _copy_package(own: Path, target: Path) -> None:
     """outlast as it is imported: an editable install maps its rooms from elsewhere, a wheel has them inside."""
     skip = shutil.ignore_patterns("__pycache__", "*.pyc")

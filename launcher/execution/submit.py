@@ -14,12 +14,14 @@ from outlast.rundir.directory import RunDirectory
 from outlast.rundir.submission import Submission, new_token, submission_lock
 from outlast.slurm.submit import submit_recorded
 
-from ..planning.batch_script import Target, batch_script, use_cluster
-from ..planning.plan import Plan, freeze, make_directory
-from ..runs import queue as slurm_queue
+from ..devcluster import cluster as devcluster
+from ..planning.batch_script import Target, batch_script, target_of
+from ..planning.plan import Plan
+from ..runs import queue
 from ..runs.queue import JobKey, JobState
 from ..runs.submissions import submission_of
 from . import snapshot
+from .freeze import freeze, make_run_directory
 
 SCRIPT = "job.sbatch"
 """The batch script as it was submitted, in the run directory."""
@@ -35,9 +37,19 @@ class SubmittedJob:
     """Whether it was there before: the same command again submits nothing."""
 
 
-def target_of(config: Config) -> Target:
-    """What the batch script of a single run runs."""
-    return Target(name=config.run.name or "", directory=config.directory, code=config.directory / "code")
+def use_cluster(config: Config) -> None:
+    """Point Slurm's commands at the cluster that `config` names.
+
+    Raises:
+        SlurmError: it is the devcluster, which is not up.
+    """
+    if config.cluster.kind == "devcluster":
+        directory = devcluster.default_directory()
+        variables = devcluster.env(directory)
+        if not os.path.exists(variables["SLURM_CONF"]):  # the commands would try for a minute
+            where = "`outlast devcluster up` starts one; OUTLAST_DEVCLUSTER=DIR says where one is"
+            raise SlurmError(f"no devcluster is up in {directory}: {where}")
+        os.environ.update(variables)
 
 
 def submit(plan: Plan) -> SubmittedJob:
@@ -50,7 +62,7 @@ def submit(plan: Plan) -> SubmittedJob:
     use_cluster(plan.config)
     run, target = plan.directory, target_of(plan.config)
     record = run.path / "submitted.json"
-    make_directory(run)
+    make_run_directory(run)
     with submission_lock(run.path) as lock:
         job_id, state = in_queue([run]).get(run.path, ("", None))
         if state is not None and state.active:
@@ -96,7 +108,7 @@ def in_queue(runs: Sequence[RunDirectory]) -> dict[Path, tuple[str, JobState]]:
         return {}
     wanted = [JobKey(confs[path], entry.job_id) for path, entry in newest.items() if entry.job_id is not None]
     owners = {os.stat(path).st_uid for path in newest} | {os.getuid()}
-    answer = slurm_queue.ask(wanted, owners, {confs[path] for path in newest})
+    answer = queue.ask(wanted, owners, {confs[path] for path in newest})
     for reason in answer.silent.values():
         raise SlurmError(f"{reason}. Nothing was submitted: what is in the queue is not known")
     found = {}

@@ -6,17 +6,15 @@ has to know in its run directory.
 
 import os
 import shlex
-import sys
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from outlast.config.configuration import Config
 from outlast.config.sections import SlurmCluster
 from outlast.errors import ConfigError, SlurmError
-
-from ..devcluster import cluster as devcluster
-from ..execution import snapshot
-from .plan import shell_file
+from outlast.files import read_json
+from outlast.processes import python_module_command
 
 OWNED = (
     "requeue", "no-requeue", "open-mode", "signal", "output", "error", "nodes", "ntasks-per-node", "cpus-per-task",
@@ -52,19 +50,9 @@ class Target:
         return self.directory / "logs" / ("%A_%a.log" if self.sweep else "%j.log")
 
 
-def use_cluster(config: Config) -> None:
-    """Point Slurm's commands at the cluster that `config` names.
-
-    Raises:
-        SlurmError: it is the devcluster, which is not up.
-    """
-    if config.cluster.kind == "devcluster":
-        directory = devcluster.default_directory()
-        variables = devcluster.env(directory)
-        if not os.path.exists(variables["SLURM_CONF"]):  # the commands would try for a minute
-            where = "`outlast devcluster up` starts one; OUTLAST_DEVCLUSTER=DIR says where one is"
-            raise SlurmError(f"no devcluster is up in {directory}: {where}")
-        os.environ.update(variables)
+def target_of(config: Config) -> Target:
+    """What the batch script of a single run runs."""
+    return Target(name=config.run.name or "", directory=config.directory, code=config.directory / "code")
 
 
 def batch_script(config: Config, target: Target) -> str:
@@ -79,24 +67,46 @@ def batch_script(config: Config, target: Target) -> str:
     if "\\" in str(target.directory) or "\n" in str(target.directory):
         raise ConfigError("run.root", str(target.directory), "Slurm takes no backslash and no newline in a log's path")
     hold = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *_flags("srun", cluster.srun)]
-    command = ["-P", "-u", "-m", "outlast.rank", *target.arguments]
-    settle = ["-P", "-m", "outlast.epilogue", *target.arguments, "--exit-code"]
-    path = shlex.quote(snapshot.pythonpath(target.code))
+    rank = shlex.join(["outlast.rank", *target.arguments])
+    epilogue = shlex.join(["outlast.epilogue", *target.arguments, "--exit-code"])
+    path = shlex.quote(pythonpath(target.code))
     lines = [
         *cluster.setup,
         f"export OMP_NUM_THREADS={config.parallel.cpus_per_rank}",
         f". {shlex.quote(str(_prologue(target.code)))}",
         "# The code that was frozen at submission comes before what is installed.",
         f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        f"python={shlex.quote(sys.executable)}",
+        shell_python(),
         "",
         "code=0",
-        f'{shlex.join(hold)} "${{OUTLAST_HOLD[@]}}" "$python" {shlex.join(command)} || code=$?',
+        f'{shlex.join(hold)} "${{OUTLAST_HOLD[@]}}" "${{python[@]}}" {rank} || code=$?',
         "# What the ranks can't see to when they are gone; its exit code is the job's.",
-        f'"$python" {shlex.join(settle)} "$code"',
+        f'"${{python[@]}}" {epilogue} "$code"',
     ]
     header = _header(config, target)
     return f"{header}\n\n" + "\n".join(lines) + "\n"
+
+
+def pythonpath(target: Path) -> str:
+    """What `PYTHONPATH` must begin with for the snapshot in `target` to be what is imported."""
+    project = target / "project"
+    recorded = read_json(target / "code.json") or {}
+    places = [target]
+    if recorded.get("project") is not None:
+        places += [
+            place for place in (project / recorded["project"]["prefix"], project, project / "src") if place.is_dir()
+        ]
+    return ":".join(dict.fromkeys(os.path.normpath(place.absolute()) for place in places))
+
+
+def shell_file(name: str) -> Path:
+    """A file of the `slurm` room, where it is installed."""
+    return Path(str(resources.files("outlast.shell"))) / name
+
+
+def shell_python() -> str:
+    """The line of a batch script after which `"${python[@]}" MODULE` runs a module."""
+    return f"python=({shlex.join(python_module_command())})"
 
 
 def _prologue(code: Path) -> Path:

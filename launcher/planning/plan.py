@@ -1,25 +1,22 @@
 """The plan: everything that `train` would decide, as a value that can be printed before anything starts."""
 
 import importlib
-import json
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from outlast.checkpoint import interval as cadence
+from outlast.checkpoint import interval
 from outlast.checkpoint.compatibility import origin_of
-from outlast.config.configuration import Config, dump, load
+from outlast.config.configuration import Config, load
 from outlast.config.sections import LocalCluster, SlurmCluster
 from outlast.errors import ConfigError, ResumeRefusedError
-from outlast.files import write_atomically
 from outlast.ranks.layout import layout
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 
 from . import storage
+from .batch_script import batch_script, target_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Plan:
         return {"run": str(self.directory.path), **values}
 
 
-def make(config: Config, *, with_script: bool = True) -> Plan:
+def plan_run(config: Config, *, with_script: bool = True) -> Plan:
     """Check the configuration with the job that will get it, and decide.
 
     Args:
@@ -58,12 +55,8 @@ def make(config: Config, *, with_script: bool = True) -> Plan:
         ConfigError: a value that the job, or the cluster, would not accept.
         SlurmError: `cluster=slurm` on a machine without Slurm.
     """
-    try:
-        job = importlib.import_module(f"outlast.jobs.{config.job.name}")
-        check = job.check
-    except (ModuleNotFoundError, AttributeError):
-        raise ConfigError("job.name", config.job.name, _job_names()) from None
-    check(config)
+    job = importlib.import_module(f"outlast.jobs.{config.job.name}")
+    job.check(config)
     parallel, cluster, hazards, script = config.parallel, config.cluster, [], None
     grace: dict[str, Any] = {"signals": ["TERM", "USR1", "USR2"]}
     if isinstance(cluster, SlurmCluster):
@@ -75,9 +68,6 @@ def make(config: Config, *, with_script: bool = True) -> Plan:
         if lead_s * 4 > limit_s:
             hazards.append(f"each attempt stops {lead_s} s before its time limit of {limit_s} s: much of it is lost")
         if with_script:
-            from ..execution.submit import target_of
-            from .batch_script import batch_script
-
             script = batch_script(config, target_of(config))
     if isinstance(cluster, LocalCluster) and parallel.nodes > 1:
         hazards.append(f"parallel.nodes is {parallel.nodes}: all {parallel.world_size} ranks run on this one machine")
@@ -110,7 +100,7 @@ def _training(config: Config, values: dict[str, Any]) -> dict[str, Any]:
     """
     ranks, micro_batch, accumulation = config.parallel.world_size, values["micro_batch"], values["accumulation"]
     made = None
-    with suppress(OSError):  # `check_directory` says what is wrong with the place
+    with suppress(OSError):  # `check_run_directory` says what is wrong with the place
         made = origin_of(RunDirectory(config.directory))
     try:
         if made is not None:
@@ -126,9 +116,9 @@ def _checkpoint(config: Config) -> dict[str, Any]:
     try:
         events = Ledger(RunDirectory(config.directory).ledger).read()
     except OSError:
-        events = []  # `check_directory` says what is wrong with the place, before anything starts
-    pace = cadence.SaveInterval(section, events, time.time())
-    bounds = {"lower_s": cadence.LOWER_S, "largest_share": cadence.LARGEST_SHARE, "upper_s": cadence.UPPER_S}
+        events = []  # `check_run_directory` says what is wrong with the place, before anything starts
+    pace = interval.SaveInterval(section, events, time.time())
+    bounds = {"lower_s": interval.LOWER_S, "largest_share": interval.LARGEST_SHARE, "upper_s": interval.UPPER_S}
     return {
         "every": section.steps or (section.seconds and f"{section.seconds:g}s") or "auto",
         "mode": pace.mode,
@@ -139,7 +129,7 @@ def _checkpoint(config: Config) -> dict[str, Any]:
     }
 
 
-def check_directory(plan: Plan) -> None:
+def check_run_directory(plan: Plan) -> None:
     """See that the run directory is free, or holds this very run; writes nothing.
 
     A run directory belongs to one value of what decides the weights. Resources, preemption, checkpoint interval and
@@ -168,47 +158,3 @@ def check_directory(plan: Plan) -> None:
 _BEFORE_A_RUN = {"checkpoints", "logs", "plan.json", "cancelled.json"}
 """What a directory may hold before it is a run's, besides locks and temporary files: a submission was cut short, a
 cell was cancelled unbegun."""
-
-
-def freeze(plan: Plan) -> RunDirectory:
-    """Write the plan and its configuration into the run directory.
-
-    The caller holds the run's lock, or knows that no job of it is queued: an attempt under way keeps what it has.
-
-    Raises:
-        ConfigError: the directory holds another run, or can't be written.
-    """
-    check_directory(plan)
-    run = plan.directory
-    try:
-        run.create()
-        write_atomically(run.plan, json.dumps(plan.as_dict(), indent=1))
-        write_atomically(run.config, dump(plan.config))
-    except OSError as error:
-        raise _unwritable(run, error) from None
-    return run
-
-
-def make_directory(run: RunDirectory) -> None:
-    """Make the run directory, for its lock.
-
-    Raises:
-        ConfigError: it can't be made.
-    """
-    try:
-        run.create()
-    except OSError as error:
-        raise _unwritable(run, error) from None
-
-
-def _unwritable(run: RunDirectory, error: OSError) -> ConfigError:
-    return ConfigError("run.root", str(run.path.parent), f"{error.filename}: {error.strerror}")
-
-
-def shell_file(name: str) -> Path:
-    """A file of the `slurm` room, where it is installed."""
-    return Path(str(resources.files("outlast.shell"))) / name
-
-
-def _job_names() -> list[str]:
-    return sorted(Path(str(path)).stem for path in Path(str(resources.files("outlast.conf"))).glob("job/*.yaml"))

@@ -1,6 +1,6 @@
 """The `storage` part of a plan: what a run will write, what its budget has room for, what the file system will take."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +11,7 @@ from outlast.config.sections import SlurmCluster
 from outlast.errors import ConfigError
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
-from outlast.storage import file_system as disk
+from outlast.storage import file_system
 from outlast.storage.budget import Footprint, Verdict, gb, refusal, verdict
 
 CODE_BYTES = 7_000_000
@@ -110,7 +110,7 @@ def _file_system(config: Config, found: Verdict) -> tuple[list[dict[str, Any]], 
     """
     run, hazards = RunDirectory(config.directory), []
     try:
-        known = [disk.free_space(run.path), *_quotas(disk.existing(Path(config.run.root)))]
+        known = [file_system.free_space(run.path), *_quotas(file_system.existing(Path(config.run.root)))]
         used = bytes_used(run.path)
     except OSError as error:
         return [], [f"the file system does not say what is free: {error}"]
@@ -129,32 +129,6 @@ def _file_system(config: Config, found: Verdict) -> tuple[list[dict[str, Any]], 
 
 
 @lru_cache(maxsize=4)
-def _quotas(place: Path) -> tuple[disk.Limit, ...]:
+def _quotas(place: Path) -> tuple[file_system.Limit, ...]:
     """Asked once for all cells of a sweep."""
-    return tuple(disk.quotas(place))
-
-
-def describe(storage: dict[str, Any]) -> list[str]:
-    """The storage part of a plan for people, as lines."""
-    lines = [f"budget {storage['budget_gb']:g} GB"]
-    if "parts" not in storage:
-        return lines
-    kept, peak = storage["save_total_limit"], gb(storage["peak_bytes"])
-    lines[0] += f" (smallest that would do: {storage['smallest_budget_gb']:g} GB); "
-    lines[0] += f"up to {kept} whole checkpoint{'s' * (kept != 1)} kept, {peak} at most with a save in flight"
-    parts, names = storage["parts"], ("checkpoint", "final", "fixed")
-    rows: list[tuple[str, ...]] = [("", *names)]
-    for part in dict.fromkeys(part for name in names for part in parts[name]):
-        rows.append((part, *(gb(parts[name][part]) if part in parts[name] else "" for name in names)))
-    rows.append(("in all", *(gb(storage[f"{name}_bytes"]) for name in names)))
-    return lines + _table(rows) + [f"{here['kind']}: {gb(here['free_bytes'])} left" for here in storage["file_system"]]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+    return tuple(file_system.quotas(place))

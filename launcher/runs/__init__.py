@@ -1,1 +1,1 @@
-"""Runs read back: where they stand, what the queue holds, their attempts."""
+"""Runs read back: where they stand, what Slurm says of them, and what came of them."""

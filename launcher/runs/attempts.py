@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
-from outlast.rundir import progress as progress_file
+from outlast.rundir import progress
 from outlast.rundir.attempts import Attempt, last_step
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import KILLED, Event
@@ -26,7 +26,7 @@ def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> Row:
     # The next attempt writes the end of one that was killed: its last sign of life is what came before.
     seen = [event["time"] for event in lines if event is not ended or not killed]
     end = ended["time"] if ended and not killed else max(seen, default=lines[0]["time"])
-    last, now = last_step(run, attempt.number) if killed else attempt.last_step, progress_file.read(run)
+    last, now = last_step(run, attempt.number) if killed else attempt.last_step, progress.read(run)
     if killed and now is not None and now.attempt == attempt.number:
         end = max(end, now.time)
     worked = resumed or attempt.checkpoints or any(event["event"] == "evaluated" for event in lines)

@@ -158,14 +158,19 @@ def compressed(job_ids: Iterable[str]) -> list[str]:
             raise SlurmError(f"{job_id!r} is no job id")
     words = sorted(single)
     for array, numbers in sorted(tasks.items()):
-        ranges: list[list[int]] = []
-        for number in sorted(set(numbers)):
-            if ranges and number == ranges[-1][1] + 1:
-                ranges[-1][1] = number
-            else:
-                ranges.append([number, number])
-        words.append(f"{array}_[{','.join(f'{a}-{b}' if a != b else str(a) for a, b in ranges)}]")
+        words.append(f"{array}_[{ranges(numbers)}]")
     return words
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Tasks of an array as Slurm's commands take them: `0-3,7`."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
 
 
 def run(conf: str | None, *command: str, limit_s: float = QUEUE_LIMIT_S) -> str:

@@ -13,10 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from outlast.errors import OutlastError
-from outlast.files import write_atomically
+from outlast.files import read_json, write_atomically
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.submission import Submission
 from outlast.rundir.sweep import MANIFEST, read_manifest
@@ -92,17 +91,19 @@ def _sweep(path: Path, *version: int) -> Sweep | None:
 
 def submission_of(run: RunDirectory) -> Submitted | None:
     """How the run was submitted last, by itself or with its sweep; None if it was not."""
-    record = _read(run.path / SUBMITTED)
+    record = read_json(run.path / SUBMITTED)
     sweep = sweep_at(run.path.parent)
     found = [sweep.newest.get(run.path.name)] if sweep else []
-    with suppress(TypeError):  # there is none, or it is damaged
-        found += [Submitted(Submission(**{f.name: record[f.name] for f in fields(Submission) if f.name in record}))]
+    if isinstance(record, dict):
+        with suppress(TypeError):  # a field is missing: it is damaged
+            found += [Submitted(Submission(**{f.name: record[f.name] for f in fields(Submission) if f.name in record}))]
     return max((one for one in found if one), key=lambda one: one.time, default=None)
 
 
 def cancelled_at(run: RunDirectory) -> float | None:
     """When a user cancelled the run, Unix seconds; None if nobody did."""
-    return _read(run.path / CANCELLED).get("time")
+    record = read_json(run.path / CANCELLED)
+    return record.get("time") if isinstance(record, dict) else None
 
 
 def mark_cancelled(run: RunDirectory, job_id: str | None) -> None:
@@ -116,11 +117,3 @@ def mark_cancelled(run: RunDirectory, job_id: str | None) -> None:
 def unmark_cancelled(run: RunDirectory) -> None:
     """Take the mark back: the run could not be cancelled."""
     (run.path / CANCELLED).unlink(missing_ok=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}

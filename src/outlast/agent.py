@@ -20,7 +20,7 @@ import psutil
 
 from .config.configuration import Config
 from .errors import ConfigError, Exit
-from .processes import SIGNALS
+from .processes import SIGNALS, python_module_command
 from .slurm.environment import Step, current_step
 
 AGENT_ENV = "OUTLAST_AGENT"
@@ -46,10 +46,8 @@ def main(config: Config, arguments: list[str]) -> NoReturn:
     command = launch_arguments(config, step)
     ranks = config.parallel.ranks_per_node if step else config.parallel.world_size
     os.environ[AGENT_ENV] = str(os.getpid())
-    if sys.flags.safe_path:
-        os.environ["PYTHONSAFEPATH"] = "1"  # the agent has no `-P` for its ranks
     threading.Thread(target=_pass_on_signals, args=(ranks,), daemon=True).start()
-    codes = _launch([*command, "--module", "outlast.rank", *arguments])
+    codes = _launch([*command, "--no_python", *python_module_command("outlast.rank", *arguments)])
     for rank, code in sorted(codes.items()):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         print(f"[outlast] rank {rank} {how}", flush=True)

@@ -1,8 +1,10 @@
-"""Files: written as a whole and durably, and the bytes that a directory takes."""
+"""Files: written as a whole and durably, read as JSON, and the bytes that a directory takes."""
 
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
@@ -41,6 +43,14 @@ def _size(entry: os.DirEntry[str]) -> int:
         if error.errno not in _VANISHED:
             raise
         return 0
+
+
+def read_json(path: Path) -> Any | None:
+    """What a JSON file holds; None where there is none, where it can't be read, and where it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:

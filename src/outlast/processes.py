@@ -1,4 +1,4 @@
-"""Processes: signals held back, what becomes of a child when its parent ends, leaving at once."""
+"""Processes: how a Python is started, signals held back, what a parent's end means to a child, leaving at once."""
 
 import contextlib
 import ctypes
@@ -44,6 +44,18 @@ def shield_worker(worker_id: int = 0) -> None:
 def at_parents_death(number: signal.Signals) -> None:
     """Have the kernel send this process signal `number` when the thread that has started it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def python_module_command(*module: str) -> list[str]:
+    """The command that runs a module as a program, with this Python: everything of outlast's is started by it.
+
+    `-P` keeps the working directory from being imported from. `-m` would put it first, and a checkout called `outlast`
+    in it, which is where `git clone` leaves one, would be taken for the package.
+
+    Args:
+        module: the module's name and its arguments; without any, the words that come before them.
+    """
+    return [sys.executable, "-P", "-u", "-m", *module]
 
 
 def exit_at_once(code: int) -> NoReturn:

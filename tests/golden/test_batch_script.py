@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from outlast.errors import ConfigError
-from outlast.launcher.execution.submit import target_of
-from outlast.launcher.execution.sweep import make
-from outlast.launcher.planning.batch_script import batch_script
+from outlast.launcher.planning.batch_script import batch_script, target_of
 from outlast.launcher.planning.compose import compose
+from outlast.launcher.planning.sweep import plan_sweep
 
 EXPECTED = """#!/bin/bash
 
@@ -37,13 +36,13 @@ export OMP_NUM_THREADS=3
 . '{root}/my run/code/outlast/shell/prologue.sh'
 # The code that was frozen at submission comes before what is installed.
 export PYTHONPATH='{root}/my run/code'"${{PYTHONPATH:+:$PYTHONPATH}}"
-python={python}
+python=({python} -P -u -m)
 
 code=0
-srun --unbuffered --kill-on-bad-exit=1 --cpu-bind=cores '--label-io=a b' "${{OUTLAST_HOLD[@]}}" "$python" \
--P -u -m outlast.rank {arguments} || code=$?
+srun --unbuffered --kill-on-bad-exit=1 --cpu-bind=cores '--label-io=a b' "${{OUTLAST_HOLD[@]}}" "${{python[@]}}" \
+outlast.rank {arguments} || code=$?
 # What the ranks can't see to when they are gone; its exit code is the job's.
-"$python" -P -m outlast.epilogue {arguments} --exit-code "$code"
+"${{python[@]}}" outlast.epilogue {arguments} --exit-code "$code"
 """
 OVERRIDES = [
     "job=smoke",
@@ -90,7 +89,7 @@ def test_with_an_agent_each_node_has_one_task_with_the_cores_of_all_its_ranks(tm
 
 
 def test_of_a_sweep(tmp_path: Path) -> None:
-    sweep = make([*OVERRIDES, f"run.root={tmp_path}", "seed=1,2"])
+    sweep = plan_sweep([*OVERRIDES, f"run.root={tmp_path}", "seed=1,2"])
     assert sweep.script() == expected(tmp_path, "%A_%a.log", f"--sweep '{tmp_path}/my run'")
     beyond = batch_script(sweep.cells[0].plan.config, sweep.target(offset=1001))
     assert f"outlast.epilogue --sweep '{tmp_path}/my run' --offset 1001 --exit-code" in beyond

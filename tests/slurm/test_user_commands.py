@@ -15,7 +15,7 @@ import pytest
 from outlast.errors import OutlastError
 from outlast.launcher.commands import cancel as launcher_cancel
 from outlast.launcher.devcluster import cluster as launcher_devcluster
-from outlast.launcher.runs import queue as slurm_queue
+from outlast.launcher.runs import queue
 from outlast.launcher.runs.queue import JobKey
 
 from ..conftest import SMOKE, Command, RunProbe, wait_for
@@ -247,7 +247,7 @@ def test_what_comes_back_from_the_dead_is_cancelled_again(devcluster: Cluster) -
     job = devcluster.run("sbatch", *flags, "--wrap", "srun sleep 300").strip()
     devcluster.wait_for_state(job, "RUNNING", 30)
     conf = devcluster.env["SLURM_CONF"]
-    slurm_queue.cancel(conf, [job])
+    queue.cancel(conf, [job])
     devcluster.run("scontrol", "requeue", job)
     left = launcher_cancel.stay_cancelled(conf, [JobKey(conf, job)], {os.getuid()})
     assert left == {}

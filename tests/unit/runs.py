@@ -10,10 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from outlast.launcher.commands import status
-from outlast.launcher.commands.status import RunStatus, collect
 from outlast.launcher.display import status_table
 from outlast.launcher.runs.queue import Answer, JobKey, JobState
+from outlast.launcher.runs.standing import Ask, RunStatus, collect
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.submission import Submission
@@ -36,7 +35,7 @@ def end(ledger: Ledger, cause: str, step: int = 40, attempt: int = 1) -> None:
     ledger.append("attempt_ended", attempt, cause=cause, step=step)
 
 
-def row(run: RunDirectory, ask: status.Ask | None = None) -> RunStatus:
+def row(run: RunDirectory, ask: Ask | None = None) -> RunStatus:
     return collect([run], ask or nobody)[0]
 
 
@@ -44,7 +43,7 @@ def nobody(wanted: list[JobKey], users: set[int], clusters: set[str | None]) -> 
     raise AssertionError(f"Slurm was asked for {wanted}")
 
 
-def says(_reason: str | None = None, /, **states: str) -> status.Ask:
+def says(_reason: str | None = None, /, **states: str) -> Ask:
     """A Slurm that knows jobs, by `J<number>`."""
     jobs = {JobKey(None, job.removeprefix("J")): JobState(state, _reason) for job, state in states.items()}
     return lambda wanted, users, clusters: Answer(jobs)

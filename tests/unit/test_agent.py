@@ -1,5 +1,7 @@
 """What `accelerate launch` is told."""
 
+import sys
+
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
@@ -7,6 +9,7 @@ from outlast.agent import launch_arguments
 from outlast.config.configuration import Config
 from outlast.errors import ConfigError
 from outlast.launcher.planning.compose import compose
+from outlast.processes import python_module_command
 from outlast.slurm.environment import Step
 
 SECOND_OF_THREE = Step(task=1, tasks=3, local_task=0, local_tasks=1, address="10.0.0.1", port=12_345)
@@ -17,7 +20,9 @@ def config(*overrides: str) -> Config:
 
 
 def told(arguments: list[str]) -> dict[str, object]:
-    return vars(launch_command_parser().parse_args([*arguments, "--module", "outlast.rank", "RUN"]))
+    return vars(
+        launch_command_parser().parse_args([*arguments, "--no_python", *python_module_command("outlast.rank", "RUN")])
+    )
 
 
 def test_of_several_nodes() -> None:
@@ -34,8 +39,8 @@ def test_of_several_nodes() -> None:
             "multi_gpu": True,
             "use_deepspeed": False,
             "max_restarts": 0,
-            "training_script": "outlast.rank",
-            "training_script_args": ["RUN"],
+            "training_script": sys.executable,
+            "training_script_args": ["-P", "-u", "-m", "outlast.rank", "RUN"],
         }
         == arguments
     )

@@ -21,8 +21,8 @@ from outlast.checkpoint.interval import (
 )
 from outlast.config.sections import CheckpointSection
 from outlast.errors import ConfigError
-from outlast.launcher.planning import plan
 from outlast.launcher.planning.compose import compose
+from outlast.launcher.planning.plan import check_run_directory, plan_run
 from outlast.rundir.attempts import attempts
 from outlast.rundir.ledger import EVENTS, Event
 
@@ -280,7 +280,7 @@ def test_a_simulated_night_saves_as_often_as_the_rule_says() -> None:
 
 def test_the_plan_explains_it(tmp_path: Path) -> None:
     def planned(*overrides: str) -> dict[str, Any]:
-        made = plan.make(compose(["job=smoke", f"run.root={tmp_path}", "run.name=r", *overrides]))
+        made = plan_run(compose(["job=smoke", f"run.root={tmp_path}", "run.name=r", *overrides]))
         return dict(json.loads(json.dumps(made.as_dict()))["checkpoint"])
 
     assert planned("checkpoint.mtbf_hours=12", "checkpoint.milestone_every=100") == {
@@ -310,9 +310,9 @@ def test_the_command_prints_the_plan_in_words(tmp_path: Path) -> None:
 
 def test_a_run_root_that_is_a_file_is_left_to_the_check_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    made = plan.make(compose(["job=smoke", f"run.root={tmp_path / 'file'}"]))
+    made = plan_run(compose(["job=smoke", f"run.root={tmp_path / 'file'}"]))
     with pytest.raises(ConfigError, match=r"run\.root"):
-        plan.check_directory(made)
+        check_run_directory(made)
 
 
 def test_it_imports_no_torch() -> None:

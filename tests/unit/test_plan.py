@@ -9,17 +9,17 @@ from rich.console import Console
 
 from outlast.errors import ConfigError
 from outlast.launcher.commands import train
-from outlast.launcher.execution import sweep
-from outlast.launcher.planning import plan
+from outlast.launcher.execution.freeze import freeze
 from outlast.launcher.planning.compose import compose
-from outlast.launcher.planning.plan import Plan
+from outlast.launcher.planning.plan import Plan, plan_run
+from outlast.launcher.planning.sweep import plan_sweep
 from outlast.rundir.ledger import Ledger
 
 STARTED: dict[str, Any] = {"job_id": None, "restart_count": 0, "hosts": ["here"], "world_size": 2, "versions": {}}
 
 
 def planned(root: Path, *overrides: str) -> Plan:
-    return plan.make(compose(["job=smoke", f"run.root={root}", "run.name=r", *overrides]))
+    return plan_run(compose(["job=smoke", f"run.root={root}", "run.name=r", *overrides]))
 
 
 def test_the_rows_of_an_optimizer_step(tmp_path: Path) -> None:
@@ -47,13 +47,13 @@ def test_several_nodes_on_one_machine_are_pointed_out(tmp_path: Path) -> None:
 
 def test_train_warns_of_what_the_plan_points_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["job=smoke", f"run.root={tmp_path}", "run.name=r", "parallel.nodes=2"]
-    run = plan.freeze(planned(tmp_path, "parallel.nodes=2"))
+    run = freeze(planned(tmp_path, "parallel.nodes=2"))
     Ledger(run.ledger).append("finished", 1, step=9, seconds=1.0)  # so that nothing is started
     train.train(overrides, None, waiting=False, as_json=False)
     warning, finished = capsys.readouterr().out.splitlines()
     assert warning == "warning: parallel.nodes is 2: all 2 ranks run on this one machine"
     assert "has finished already" in finished
-    assert sweep.make([*overrides, "run.name=s", "seed=1,2"]).hazards == [warning.removeprefix("warning: ")]
+    assert plan_sweep([*overrides, "run.name=s", "seed=1,2"]).hazards == [warning.removeprefix("warning: ")]
 
 
 def test_many_warnings_are_a_few_lines() -> None:

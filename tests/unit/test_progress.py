@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from outlast.files import bytes_used
-from outlast.launcher.display import progress as progress_bar
+from outlast.launcher.display import progress as display_progress
 from outlast.launcher.display.progress import ProgressBar, duration, size
+from outlast.launcher.runs.standing import seconds_left
 from outlast.rundir import progress
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.progress import Progress, ProgressWriter
@@ -56,7 +57,7 @@ def test_eta() -> None:
     assert looks().eta_s is None
     assert looks(total_steps=None, seconds_per_step=0.5).eta_s is None
     late = looks(seconds_per_step=0.5, time=time.time() - 10)
-    assert progress_bar.eta_s(late) == pytest.approx(20.0, abs=1.0)
+    assert seconds_left(late) == pytest.approx(20.0, abs=1.0)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_size() -> None:
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(display_progress.time, "monotonic", lambda: clock[0])
     out = io.StringIO()
     with ProgressBar("a[run]", Console(file=out, width=40)) as bar:
         bar.update(None)

@@ -8,9 +8,10 @@ import pytest
 from outlast.config.configuration import build, dump
 from outlast.errors import ConfigError, SlurmError
 from outlast.launcher.commands import resume
-from outlast.launcher.commands.status import collect
-from outlast.launcher.planning.batch_script import use_cluster
+from outlast.launcher.execution.submit import use_cluster
+from outlast.launcher.planning.resume import changed
 from outlast.launcher.runs.queue import Answer
+from outlast.launcher.runs.standing import collect
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.submission import Submission
@@ -35,7 +36,7 @@ def test_resources_may_change(run: RunDirectory) -> None:
         "storage.budget_gb=2",
     ]
     overrides += ["parallel.nodes=1", "parallel.ranks_per_node=2", "parallel.launch=accelerate"]
-    config = resume.changed(run, [*overrides, "checkpoint.every=7"])
+    config = changed(run, [*overrides, "checkpoint.every=7"])
     assert (config.cluster.time_min, config.cluster.partition, config.cluster.setup) == (240, "long", ["export A=${B}"])
     assert config.cluster.sbatch == {"reservation": "a b"}
     assert (config.storage.budget_gb, config.checkpoint.steps) == (2.0, 7)
@@ -44,7 +45,7 @@ def test_resources_may_change(run: RunDirectory) -> None:
 
 
 def test_a_run_is_where_its_directory_is(run: RunDirectory) -> None:
-    assert resume.changed(run, []).directory == run.path
+    assert changed(run, []).directory == run.path
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_run_is_where_its_directory_is(run: RunDirectory) -> None:
 )
 def test_what_may_not_change_is_refused_with_the_reason(run: RunDirectory, override: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        resume.changed(run, [override])
+        changed(run, [override])
 
 
 def test_what_exists_is_a_name_even_with_an_equals_sign(tmp_path: Path) -> None:

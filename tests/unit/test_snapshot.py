@@ -11,6 +11,7 @@ import pytest
 import outlast
 from outlast.errors import ConfigError
 from outlast.launcher.execution import snapshot
+from outlast.launcher.planning.batch_script import pythonpath
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -43,7 +44,7 @@ def files(directory: Path) -> set[str]:
 
 def imported(target: Path, cwd: Path, code: str) -> str:
     """What a rank would import: started with `-P` from the living tree."""
-    env = {**os.environ, "PYTHONPATH": snapshot.pythonpath(target)}
+    env = {**os.environ, "PYTHONPATH": pythonpath(target)}
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -154,7 +155,7 @@ def test_names_of_any_kind(target: Path, project: Path, name: str) -> None:
 def test_without_a_repository_there_is_no_project(target: Path, tmp_path: Path) -> None:
     taken = snapshot.take(target, tmp_path)
     assert taken.project is None
-    assert snapshot.pythonpath(target) == str(target)
+    assert pythonpath(target) == str(target)
 
 
 def test_outlasts_own_checkout_is_no_project(target: Path) -> None:

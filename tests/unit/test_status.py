@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from outlast.launcher.commands import status
-from outlast.launcher.commands.status import collect
+from outlast.launcher.runs.find import runs_named, runs_under
 from outlast.launcher.runs.queue import Answer, JobKey, JobState
-from outlast.launcher.runs.runs import is_locked, runs_named, runs_under, state_of
-from outlast.launcher.runs.submissions import cancelled_at, mark_cancelled
+from outlast.launcher.runs.standing import collect
+from outlast.launcher.runs.state import is_locked, state_of
+from outlast.launcher.runs.submissions import cancelled_at, mark_cancelled, submission_of
 from outlast.rundir.directory import RunDirectory, RunLock
 from outlast.rundir.ledger import Ledger
 
@@ -249,4 +249,4 @@ def test_tasks_of_a_large_sweep_are_numbered_from_an_offset(tmp_path: Path) -> N
     path = sweep_of(tmp_path, [("20", [2])], offset=2)
     rows = collect(runs_named(["s"], tmp_path), says(J20_0="RUNNING"))
     assert [(row.state, row.job_id) for row in rows][2] == ("running", "20_0")
-    assert status.submission_of(RunDirectory(path / "seed=2")).log == path / "logs" / "20_0.log"
+    assert submission_of(RunDirectory(path / "seed=2")).log == path / "logs" / "20_0.log"

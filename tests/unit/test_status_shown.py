@@ -10,10 +10,11 @@ import pytest
 from outlast.config.configuration import build, dump
 from outlast.errors import ConfigError
 from outlast.launcher.commands import status
-from outlast.launcher.commands.status import collect
-from outlast.launcher.runs import queue as slurm_queue
+from outlast.launcher.runs import queue
+from outlast.launcher.runs.find import run_named, runs_named, runs_under
 from outlast.launcher.runs.queue import Answer, JobKey, JobState
-from outlast.launcher.runs.runs import run_named, runs_named, runs_under, settings_of
+from outlast.launcher.runs.settings import settings_of
+from outlast.launcher.runs.standing import collect
 from outlast.rundir.directory import RunDirectory
 
 from .runs import Make, end, progress, row, save, says, shown, start, sweep_of
@@ -123,12 +124,12 @@ def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_exactly_these_jobs(ids: list[str], words: list[str]) -> None:
-    assert slurm_queue.compressed(ids) == words
+    assert queue.compressed(ids) == words
 
 
 def test_a_cluster_that_is_gone(tmp_path: Path) -> None:
     conf = str(tmp_path / "slurm.conf")
-    answer = slurm_queue.ask([JobKey(conf, "1")], {0})
+    answer = queue.ask([JobKey(conf, "1")], {0})
     assert answer.silent == {conf: f"its configuration {conf} is gone"}
 
 
@@ -143,7 +144,7 @@ def test_a_cluster_that_is_gone(tmp_path: Path) -> None:
     ],
 )
 def test_tasks_that_accounting_shows_in_one_line(words: str, ids: list[str]) -> None:
-    assert slurm_queue.expanded(words) == ids
+    assert queue.expanded(words) == ids
 
 
 def test_a_thousand_runs_cost_seconds_of_neither_cpu_nor_reading(make: Make, tmp_path: Path) -> None:

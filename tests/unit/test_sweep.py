@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from outlast.errors import ConfigError, OutlastError
-from outlast.launcher.execution import sweep as sweeping
-from outlast.launcher.execution.arrays import ranges
-from outlast.launcher.execution.sweep import CellsRefusedError, make, merged
+from outlast.launcher.execution.sweep import make_sweep_directory, prepare_cell
 from outlast.launcher.planning.compose import Composer, compose
 from outlast.launcher.planning.expand import LONGEST_NAME, expand
+from outlast.launcher.planning.sweep import CellsRefusedError, check_cells, merged, plan_sweep
+from outlast.launcher.runs.queue import ranges
 from outlast.rundir.sweep import Manifest, read_manifest
 from outlast.which_run import cell_directory
 
@@ -131,7 +131,7 @@ def test_values_that_are_equal_in_python_are_still_different() -> None:
 def test_every_bad_cell_is_named_at_once_and_nothing_is_written(tmp_path: Path) -> None:
     overrides = ["job=smoke", f"run.root={tmp_path}/runs", "run.name=s", "seed=1,-1", "trainer.max_steps=5,x,y"]
     with pytest.raises(CellsRefusedError) as refused:
-        make(overrides)
+        plan_sweep(overrides)
     lines = str(refused.value).splitlines()
     assert lines[0] == "5 of 6 cells are refused, so nothing was started:"
     assert sum(line.count("seed=") for line in lines[1:]) == 5
@@ -142,21 +142,21 @@ def test_every_bad_cell_is_named_at_once_and_nothing_is_written(tmp_path: Path) 
 
 def test_a_message_about_very_many_cells_stays_short(tmp_path: Path) -> None:
     with pytest.raises(CellsRefusedError) as refused:
-        make(["job=smoke", f"run.root={tmp_path}", "trainer.max_steps=x", "seed=range(0,50)"])
+        plan_sweep(["job=smoke", f"run.root={tmp_path}", "trainer.max_steps=x", "seed=range(0,50)"])
     assert str(refused.value).splitlines()[1].startswith("  seed=0 · seed=1 · ")
     assert " · and 40 more: trainer.max_steps: 'x'" in str(refused.value)
 
 
 def test_a_sweep_without_a_name_gets_the_same_one_again(tmp_path: Path) -> None:
     overrides = ["job=smoke", f"run.root={tmp_path}", "seed=1,2"]
-    name = make(overrides).name
+    name = plan_sweep(overrides).name
     assert name.startswith("smoke-tiny-python_docs-sweep-")
-    assert make([*overrides, "preemption.lead_s=50"]).name == name
-    assert make([*overrides, "trainer.max_steps=5"]).name != name
+    assert plan_sweep([*overrides, "preemption.lead_s=50"]).name == name
+    assert plan_sweep([*overrides, "trainer.max_steps=5"]).name != name
 
 
 def test_cells_are_run_directories_under_the_sweep(tmp_path: Path) -> None:
-    sweep = make(["job=smoke", f"run.root={tmp_path}", "run.name=s", "seed=1,2"])
+    sweep = plan_sweep(["job=smoke", f"run.root={tmp_path}", "run.name=s", "seed=1,2"])
     assert [cell.plan.directory.path for cell in sweep.cells] == [tmp_path / "s" / "seed=1", tmp_path / "s" / "seed=2"]
 
 
@@ -164,15 +164,15 @@ def test_a_directory_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="exists and is no sweep"):
-        make(["job=smoke", f"run.root={tmp_path}", "run.name=s", "seed=1,2"])
+        plan_sweep(["job=smoke", f"run.root={tmp_path}", "run.name=s", "seed=1,2"])
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is none"):
-        make(["job=smoke", f"run.root={tmp_path}/file", "run.name=s", "seed=1,2"])
+        plan_sweep(["job=smoke", f"run.root={tmp_path}/file", "run.name=s", "seed=1,2"])
 
 
 def manifest(tmp_path: Path, *overrides: str) -> Manifest:
-    sweep = make(["job=smoke", f"run.root={tmp_path}", "run.name=s", *overrides])
-    sweeping.make_directory(sweep)
+    sweep = plan_sweep(["job=smoke", f"run.root={tmp_path}", "run.name=s", *overrides])
+    make_sweep_directory(sweep)
     found = merged(sweep)
     found.write(sweep.directory)
     return read_manifest(sweep.directory)
@@ -186,13 +186,13 @@ def test_a_sweep_that_grows_keeps_the_indices_of_its_cells(tmp_path: Path) -> No
 
 def test_a_cell_that_is_another_run_by_now_is_refused(tmp_path: Path) -> None:
     overrides = ["job=smoke", f"run.root={tmp_path}", "run.name=s", "seed=1,2"]
-    sweep = make(overrides)
+    sweep = plan_sweep(overrides)
     manifest(tmp_path, "seed=1,2")
-    sweeping.prepare(sweep, 0)
+    prepare_cell(sweep, 0)
     with pytest.raises(
         CellsRefusedError, match=r"1 of 2 cells are refused.*\n  seed=1: run.name: .* another one: trainer.max_steps"
     ):
-        sweeping.check_cells(make([*overrides, "trainer.max_steps=5"]))
+        check_cells(plan_sweep([*overrides, "trainer.max_steps=5"]))
 
 
 def test_a_task_of_an_array_finds_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,45 @@
+"""A plan written into its run directory, from which every attempt reads it."""
+
+import json
+
+from outlast.config.configuration import dump
+from outlast.errors import ConfigError
+from outlast.files import write_atomically
+from outlast.rundir.directory import RunDirectory
+
+from ..planning.plan import Plan, check_run_directory
+
+
+def freeze(plan: Plan) -> RunDirectory:
+    """Write the plan and its configuration into the run directory.
+
+    The caller holds the run's lock, or knows that no job of it is queued: an attempt under way keeps what it has.
+
+    Raises:
+        ConfigError: the directory holds another run, or can't be written.
+    """
+    check_run_directory(plan)
+    run = plan.directory
+    try:
+        run.create()
+        write_atomically(run.plan, json.dumps(plan.as_dict(), indent=1))
+        write_atomically(run.config, dump(plan.config))
+    except OSError as error:
+        raise _unwritable(run, error) from None
+    return run
+
+
+def make_run_directory(run: RunDirectory) -> None:
+    """Make the run directory, for its lock.
+
+    Raises:
+        ConfigError: it can't be made.
+    """
+    try:
+        run.create()
+    except OSError as error:
+        raise _unwritable(run, error) from None
+
+
+def _unwritable(run: RunDirectory, error: OSError) -> ConfigError:
+    return ConfigError("run.root", str(run.path.parent), f"{error.filename}: {error.strerror}")

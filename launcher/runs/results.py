@@ -1,0 +1,50 @@
+"""What came of runs that have ended: a value for each, and the exit code that says the worst of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from outlast.errors import Exit
+
+from .standing import RunStatus
+from .state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of one run, or of one cell of a sweep."""
+
+    name: str
+    overrides: list[str]
+    """What the cell does not share with the others; empty for a single run."""
+    state: State
+    step: int
+    metric: dict[str, Any] | None
+    """The best evaluation (`name`, `value`, `step`); where nothing was evaluated, the last training loss."""
+    path: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def result(row: RunStatus, overrides: Sequence[str] = ()) -> Result:
+    """The result of a run, by its status."""
+    loss = None if row.loss is None else {"name": "loss", "value": row.loss, "step": row.step}
+    name = row.name.rpartition("/")[2]
+    metric = row.best or loss
+    return Result(name=name, overrides=list(overrides), state=row.state, step=row.step, metric=metric, path=row.path)
+
+
+def exit_code(results: Sequence[Result]) -> Exit:
+    """Of a command that waited: the worst of what came of its runs."""
+    unfinished = {one.state for one in results} - {"finished"}
+    if not unfinished:
+        return Exit.DONE
+    if unfinished <= {"interrupted", "not_started"}:
+        return Exit.RESUME_ME
+    return Exit.GAVE_UP if unfinished <= {"interrupted", "not_started", "gave_up"} else Exit.FAILED
+
+
+def metric_text(one: Result) -> str:
+    """As a table shows it: `eval_loss 1.23 at 40`."""
+    return "" if one.metric is None else f"{one.metric['name']} {one.metric['value']:.4g} at {one.metric['step']}"
