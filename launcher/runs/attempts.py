@@ -4,9 +4,9 @@ from itertools import pairwise
 from typing import Any
 
 from outlast.rundir import progress as progress_file
-from outlast.rundir.ledger import KILLED, Event
 from outlast.rundir.attempts import Attempt, last_step
 from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import KILLED, Event
 
 Row = dict[str, Any]
 

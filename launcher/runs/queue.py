@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from outlast.slurm.commands import run_slurm, slurm_timestamp
 from outlast.errors import SlurmError
+from outlast.slurm.commands import run_slurm, slurm_timestamp
 
 QUEUE_LIMIT_S = 5.0
 """By itself, `squeue` gives up on a controller that is down after 9 s, on one that hangs after 10 s."""

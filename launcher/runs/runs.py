@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from outlast.rundir import progress as progress_file
-from outlast.rundir.sweep import MANIFEST
 from outlast.errors import ConfigError
-from outlast.rundir.ledger import Event
+from outlast.rundir import progress as progress_file
 from outlast.rundir.attempts import Attempt, attempts, finished
 from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Event
+from outlast.rundir.sweep import MANIFEST
 
 from .submissions import cancelled_at, submission_of, sweep_at
 

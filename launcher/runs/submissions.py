@@ -15,11 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from outlast.rundir.sweep import MANIFEST, read_manifest
 from outlast.errors import OutlastError
-from outlast.rundir.directory import RunDirectory
 from outlast.files import write_atomically
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.submission import Submission
+from outlast.rundir.sweep import MANIFEST, read_manifest
 
 SUBMITTED = "submitted.json"
 CANCELLED = "cancelled.json"

@@ -1,0 +1,1 @@
+"""Runs read back: where they stand, what the queue holds, their attempts."""
