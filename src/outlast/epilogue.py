@@ -13,7 +13,8 @@ import sys
 import time
 from dataclasses import asdict, replace
 
-from .config.configuration import Config, load
+from .config.configuration import load
+from .config.sections import PreemptionSection
 from .errors import Exit, OutlastError, RunBusyError, SlurmError
 from .files import write_atomically
 from .preemption.outcome import Outcome
@@ -50,8 +51,9 @@ def follow_up(run: RunDirectory, code: int) -> int:
         OutlastError: the run's configuration can't be read.
     """
     job = current_job()
-    config = load(run.config)
-    if job is None:
+    # A user's own script leaves no configuration: then the defaults hold.
+    limits = load(run.config).preemption if run.config.is_file() else PreemptionSection()
+    if job is None or not run.path.is_dir():  # without a directory no attempt has begun
         return code
     if finished(Ledger(run.ledger).read()):
         return Exit.DONE
@@ -62,17 +64,17 @@ def follow_up(run: RunDirectory, code: int) -> int:
         _say(str(error))
         return code or Exit.FAILED
     try:
-        return _end_attempt(run, job, config, code)
+        return _end_attempt(run, job, limits, code)
     finally:
         lock.release()
 
 
-def _end_attempt(run: RunDirectory, job: SlurmJob, config: Config, code: int) -> int:
+def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int) -> int:
     ledger = Ledger(run.ledger)
     events = ledger.read()
     number = attempt_of(events, (job.job_id, job.restart_count))
     attempt = next((a for a in attempts(events) if a.number == number), Attempt(number))
-    outcome = Outcome.of(run, number, config.preemption, _say)
+    outcome = Outcome.of(run, number, limits, _say)
     if attempt.requeued is not None:
         return Exit.RESUME_ME
     if events and events[-1]["event"] == "gave_up":
@@ -80,12 +82,12 @@ def _end_attempt(run: RunDirectory, job: SlurmJob, config: Config, code: int) ->
         return Exit.GAVE_UP
     view = _ask(job)
     if attempt.ended is None:
-        outcome.ended(**_end(run, job, view, attempt, code, config.preemption.lead_s))
+        outcome.ended(**_end(run, job, view, attempt, code, limits.lead_s))
         attempt = next(a for a in attempts(ledger.read()) if a.number == number)
     assert attempt.ended is not None
     _say(f"attempt {number} ended: {describe(attempt.ended)}")
     try:
-        decision = outcome.follow(attempt.ended["cause"], lambda: _start_next(run, job, config))
+        decision = outcome.follow(attempt.ended["cause"], lambda: _start_next(run, job, limits))
     except SlurmError as error:
         _say(f"it could not be started again: {error}. The same command again resumes.")
         return Exit.RESUME_ME
@@ -136,26 +138,26 @@ def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attemp
     return end | ({"refused": True} if code in (Exit.REFUSED, 126, 127) else {})
 
 
-def _start_next(run: RunDirectory, job: SlurmJob, config: Config) -> Event:
+def _start_next(run: RunDirectory, job: SlurmJob, limits: PreemptionSection) -> Event:
     """Have Slurm start the next attempt: requeue this job, or where that is forbidden, submit one that waits for it.
 
     Raises:
         SlurmError: neither is possible.
     """
     try:
-        done = requeue_job(job, config.preemption.requeue_delay_s)
+        done = requeue_job(job, limits.requeue_delay_s)
         _say(f"requeued job {job.job_id}")
         return {"job_id": job.job_id, "by": done.by, "hold_lifted": done.hold_lifted}
     except SlurmError as error:
         if not (run.path / SCRIPT).is_file():
             raise
         _say(f"{error}; a job that depends on this one is submitted instead")
-    job_id = _submit_dependent(run, job, config.cluster.kind)
+    job_id = _submit_dependent(run, job)
     _say(f"submitted job {job_id}, which starts when job {job.job_id} has ended")
     return {"job_id": job_id, "by": "dependent"}
 
 
-def _submit_dependent(run: RunDirectory, job: SlurmJob, cluster: str) -> str:
+def _submit_dependent(run: RunDirectory, job: SlurmJob) -> str:
     """Submit the frozen batch script again, to start when `job` has ended; its id, with the task of an array."""
     task = job.job_id.partition("_")[2]
     flags = [f"--dependency=afterany:{job.job_id}", *([f"--array={task}"] if task else [])]
@@ -171,7 +173,7 @@ def _submit_dependent(run: RunDirectory, job: SlurmJob, cluster: str) -> str:
         done = submit_recorded(
             Submission(
                 token=new_token(),
-                cluster=cluster,
+                cluster=load(run.config).cluster.kind,
                 slurm_conf=os.environ.get("SLURM_CONF"),
                 log=str((run.path.parent if task else run.path) / "logs" / ("%A_%a.log" if task else "%j.log")),
             ),
