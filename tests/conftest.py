@@ -1,6 +1,7 @@
 """What tests of every room share: the `outlast` command as a real process, and conditions awaited with a limit."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from .forked import Forked
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SMOKE = ["job=smoke", "parallel.cpus_per_rank=1", "checkpoint.every_steps=20"]
@@ -86,17 +89,20 @@ class RunProbe:
 
 
 class Command:
-    """One `outlast` process, ended with everything it started."""
+    """One `outlast` process, ended with everything it started.
 
-    def __init__(self, cwd: Path, *arguments: str, **env: str) -> None:
+    It and its ranks are forked from one that has imported the training libraries, unless `forked` is false.
+    """
+
+    def __init__(self, cwd: Path, *arguments: str, forked: bool = True, **env: str) -> None:
         self.log = cwd / f"command-{time.monotonic_ns()}.log"
+        start: Callable[..., Any] = Forked if forked else functools.partial(subprocess.Popen, stdin=subprocess.DEVNULL)
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
+            self.process: Forked = start(
                 [OUTLAST, *arguments],
                 cwd=cwd,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
                 env={**os.environ, **env},
                 start_new_session=True,
             )
@@ -139,8 +145,8 @@ def outlast(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts `outlast …` in a directory of the test's own."""
     commands: list[Command] = []
 
-    def start(*arguments: str, **env: str) -> Command:
-        commands.append(Command(tmp_path, *arguments, **env))
+    def start(*arguments: str, forked: bool = True, **env: str) -> Command:
+        commands.append(Command(tmp_path, *arguments, forked=forked, **env))
         return commands[-1]
 
     yield start
