@@ -37,7 +37,7 @@ def rank(options: dict[str, Any]) -> None:
     import outlast
 
     torch.set_num_threads(1)
-    run = outlast.start(options["directory"], every_steps=10**9)
+    run = outlast.start(options["directory"], every=10**9)
     dist.init_process_group("gloo")
     run.resume_point()
     run.begin(0)

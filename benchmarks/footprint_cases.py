@@ -113,7 +113,7 @@ def train(case: Case, scratch: Path, rank: int, port: int) -> None:
             "use_cpu": False,
             "ddp_backend": None,
         }
-    run = outlast.start(config.directory, every_steps=1)
+    run = outlast.start(config.directory, every=1)
     model, tokenizer = models.load(config, scratch / "model")
     trainer = SFTTrainer(
         model=model,

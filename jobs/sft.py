@@ -6,8 +6,9 @@ the tokenized, packed data. A resumed attempt reads it and tokenizes nothing.
 
 from typing import TYPE_CHECKING, Any
 
+from outlast.config.cluster import LocalCluster
 from outlast.config.configuration import Config
-from outlast.config.sections import LocalCluster, TinyModel
+from outlast.config.model import TinyModel
 from outlast.errors import ConfigError, OutlastError
 
 from .training import data, deepspeed, models, prepared

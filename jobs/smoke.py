@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlast.config.configuration import Config, section
+from outlast.config.configuration import Config
+from outlast.config.section import Section, section
 from outlast.errors import ConfigError
 from outlast.ranks.layout import derived_seed
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class SmokeTrainer:
+class SmokeTrainer(Section):
     """What `trainer.*` may be for this job."""
 
     max_steps: int = 200
@@ -43,7 +44,7 @@ def footprint(config: Config) -> "Footprint":
     """What the run will write, in bytes: what `accelerator.save_state` and `save_model` make of a model this small."""
     from outlast.storage.budget import Footprint
 
-    settings: SmokeTrainer = section("trainer", SmokeTrainer, config.trainer)
+    settings = section("trainer", SmokeTrainer, config.trainer)
     ranks, width = config.parallel.world_size, settings.hidden_size
     weights = 4 * (18 * width + 1) + 320  # 32-bit, and a header
     parts = {"weights": weights, "manifest": 900 + 130 * (2 + ranks)}
@@ -54,7 +55,7 @@ def footprint(config: Config) -> "Footprint":
 
 def training(config: Config) -> dict[str, Any]:
     """What the plan says of the training: rows a forward pass, and accumulation."""
-    settings: SmokeTrainer = section("trainer", SmokeTrainer, config.trainer)
+    settings = section("trainer", SmokeTrainer, config.trainer)
     return {
         "micro_batch": settings.per_device_train_batch_size,
         "accumulation": settings.gradient_accumulation_steps,
@@ -73,7 +74,7 @@ def main(run: "Run", config: Config) -> None:
     from accelerate.utils import set_seed
     from torch import nn
 
-    settings: SmokeTrainer = section("trainer", SmokeTrainer, config.trainer)
+    settings = section("trainer", SmokeTrainer, config.trainer)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), gradient_accumulation_steps=settings.gradient_accumulation_steps
     )

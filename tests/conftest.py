@@ -19,7 +19,7 @@ import pytest
 from .forked import Forked
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
-SMOKE = ["job=smoke", "parallel.cpus_per_rank=1", "checkpoint.every_steps=20"]
+SMOKE = ["job=smoke", "parallel.cpus_per_rank=1", "checkpoint.every=20"]
 
 
 def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 90.0) -> Any:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from outlast.config.configuration import Config
-from outlast.config.sections import HubData, JsonlData, PythonDocs, TinyModel
+from outlast.config.data import HubData, JsonlData, PythonDocs
+from outlast.config.model import TinyModel
 
 PAIR_BYTES = 345
 """Mean size of a pair of `data=python_docs` (measured: 341, over 3000 of them)."""

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from outlast.config.configuration import Config
-from outlast.config.sections import Lora, NoPeft, PretrainedModel, TinyModel
+from outlast.config.model import Lora, NoPeft, PretrainedModel, TinyModel
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import Footprint

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlast.config.configuration import Config
-from outlast.config.sections import PretrainedModel, TinyModel
+from outlast.config.model import PretrainedModel, TinyModel
 
 from ..training import models
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlast.config.configuration import Config
-from outlast.config.sections import HubData, JsonlData, PythonDocs
+from outlast.config.data import HubData, JsonlData, PythonDocs
 from outlast.errors import ConfigError, OutlastError
 
 from . import jsonl, python_docs

@@ -15,8 +15,9 @@ from difflib import get_close_matches
 from io import StringIO
 from typing import Any
 
+from outlast.config.cluster import LocalCluster
 from outlast.config.configuration import Config
-from outlast.config.sections import LocalCluster, Zero
+from outlast.config.parallel import Zero
 from outlast.errors import ConfigError
 
 from . import trainer_arguments as trainer_args

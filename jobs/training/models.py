@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlast.config.configuration import Config
-from outlast.config.sections import Lora, PretrainedModel, TinyModel
+from outlast.config.model import Lora, PretrainedModel, TinyModel
 from outlast.errors import ConfigError, OutlastError
 
 if TYPE_CHECKING:

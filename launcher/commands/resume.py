@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from outlast.config.sections import LocalCluster, SlurmCluster
+from outlast.config.cluster import LocalCluster, SlurmCluster
 from outlast.errors import ConfigError, Exit, SlurmError
 from outlast.rundir.sweep import read_manifest
 

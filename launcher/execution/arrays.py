@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-from outlast.config.sections import SlurmCluster
+from outlast.config.cluster import SlurmCluster
 from outlast.files import write_atomically
 from outlast.rundir.submission import Submission, new_token
 from outlast.rundir.sweep import Manifest

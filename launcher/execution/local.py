@@ -18,7 +18,7 @@ from typing import Protocol
 
 from rich.console import Console
 
-from outlast.config.sections import LocalCluster
+from outlast.config.cluster import LocalCluster
 from outlast.errors import Exit
 from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, python_module_command, signals_blocked

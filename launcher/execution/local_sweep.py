@@ -7,7 +7,7 @@ from concurrent.futures import wait as wait_for
 
 from rich.console import Console
 
-from outlast.config.sections import LocalCluster
+from outlast.config.cluster import LocalCluster
 from outlast.errors import OutlastError
 from outlast.rundir.directory import RunDirectory, RunLock, cancelled_after
 from outlast.rundir.progress import Progress

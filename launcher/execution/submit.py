@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config
-from outlast.config.sections import SlurmCluster
 from outlast.errors import SlurmError
 from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config
-from outlast.config.sections import SlurmCluster
 from outlast.errors import ConfigError, SlurmError
 from outlast.files import read_json
 from outlast.processes import python_module_command

@@ -6,7 +6,6 @@ Hydra is used as a library (its compose API): no `outputs/` directory, no loggin
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -21,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from outlast.config.configuration import Config, build, section
-from outlast.config.sections import HubData, JsonlData
+from outlast.config.configuration import Config, build
+from outlast.config.data import HubData, JsonlData
 from outlast.errors import ConfigError
 
 GROUPS = ("job", "model", "data", "peft", "parallel", "cluster", "experiment")
@@ -56,7 +55,6 @@ class Composer:
         own = Path(str(files("outlast.conf")))
         self.directories = [own] if config_dir is None else [own, config_dir.absolute()]
         self._composed: dict[tuple[str, ...], DictConfig] = {}
-        self._built: dict[tuple[str, ...], tuple[dict[str, Any], Config]] = {}
 
     def compose(self, overrides: Sequence[str], swept: Sequence[str] = ()) -> Config:
         """The configuration of `overrides`, then `swept` on top.
@@ -88,9 +86,7 @@ class Composer:
         if "experiment" in tree:
             message = "its file must begin with the line '# @package _global_'"
             raise ConfigError("experiment", tree["experiment"], message)
-        if shared not in self._built:
-            self._built[shared] = (tree, build(tree))
-        config = _rebuilt(*self._built[shared], tree)
+        config = build(tree)
         if not any(text.lstrip("+").startswith("trainer.eval_strategy=") for text in (*overrides, *swept)):
             _evaluate_only_with_data(config)
         config.run.name = config.run.name or config.derived_name
@@ -113,25 +109,6 @@ def _set(composed: DictConfig, text: str, directories: list[Path]) -> None:
         OmegaConf.update(composed, override.key_or_group, override.value(), merge=True, force_add=True)
     except OmegaConfBaseException as error:
         raise ConfigError(override.key_or_group, override.get_value_string(), _first_line(error)) from None
-
-
-def _rebuilt(tree: dict[str, Any], config: Config, changed: dict[str, Any]) -> Config:
-    """`build(changed)`, by way of `config`, which is `build(tree)`: only sections that differ are checked again."""
-    config = copy.deepcopy(config)
-    sections: dict[str, Any] = {}
-    for name in tree.keys() | changed.keys():
-        before, after = tree.get(name), changed.get(name)
-        if repr(before) == repr(after):  # 1, 1.0 and true are equal, but not the same
-            continue
-        if name == "trainer" and isinstance(after, dict):
-            sections[name] = copy.deepcopy(after)
-        elif name == "seed" and type(after) is int:
-            sections[name] = after
-        elif isinstance(before, dict) and isinstance(after, dict) and before.get("kind") == after.get("kind"):
-            sections[name] = section(name, type(getattr(config, name)), after)
-        else:
-            return build(changed)
-    return replace(config, **sections)
 
 
 def _evaluate_only_with_data(config: Config) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from outlast.checkpoint import interval
 from outlast.checkpoint.compatibility import origin_of
+from outlast.config.cluster import LocalCluster, SlurmCluster
 from outlast.config.configuration import Config, load
-from outlast.config.sections import LocalCluster, SlurmCluster
 from outlast.errors import ConfigError, ResumeRefusedError
 from outlast.ranks.layout import layout
 from outlast.rundir.directory import RunDirectory

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config
-from outlast.config.sections import SlurmCluster
 from outlast.errors import ConfigError
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory

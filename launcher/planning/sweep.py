@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config
-from outlast.config.sections import RunSection, SlurmCluster
+from outlast.config.run import RunSection
 from outlast.errors import ConfigError, Exit, OutlastError
 from outlast.rundir.sweep import MANIFEST, Cell, Manifest, read_manifest
 from outlast.storage.budget import GB, round_up

@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, replace
 
 from .config.configuration import load
-from .config.sections import PreemptionSection
+from .config.preemption import PreemptionSection
 from .errors import Exit, OutlastError, RunBusyError, SlurmError
 from .files import write_atomically
 from .preemption.outcome import Outcome

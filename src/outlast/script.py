@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config.sections import CheckpointSection, PreemptionSection, StorageSection
+from .config.checkpoint import CheckpointSection
+from .config.preemption import PreemptionSection
+from .config.section import section
+from .config.storage import StorageSection
 from .preemption.signals import PreemptionGuard
 from .run import Run
 from .rundir.directory import RunDirectory
@@ -13,7 +16,6 @@ def start(
     directory: str | Path,
     *,
     every: int | str | None = None,
-    every_steps: int | None = None,
     milestone_every: int | None = None,
     budget_gb: float = 10.0,
     lead_s: int = 90,
@@ -27,7 +29,6 @@ def start(
         directory: the run directory; made if need be. On a cluster, on a file system that all nodes share.
         every: when to save: optimizer steps, a time (`"30min"`), or `"auto"`; None leaves it to the loop (a Trainer's
             own `save_steps`).
-        every_steps: the same in steps.
         milestone_every: optimizer steps between checkpoints that are kept, without what only a resume needs.
         budget_gb: what the run directory may take, in GB (10^9 bytes).
         lead_s: seconds before the job's time limit at which to save and leave if no signal has come.
@@ -42,13 +43,13 @@ def start(
     """
     guard = PreemptionGuard(interrupt=True)
     guard.install()
+    preemption = {"lead_s": lead_s, "hang_s": hang_s, "max_requeues": max_requeues}
+    checkpoint = {"every": "auto" if every is None else every, "milestone_every": milestone_every, "allow": list(allow)}
     return Run(
         RunDirectory(Path(directory).absolute()),
         guard,
-        PreemptionSection(lead_s=lead_s, hang_s=hang_s, max_requeues=max_requeues),
-        CheckpointSection(
-            every=every or "auto", every_steps=every_steps, milestone_every=milestone_every, allow=list(allow)
-        ),
-        StorageSection(budget_gb=budget_gb),
-        loop_saves=every is None and every_steps is None,
+        section("preemption", PreemptionSection, preemption),
+        section("checkpoint", CheckpointSection, checkpoint),
+        section("storage", StorageSection, {"budget_gb": budget_gb}),
+        loop_saves=every is None,
     )

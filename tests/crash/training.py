@@ -80,7 +80,7 @@ def main(attempt: Attempt) -> None:
         arm(attempt.directory, arming)
     run = outlast.start(
         attempt.directory,
-        every_steps=attempt.every,
+        every=attempt.every,
         milestone_every=attempt.milestone_every,
         budget_gb=attempt.budget_gb,
     )

@@ -29,7 +29,7 @@ def test_a_run_is_cancelled_and_resumed(outlast: Start, probe: Probe) -> None:
     assert again.wait() == 0
     assert "r was cancelled before" in again.output
 
-    resume = outlast("resume", "r", "checkpoint.every_steps=100")
+    resume = outlast("resume", "r", "checkpoint.every=100")
     assert resume.wait() == 0, resume.output
     assert run.steps_repeated() == 0
     assert [e["step"] for e in run.events("checkpoint") if e["attempt"] == 2 and e["kind"] == "periodic"] == [100, 200]

@@ -133,7 +133,7 @@ import sys, time
 import torch.distributed as dist
 import outlast
 
-run = outlast.start(sys.argv[1], every_steps=3)
+run = outlast.start(sys.argv[1], every=3)
 dist.init_process_group("gloo")
 run.resume_point()
 run.begin(0)

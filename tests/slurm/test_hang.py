@@ -31,7 +31,7 @@ def seconds_to_start(run: RunProbe) -> float:
 def test_a_rank_stopped_in_the_grace_period(
     submit: Callable[..., str], run: RunProbe, short_grace: Cluster, stuck: int
 ) -> None:
-    job = submit(*TWO_NODES, "trainer.max_steps=16", "trainer.step_s=2", "checkpoint.every_steps=3")
+    job = submit(*TWO_NODES, "trainer.max_steps=16", "trainer.step_s=2", "checkpoint.every=3")
     run.reach(3)
     process = rank(job, stuck)
     preempt(short_grace)
@@ -77,7 +77,7 @@ from pathlib import Path
 import torch.distributed as dist
 import outlast
 
-run = outlast.start(sys.argv[1], every_steps=3)
+run = outlast.start(sys.argv[1], every=3)
 ranks = int(sys.argv[2])
 if ranks > 1:
     dist.init_process_group("gloo")

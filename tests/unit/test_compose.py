@@ -121,7 +121,7 @@ def test_the_devcluster_is_a_slurm_cluster() -> None:
         ("model/tiny=1", "configuration", "did you mean model?"),
         ("preemption.led_s=3", "preemption", "did you mean lead_s? valid: "),
         ("preemption=3", "preemption", "a section"),
-        ("preemption.lead_s=soon", "preemption.lead_s", "type int"),
+        ("preemption.lead_s=soon", "preemption.lead_s", "a whole number of seconds, 5 or more"),
         ("seed=1.5", "seed", "an integer"),
         ("seed=1,2", "seed", "not a sweep"),
         ("seed=range(1,3)", "seed", "not a sweep"),

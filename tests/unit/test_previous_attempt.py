@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from outlast.config.sections import PreemptionSection
+from outlast.config.preemption import PreemptionSection
 from outlast.preemption.previous_attempt import end_previous_attempt
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger

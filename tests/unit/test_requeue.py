@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from outlast.config.sections import PreemptionSection
+from outlast.config.preemption import PreemptionSection
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
 from outlast.preemption.outcome import Outcome

@@ -60,7 +60,7 @@ def test_a_run_is_where_its_directory_is(run: RunDirectory) -> None:
         ("cluster.time_min=1,2", "valid: one value"),
         ("~cluster.partition", "valid: one value"),
         ("cluster.time_minutes=3", "did you mean time_min"),
-        ("cluster.time_min=-3", "valid: minutes"),
+        ("cluster.time_min=-3", "valid: a positive whole number of minutes"),
         ("cluster.time_min.x=3", "has no keys of its own"),
         ("nonsense.x=3", "configuration: 'nonsense' is refused"),
     ],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.config.sections import StorageSection
+from outlast.config.storage import StorageSection
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger

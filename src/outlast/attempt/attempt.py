@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 from outlast.checkpoint.manifest import Kind, Sealed, versions
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore
-from outlast.config.sections import CheckpointSection, PreemptionSection, StorageSection
+from outlast.config.checkpoint import CheckpointSection
+from outlast.config.preemption import PreemptionSection
+from outlast.config.storage import StorageSection
 from outlast.errors import CheckpointError, Exit, OutlastError
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from outlast.checkpoint.manifest import Sealed
 from outlast.checkpoint.store import CheckpointStore
-from outlast.config.sections import StorageSection
+from outlast.config.storage import StorageSection
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
 from outlast.storage.budget import Footprint, gb, verdict

@@ -1,6 +1,6 @@
 """What this attempt resumes from: the newest checkpoint that verifies, if it was made by the same run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from outlast.checkpoint.compatibility import check, compare, origin_of
@@ -25,7 +25,7 @@ class Resuming:
         run: RunDirectory,
         collectives: Collectives,
         store: CheckpointStore,
-        allow: list[str],
+        allow: Sequence[str],
         say: Callable[[str], None],
     ) -> None:
         self._run, self._collectives, self._store, self._allow, self._say = run, collectives, store, allow, say

@@ -7,7 +7,7 @@ from pathlib import Path
 from outlast.checkpoint.interval import SaveInterval
 from outlast.checkpoint.manifest import Kind, Manifest, Sealed, versions
 from outlast.checkpoint.store import CheckpointStore, SaveError
-from outlast.config.sections import CheckpointSection
+from outlast.config.checkpoint import CheckpointSection
 from outlast.ranks.collectives import Collectives
 from outlast.rundir.ledger import Event, Record
 

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from statistics import median
 
-from outlast.config.sections import CheckpointSection
+from outlast.config.checkpoint import CheckpointSection
 from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.ledger import KILLED, Event
 

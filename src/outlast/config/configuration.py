@@ -1,75 +1,51 @@
 """The configuration of a run as a whole: built from plain values, checked, compared, frozen and read back.
 
 `trainer` stays an open mapping: each job checks it against the class that will receive it (TRL's `SFTConfig` for
-`job=sft`). What the other sections may hold stands in `sections.py`.
+`job=sft`). What the other sections may hold stands in the module of each.
 """
 
 import hashlib
 import json
-import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from outlast.errors import ConfigError
 
-from .sections import (
-    CheckpointSection,
-    Ddp,
-    HubData,
-    JobSection,
-    JsonlData,
-    LocalCluster,
-    Lora,
-    NoPeft,
-    PreemptionSection,
-    PretrainedModel,
-    PythonDocs,
-    RunSection,
-    SlurmCluster,
-    StorageSection,
-    TinyModel,
-    Zero,
-    require,
-)
-
-SCHEMAS: dict[str, dict[str, type]] = {
-    "model": {"tiny": TinyModel, "pretrained": PretrainedModel},
-    "data": {"python_docs": PythonDocs, "jsonl": JsonlData, "hub": HubData},
-    "peft": {"lora": Lora, "none": NoPeft},
-    "parallel": {"ddp": Ddp, **dict.fromkeys(("zero1", "zero2", "zero3", "zero3_offload"), Zero)},
-    "cluster": {"local": LocalCluster, "slurm": SlurmCluster, "devcluster": SlurmCluster},
-}
-"""Sections whose type depends on the group option chosen, which the section names as `kind`."""
+from .checkpoint import CheckpointSection
+from .cluster import LocalCluster, SlurmCluster
+from .data import HubData, JsonlData, PythonDocs
+from .model import Lora, NoPeft, PretrainedModel, TinyModel
+from .parallel import Ddp, Zero
+from .preemption import PreemptionSection
+from .run import JobSection, RunSection
+from .section import Number, Section, declared, require, section
+from .storage import StorageSection
 
 IDENTITY = ("seed", "job", "model", "data", "peft", "parallel", "trainer")
 """Sections that decide the weights: a run directory belongs to one value of them."""
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Section):
     """The whole configuration of a run, checked."""
 
-    run: RunSection
-    job: JobSection
-    model: TinyModel | PretrainedModel
-    data: PythonDocs | JsonlData | HubData
-    peft: Lora | NoPeft
-    parallel: Ddp | Zero
-    cluster: LocalCluster | SlurmCluster
-    preemption: PreemptionSection
-    checkpoint: CheckpointSection
-    storage: StorageSection
-    seed: int = 42
+    run: RunSection = field(default_factory=RunSection)
+    job: JobSection = field(default_factory=JobSection)
+    model: TinyModel | PretrainedModel = field(default_factory=TinyModel)
+    data: PythonDocs | JsonlData | HubData = field(default_factory=PythonDocs)
+    peft: Lora | NoPeft = field(default_factory=Lora)
+    parallel: Ddp | Zero = field(default_factory=Ddp)
+    cluster: LocalCluster | SlurmCluster = field(default_factory=LocalCluster)
+    preemption: PreemptionSection = field(default_factory=PreemptionSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    storage: StorageSection = field(default_factory=StorageSection)
+    seed: Annotated[int, Number(ge=0, le=2**32 - 1)] = 42
+    """Seed of the weights, the order of the data, and dropout."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Passed to the job's trainer as it is (`SFTConfig` for `job=sft`)."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "seed", self.seed, "valid: 0 to 2^32 - 1")
+    """Arguments of the job's trainer, passed on as they are (`SFTConfig` for `job=sft`) and checked against it."""
 
     @property
     def directory(self) -> Path:
@@ -125,42 +101,13 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def section(name: str, schema: type, values: dict[str, Any]) -> Any:
-    """One section as its dataclass.
-
-    Raises:
-        ConfigError: an unknown key, a value of the wrong type, or one that the dataclass refuses.
-    """
-    known = {f.name: f.type for f in fields(schema)}
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _escaped(values)))
-    except ConfigKeyError as error:
-        names = [key for key in known if key != "kind"]
-        place = f"{name}={values['kind']}" if "kind" in values else name
-        raise ConfigError(place, error.key, names or "it has no keys of its own") from None
-    except OmegaConfBaseException as error:
-        key = re.split(r"[.\[]", error.full_key or "")[0]
-        if key not in known:
-            raise ConfigError(name, values, str(error).partition("\n")[0]) from None
-        kind = getattr(known[key], "__name__", str(known[key]))
-        raise ConfigError(f"{name}.{key}", values.get(key), f"valid: a value of type {kind}") from None
-
-
-def _escaped(value: Any) -> Any:
-    """A plain value such that OmegaConf takes `${` in its texts (a shell's variables) as it stands."""
-    if isinstance(value, dict):
-        return {key: _escaped(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_escaped(inner) for inner in value]
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return value
-
-
-def _mapping(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    values = tree.get(name)
-    require(values is None or isinstance(values, dict), name, values, "valid: a section with keys of its own")
-    return dict(values or {})
+SECTIONS: dict[str, dict[str, type[Section]]] = {
+    name: {kind: schema for schema in get_args(annotation) for kind in get_args(declared(schema)["kind"])}
+    or {"": annotation}
+    for name, annotation in declared(Config).items()
+    if name not in ("seed", "trainer")
+}
+"""The classes of each section: by the group option chosen, which the section names as `kind`, or one, under ""."""
 
 
 def build(tree: dict[str, Any]) -> Config:
@@ -170,28 +117,15 @@ def build(tree: dict[str, Any]) -> Config:
         ConfigError: it names the key, the value, and what is valid.
     """
     require(isinstance(tree, dict), "configuration", tree, "valid: a mapping of sections")
-    known = {f.name for f in fields(Config)}
-    for key in tree:
-        if key not in known:
-            raise ConfigError("configuration", key, known)
-    sections: dict[str, Any] = {"seed": tree.get("seed", 42), "trainer": _mapping(tree, "trainer")}
-    require(type(sections["seed"]) is int, "seed", sections["seed"], "valid: an integer")
-    fixed = {
-        "run": RunSection,
-        "job": JobSection,
-        "preemption": PreemptionSection,
-        "checkpoint": CheckpointSection,
-        "storage": StorageSection,
-    }
-    for name, schema in fixed.items():
-        sections[name] = section(name, schema, _mapping(tree, name))
-    for name, options in SCHEMAS.items():
-        values = _mapping(tree, name)
-        kind = values.get("kind", next(iter(options)))
+    checked: dict[str, Any] = {key: value for key, value in tree.items() if key != "trainer" or value is not None}
+    for name, options in SECTIONS.items():
+        values = {} if tree.get(name) is None else tree[name]
+        require(isinstance(values, dict), name, values, "valid: a section with keys of its own")
+        kind = "" if "" in options else values.get("kind", next(iter(options)))
         if not isinstance(kind, str) or kind not in options:
             raise ConfigError(name, kind, options)
-        sections[name] = section(name, options[kind], values)
-    return Config(**sections)
+        checked[name] = section(name, options[kind], values)
+    return section("", Config, checked)
 
 
 def load(path: Path) -> Config:
@@ -204,6 +138,11 @@ def load(path: Path) -> Config:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("config.yaml", str(path), f"it can't be read: {error}") from None
+    saving = tree.get("checkpoint") if isinstance(tree, dict) else None
+    if isinstance(saving, dict):  # runs frozen before `every` said it all
+        steps, minutes = saving.pop("every_steps", None), saving.pop("every_minutes", None)
+        if saving.get("every") == "auto" and (steps or minutes):
+            saving["every"] = steps or f"{minutes}min"
     return build(tree)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from outlast.config.sections import PreemptionSection
+from outlast.config.preemption import PreemptionSection
 from outlast.errors import SlurmError
 from outlast.ranks.identity import Identity
 from outlast.rundir.directory import RunDirectory, cancelled_after

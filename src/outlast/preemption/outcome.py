@@ -6,7 +6,7 @@ Ranks, the batch script's epilogue, the attempt that comes next and the local la
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outlast.config.sections import PreemptionSection
+from outlast.config.preemption import PreemptionSection
 from outlast.rundir.attempts import last_step
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import AttemptNumber, Cause, Event, Ledger, Numbered, Record, Recorder

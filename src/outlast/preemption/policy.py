@@ -7,7 +7,7 @@ It is asked three times: by rank 0 when the ranks leave (`shutdown.py`), by the 
 from dataclasses import dataclass
 from typing import Literal
 
-from outlast.config.sections import PreemptionSection
+from outlast.config.preemption import PreemptionSection
 from outlast.errors import Exit
 from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.ledger import Cause, Event

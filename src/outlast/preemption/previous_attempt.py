@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from outlast.config.sections import PreemptionSection
+from outlast.config.preemption import PreemptionSection
 from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import KILLED, Cause, Ledger

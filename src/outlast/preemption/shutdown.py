@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from outlast.config.sections import PreemptionSection
+from outlast.config.preemption import PreemptionSection
 from outlast.errors import Exit, OutlastError, SlurmError
 from outlast.ranks.identity import Identity
 from outlast.ranks.lost import Lost, LostRankError

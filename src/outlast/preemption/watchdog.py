@@ -17,7 +17,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Literal
 
-from outlast.config.sections import PreemptionSection
+from outlast.config.preemption import PreemptionSection
 from outlast.errors import Exit
 from outlast.processes import exit_at_once
 from outlast.ranks.agreement import StepAgreement

@@ -8,7 +8,7 @@ a finished cell uses no more than its share was; so the sum stays below the budg
 
 from pathlib import Path
 
-from outlast.config.sections import StorageSection
+from outlast.config.storage import StorageSection
 from outlast.errors import OutlastError
 from outlast.files import bytes_used
 from outlast.rundir.attempts import finished
