@@ -41,11 +41,11 @@ def rank(options: dict[str, Any]) -> None:
     dist.init_process_group("gloo")
     run.resume_point()
     run.begin(0)
-    (lines,) = (thread for thread in threading.enumerate() if thread.name == "outlast-peers")
-    assert lines.ident is not None
-    clock = time.pthread_getcpuclockid(lines.ident)
+    (channel,) = (thread for thread in threading.enumerate() if thread.name == "outlast-control-channel")
+    assert channel.ident is not None
+    clock = time.pthread_getcpuclockid(channel.ident)
     arms = {
-        "built": lambda step: run.should_stop(step),
+        "built": lambda step: run.steps.should_stop(step),
         "reduction": lambda step: run.collectives.maximum(0),
         "none": lambda step: None,
     }

@@ -81,14 +81,14 @@ def measure_stalls(options: argparse.Namespace, scratch: Path, progress: Progres
     return summary(lines)
 
 
-def measure_departures(options: argparse.Namespace, scratch: Path, progress: Progress) -> dict[str, Any]:
+def measure_shutdowns(options: argparse.Namespace, scratch: Path, progress: Progress) -> dict[str, Any]:
     """Signalled runs, with outlast and with the Trainer's own means, in an order of their own each round."""
     rng = random.Random(options.seed)
     task = progress.add_task("signals", total=options.signals * len(SIGNALS))
     found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in SIGNALS}
     for _ in range(options.signals):
         for mode in rng.sample(list(SIGNALS), len(SIGNALS)):
-            found[mode].append(depart(mode, scratch / mode, options.gb, rng))
+            found[mode].append(shut_down(mode, scratch / mode, options.gb, rng))
             shutil.rmtree(scratch / mode)
             _show(progress, task, f"signals: {mode} {found[mode][-1]['saved_s']:.2f} s")
     return found
@@ -119,7 +119,7 @@ def main() -> int:
             Progress(*columns, console=errors) as progress,
         ):
             report["stall"] = measure_stalls(options, Path(scratch), progress)
-            report["shutdown"] = measure_departures(options, Path(scratch), progress)
+            report["shutdown"] = measure_shutdowns(options, Path(scratch), progress)
     except ChildError as error:
         print(f"save.py: {error}", file=sys.stderr)
         return 1

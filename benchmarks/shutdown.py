@@ -13,7 +13,7 @@ SIGNALS = {"outlast": signal.SIGUSR1, "jit": signal.SIGTERM}
 STEPS_BEFORE = 3
 
 
-def depart(mode: str, directory: Path, gb: float, rng: random.Random) -> dict[str, Any]:
+def shut_down(mode: str, directory: Path, gb: float, rng: random.Random) -> dict[str, Any]:
     """Start a run, signal it at a random moment of a step, and wait until it is gone.
 
     Returns:
