@@ -24,7 +24,7 @@ from children import Child, ChildError
 from figures import machine, summary, tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from shutdown import SIGNALS, depart
+from shutdown import SIGNALS, shut_down
 
 DISK_PER_GB, MEMORY_PER_GB, MEMORY_GB = 2.5, 4.0, 1.0
 """Space that is needed at once, as a multiple of --gb, and memory, with what the libraries take."""
