@@ -17,6 +17,7 @@ check: $(BIN)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=src:. $(BIN)/lint-imports
+	$(BIN)/python -m outlast.config.reference | diff docs/configuration.md -
 
 setup: $(BIN)/.ready
 

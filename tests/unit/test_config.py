@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from outlast.config.configuration import SECTIONS, Config, build, dump, load
+from outlast.config.reference import json_schema
 from outlast.errors import ConfigError, Exit
 
 CONF = Path(str(files("outlast.conf")))
@@ -198,6 +199,18 @@ def test_an_older_run_is_the_same_run(every: str, steps: int | None, seconds: fl
     assert config.digest_of_any_ranks == "d4c8eb439b42dd1f0bb996a3fb7943a16208f2aff7610c6b00e64ef71ead3487"
     file.write_text(dump(config))
     assert load(file) == config
+
+
+def test_the_json_schema_has_the_keys_their_ranges_and_their_meaning() -> None:
+    found = json_schema()
+    assert set(found["properties"]) == {field.name for field in fields(Config)}
+    lead = found["$defs"]["PreemptionSection"]["properties"]["lead_s"]
+    assert (lead["type"], lead["minimum"], lead["default"]) == ("integer", 5, 90)
+    for options in SECTIONS.values():
+        for schema in options.values():
+            keys = found["$defs"][schema.__name__]["properties"]
+            assert set(keys) == set(defaults_of(schema))
+            assert all(key == "kind" or values["description"].endswith(".") for key, values in keys.items())
 
 
 def test_texts_become_numbers_and_numbers_names() -> None:

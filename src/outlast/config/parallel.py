@@ -41,8 +41,8 @@ class Ddp(Parallel):
 
 @dataclass(kw_only=True)
 class Zero(Parallel):
-    """Data parallel with DeepSpeed's ZeRO: each rank keeps a part of the optimizer's state (`zero1`), of the gradients
-    too (`zero2`), of the weights too (`zero3`); `zero3_offload` keeps all of these in the CPU's memory."""
+    """Data parallel with DeepSpeed's ZeRO: each rank keeps only a part of the optimizer's state. `zero2` divides the
+    gradients too, `zero3` also the weights; `zero3_offload` keeps its parts in the CPU's memory."""
 
     kind: Literal["zero1", "zero2", "zero3", "zero3_offload"] = "zero1"
     deepspeed: dict[str, Any] = field(default_factory=dict)

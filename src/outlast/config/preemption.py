@@ -19,7 +19,7 @@ class PreemptionSection(Section):
     hang_s: Annotated[float, Number("seconds", ge=2)] | None = 120.0
     """Seconds without a sign of life from a rank after which the others end the attempt; null: they wait for it."""
     requeue_delay_s: Annotated[int, Number("seconds", ge=1)] = 5
-    """Seconds from the requeue to the next start, in place of the two minutes for which Slurm would hold the job."""
+    """Seconds from the requeue to the next start; left to itself, Slurm would hold the job for two minutes."""
     max_requeues: Annotated[int, Number(ge=0)] = 1000
     """Requeues after which the run gives up (exit code 93)."""
     max_crashes: Annotated[int, Number(ge=0)] = 2
