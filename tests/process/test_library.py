@@ -20,7 +20,7 @@ import os, signal, sys
 from transformers import TrainerCallback
 
 class StopAt(TrainerCallback):
-    # raises the signal inside the step, before the seam's own on_step_end polls for it
+    # raises the signal inside the step, before the adapter's own on_step_end polls for it
     def on_optimizer_step(self, args, state, control, **_):
         if state.global_step + 1 in stops:
             os.kill(os.getpid(), signal.SIGUSR1)

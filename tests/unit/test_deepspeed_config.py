@@ -131,11 +131,11 @@ def test_a_shard_runs_nothing_when_it_is_read(tmp_path: Path) -> None:
     import torch
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    from outlast.huggingface import deepspeed as zero
+    from outlast.huggingface.deepspeed import loading_shards
 
     torch.save({"optimizer_state_dict": _Runs(tmp_path / "ran")}, tmp_path / "shard.pt")
     engine = TorchCheckpointEngine()
-    with zero.loading(), pytest.raises(pickle.UnpicklingError, match="mkdir"):
+    with loading_shards(), pytest.raises(pickle.UnpicklingError, match="mkdir"):
         engine.load(str(tmp_path / "shard.pt"))
     assert not (tmp_path / "ran").exists()
     engine.load(str(tmp_path / "shard.pt"))

@@ -1,1 +1,1 @@
-"""A checkpoint is sealed or not there: store, manifest, writer, removal, retention, space."""
+"""A checkpoint is either sealed or absent: how it is written, verified, kept within the budget and removed."""

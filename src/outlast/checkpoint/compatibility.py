@@ -1,4 +1,6 @@
-"""What a run is, as far as a checkpoint depends on it; and what follows if that has changed when it resumes.
+"""Decides whether a checkpoint fits the run that is about to resume from it.
+
+A checkpoint records its origin: the facts about the run that its contents depend on. If one of them has changed:
 
 | differs | then | because |
 |---|---|---|
@@ -11,9 +13,9 @@
 | `config` | allowed | something else that decides the weights was changed, such as the learning rate |
 | a library's version | allowed | the weights may differ from those of a run that was not upgraded |
 
-A loop that can't take its gradient accumulation from the run (`run.layout`) is refused another
-`world_size`. What else is refused can be accepted by name: `checkpoint.allow=[dataset]`. What is adapted or allowed is
-said in the log and in the ledger's `resumed` line.
+A loop that does not take its gradient accumulation from `run.layout` is refused another `world_size`. The user can
+accept any other refused change by name: `checkpoint.allow=[dataset]`. Adapted and allowed changes are noted in the log
+and in the ledger's `resumed` line.
 """
 
 import hashlib
@@ -39,13 +41,13 @@ REFUSED = {
     "seed": "set seed={made}",
     "trainable": "give it the model and the adapters that it was made with",
 }
-"""What is refused, and what to do."""
+"""Changes that are refused, each with what the user can do."""
 
 NOTED = {
     "micro_batch": "the batch is split in another way: sums are rounded in another order",
     "config": "the configuration has changed since",
 }
-"""What is adapted or allowed, in words."""
+"""Changes that are adapted or allowed, each with what it means."""
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
 SAMPLED_ROWS = 16
@@ -53,12 +55,12 @@ SAMPLED_ROWS = 16
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a checkpoint's origin differs from the run at hand."""
+    """The differences between a checkpoint's origin and the current run."""
 
     refused: dict[str, str] = field(default_factory=dict)
-    """By name: what to do about it."""
+    """`{name: what the user can do about it}`."""
     noted: dict[str, str] = field(default_factory=dict)
-    """By name: what it means."""
+    """`{name: what it means}`."""
 
 
 def compare(
@@ -70,12 +72,13 @@ def compare(
     allow: Iterable[str] = (),
     adapted: str | None = None,
 ) -> Comparison:
-    """Apply the rules of this module. What either side does not say is not compared.
+    """Apply the rules of this module; facts that only one side has are not compared.
 
     Args:
-        made: the checkpoint's origin; now: that of the run at hand.
+        made: the checkpoint's origin.
+        now: the current run's origin.
         allow: names of differences that the user accepts.
-        adapted: how the run at hand adapts to another `world_size`, in words; None if it can't.
+        adapted: how the current run adapts to another `world_size`, in words; None if it can't.
     """
     refused, noted = {}, {}
     for name, advice in REFUSED.items():
@@ -98,24 +101,24 @@ def compare(
 
 
 def check(checkpoint: str, comparison: Comparison) -> None:
-    """Raise ResumeRefusedError if something is refused."""
+    """Raise ResumeRefusedError if a difference is refused."""
     if comparison.refused:
         raise ResumeRefusedError(f"{checkpoint} can't be resumed from here: " + "; ".join(comparison.refused.values()))
 
 
-def trainable(model: "torch.nn.Module") -> str:
-    """Digest of names, shapes and types of the parameters that are trained."""
-    # With ZeRO 3 a rank holds none of a parameter; its shape is noted beside it.
+def trainable_digest(model: "torch.nn.Module") -> str:
+    """Digest the names, shapes and types of the trained parameters."""
+    # With ZeRO 3 a parameter is empty on every rank; DeepSpeed notes its full shape in `ds_shape`.
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     found = sorted((name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype)) for name, p in trained)
     return _digest(found)
 
 
-def dataset(data: Any) -> str | None:
-    """Digest of the length and of some rows, evenly spread, of a dataset that has both; None if it has not.
+def dataset_digest(data: Any) -> str | None:
+    """Digest a dataset's length and some evenly spaced rows; None if it can't be read by row.
 
-    Reading a row must not draw random numbers: only plain sequences and `datasets.Dataset` are looked at. Of
-    tokenized rows the `input_ids` count, so that data read back from a cache is the same data.
+    Reading a row must not draw random numbers, so only plain sequences and `datasets.Dataset` are read. Of a tokenized
+    row only the `input_ids` count, so that data read back from a cache is still the same data.
     """
     if type(data).__module__.partition(".")[0] != "datasets" and not isinstance(data, list | tuple):
         return None
@@ -137,7 +140,7 @@ def _digest(value: Any) -> str:
 
 
 def origin_of(run: RunDirectory) -> dict[str, Any] | None:
-    """What a run is, by its newest checkpoint, or else by its first attempt; None before it has begun."""
+    """The origin that the newest checkpoint records, else the first attempt; None before the run has begun."""
     steps = (path.name.rpartition("-")[2] for path in run.checkpoints.glob("checkpoint-*"))
     for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
         with suppress(CheckpointError):

@@ -1,8 +1,8 @@
-"""Bytes to a file as fast as the disk takes them: in aligned pieces, past the page cache, from a thread.
+"""Writes files as fast as the disk can take them: in aligned pieces, past the page cache, from a thread.
 
-A gigabyte that goes through the page cache needs a gigabyte of memory that is touched for the first time, and that is
-slower than the disk; the pieces here are touched once and used again. A small file is written as usual, and so is
-everything where the file system does not know `O_DIRECT` (tmpfs, some network file systems).
+Writing a gigabyte through the page cache touches a gigabyte of new memory, which is slower than the disk; the pieces
+here are touched once and reused. Small files are written as usual, and so is every file where the file system lacks
+`O_DIRECT` (tmpfs, some network file systems).
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from typing import Any
 PIECE = 1 << 23
 """Bytes handed to the disk at a time."""
 ALIGN = 4096
-"""What offsets, lengths and addresses must be a multiple of for `O_DIRECT`, on every disk we know."""
+"""With `O_DIRECT`, offsets, lengths and addresses must be multiples of this on every disk we know."""
 IN_FLIGHT = 2
 """Pieces that wait for the disk while the next is filled."""
 
@@ -29,10 +29,10 @@ _free: deque[mmap.mmap] = deque(maxlen=IN_FLIGHT + 2)
 
 
 class DirectFile:
-    """A new file, written from start to end. On disk for certain only after an `fsync`.
+    """A new file, written from start to end; only an `fsync` makes sure that it is on disk.
 
     Raises (each method):
-        OSError: the disk refused, now or in a piece that was handed over before.
+        OSError: the disk refused this write or an earlier one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class DirectFile:
         self._failure: Exception | None = None
 
     def write(self, view: memoryview) -> None:
-        """Append bytes. They are copied: the caller may change them afterwards."""
+        """Append bytes; they are copied, so the caller may change them afterwards."""
         while view:
             self._check()
             count = min(PIECE - self._filled, len(view))
@@ -68,7 +68,7 @@ class DirectFile:
         self._check()
 
     def close(self) -> None:
-        """Close the file, whatever has become of it."""
+        """Close the file, also after a failure."""
         try:
             if self._thread is not None:
                 self._failure = self._failure or OSError(errno.ECANCELED, "closed before it was whole")
@@ -96,7 +96,7 @@ class DirectFile:
             try:
                 if self._failure is None:
                     self._put(memoryview(piece)[:size])
-            except Exception as error:  # nothing may end this thread early: who fills the pieces would wait for ever
+            except Exception as error:  # if this thread ended early, the writer would wait for ever
                 self._failure = error
             _free.append(piece)
 

@@ -1,4 +1,4 @@
-"""When to save: every so many steps, every so much time, or as often as pays (`checkpoint.every: auto`, the default).
+"""Decides when to save: every N steps, every T seconds, or as often as pays (`checkpoint.every: auto`, the default).
 
 A save costs C seconds of stall; a failure without notice costs what was trained since the last save, half an interval
 on average. With M seconds from one such failure to the next, saving every W seconds loses about C/W + W/(2M) of the
@@ -18,16 +18,16 @@ from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.ledger import KILLED, Event
 
 LOWER_S = 60.0
-"""No interval is shorter: a minute of steps is quickly made again, and each save pushes an older one out of the budget.
-The first save is made after it, so that its cost is known early."""
+"""The shortest interval: a minute of steps is quickly repeated, and each save pushes an older one out of the budget.
+The first save comes after this time, so that the cost of a save is known early."""
 LARGEST_SHARE = 0.05
-"""What saving may take of the time. C is measured, but M rests on few failures: a streak of them must not turn the run
-into one that mostly saves."""
+"""The largest share of the time that saving may take. C is measured, but M rests on few failures: a streak of them must
+not turn the run into one that mostly saves."""
 UPPER_S = 3600.0
-"""No interval is longer, whatever a save costs: no more than an hour of steps is ever at risk. M may be far too long,
-for each preemption is a failure where its notice is missed (no grace time, or a save that takes longer than it)."""
-RECENT = 9
-"""How many of the last saves the cost is taken from: it follows a change of file system or machine."""
+"""The longest interval, whatever a save costs: at most an hour of steps is ever at risk. M may be far too long, since a
+preemption is a failure too where its notice does not help (no grace time, or a save that takes longer than it)."""
+RECENT_SAVES = 9
+"""The cost is taken from this many of the last saves, so that it follows a change of file system or machine."""
 NOTICEABLE = 0.2
 
 
@@ -43,14 +43,14 @@ def optimum(cost_s: float, mtbf_s: float) -> float:
 
 
 def interval(cost_s: float | None, mtbf_s: float) -> float:
-    """:func:`optimum` within the bounds, in seconds; the lower bound while the cost is not known."""
+    """The optimum within its bounds, in seconds; the lower bound while the cost of a save is unknown."""
     if cost_s is None:
         return LOWER_S
     return min(max(optimum(cost_s, mtbf_s), _lower(cost_s)), UPPER_S)
 
 
 def explain(seconds: float, cost_s: float | None, mtbf_s: float) -> str:
-    """An interval of `auto`, in one sentence."""
+    """Explain an interval of `auto` in one sentence."""
     failure = f"a failure without notice is expected every {_words(mtbf_s)}"
     if cost_s is None:
         bounds = f"at least every {_words(UPPER_S)}"
@@ -66,9 +66,9 @@ def explain(seconds: float, cost_s: float | None, mtbf_s: float) -> str:
 
 
 def failures(tries: list[Attempt]) -> int:
-    """How many attempts ended without having saved their last step, a preemption whose notice was missed included.
+    """Count the attempts that ended without saving their last step, preemptions whose notice was missed included.
 
-    One that was cancelled does not count, nor one that failed before it had trained: no interval could have helped.
+    Cancelled attempts don't count, nor those that failed before they had trained: no interval could have helped.
     """
     count = newest = 0
     for attempt in tries:
@@ -79,7 +79,7 @@ def failures(tries: list[Attempt]) -> int:
 
 
 def trained_s(events: list[Event]) -> float:
-    """Seconds of training in all attempts so far; of one that was killed, up to its last line."""
+    """Seconds of training in all attempts so far; a killed attempt counts up to its last ledger line."""
     begun: dict[int, float] = {}
     last: dict[int, float] = {}
     for event in events:
@@ -87,19 +87,19 @@ def trained_s(events: list[Event]) -> float:
         if event["event"] == "resumed":
             begun[number] = event["time"]
         elif event.get("detail") == KILLED:
-            continue  # written by the attempt that came after
+            continue  # the next attempt wrote this line
         last[number] = event["time"]
         begun.setdefault(number, event["time"])
     return sum(last[number] - begun[number] for number in last)
 
 
 class SaveInterval:
-    """Answers, on rank 0, whether a periodic save is due.
+    """Decides, on rank 0, whether a periodic save is due.
 
     Args:
-        events: the run's ledger, from which the costs and failures of earlier attempts are taken; read after the
-            present attempt has noted how the one before it ended.
-        now: when training begins. Here and below: seconds of one and the same clock, whichever it is.
+        events: the run's ledger, for the costs and failures of earlier attempts. Read it after this attempt has noted
+            how the previous one ended.
+        now: when training begins, in seconds; all times given to one instance are from the same clock, any clock.
     """
 
     def __init__(self, section: CheckpointSection, events: list[Event], now: float) -> None:
@@ -107,7 +107,7 @@ class SaveInterval:
         self._began = self._last = now
         self._tried = (0, -math.inf)
         self._failures, self._trained_s = failures(attempts(events)), trained_s(events)
-        self._costs: deque[float] = deque(maxlen=RECENT)
+        self._costs: deque[float] = deque(maxlen=RECENT_SAVES)
         self._told: float | None = None
         for event in events:
             if event["event"] == "checkpoint" and event["kind"] != "final":
@@ -126,18 +126,18 @@ class SaveInterval:
 
     @property
     def cost_s(self) -> float | None:
-        """Stall of a save, in seconds, or None before the first. The median: one write that hung on a busy file system
-        would stretch a mean for a long time, while a median that is off by a factor of two still costs little."""
+        """The median stall of recent saves, in seconds; None before the first. One write that hung on a busy file
+        system would stretch a mean for a long time; a median that is off by a factor of two still costs little."""
         return median(self._costs) if self._costs else None
 
     @property
     def seconds(self) -> float | None:
-        """The interval that holds now, in seconds; None if steps decide."""
+        """The current interval, in seconds; None if steps decide."""
         return interval(self.cost_s, self.mtbf_s) if self.mode == "auto" else self._section.seconds
 
     @property
     def explanation(self) -> str:
-        """When saves are made, and why then, in one sentence."""
+        """Explain in one sentence when saves are made, and why."""
         text = f"every {self._section.steps} steps, as configured"
         if self.seconds is not None:
             text = f"every {_words(self.seconds)}, as configured"
@@ -147,15 +147,15 @@ class SaveInterval:
         return text if milestone is None else f"{text}; and a milestone every {milestone} steps"
 
     def due_by_step(self, step: int) -> bool:
-        """Whether a save is due after `step` by its number alone: as configured, or as a milestone."""
+        """Whether the number of `step` alone makes a save due: as configured, or as a milestone."""
         intervals = (self._section.steps, self._section.milestone_every)
         return any(each is not None and step % each == 0 for each in intervals)
 
     def due(self, step: int, now: float) -> bool:
         """Whether a periodic save is due after `step`.
 
-        Where time decides, a save that was due and has not been made (the disk is full) is due again after the lower
-        bound, not at each step.
+        Where time decides, a due save that could not be made (the disk is full) is due again after the lower bound,
+        not at each step.
         """
         seconds = self.seconds
         if self.due_by_step(step) or seconds is None:
@@ -175,8 +175,10 @@ class SaveInterval:
         self.mtbf_s = self._estimate(now)
 
     def changed(self) -> dict[str, float] | None:
-        """Fields of the ledger's `interval` event, if the interval of `auto` is new or has moved by more than a fifth
-        since the last such event; else None. To be asked once after each save, and recorded."""
+        """Fields of the ledger's `interval` event if the interval of `auto` has changed, else None.
+
+        Changes of up to a fifth since the last event don't count. Call this once after each save.
+        """
         seconds, cost_s = self.seconds, self.cost_s
         if self.mode != "auto" or seconds is None or cost_s is None:
             return None
@@ -186,10 +188,10 @@ class SaveInterval:
         return {"seconds": seconds, "cost_s": cost_s, "mtbf_s": self.mtbf_s}
 
     def _estimate(self, now: float) -> float:
-        """Seconds from one failure without notice to the next.
+        """Estimate the seconds from one failure without notice to the next.
 
-        (configured + trained) / (1 + failures): what is configured weighs as much as one failure seen in that time,
-        and gives way as the run collects its own. For failures at a constant rate this is one over the rate's posterior
+        (configured + trained) / (1 + failures): the configured time weighs as much as one failure seen in that time,
+        and less and less as the run sees its own. For failures at a constant rate this is one over the rate's posterior
         mean, if the rate's prior is a Gamma distribution of shape 1 with the configured mean.
         """
         trained = self._trained_s + max(now - self._began, 0.0)

@@ -1,7 +1,7 @@
-"""The manifest: written last into a checkpoint and removed first, so that its presence means "whole".
+"""The manifest is written last into a checkpoint and removed first, so its presence means "whole".
 
-It lists every file with its size and xxh3-128 digest. That finds torn, missing and rotten files; it is not meant to
-resist somebody who forges one.
+It lists every file with its size and xxh3-128 digest. That finds torn, missing and corrupted files; it
+does not protect against forgery.
 """
 
 import errno
@@ -21,9 +21,9 @@ from outlast.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-CHUNK = 1 << 22
-HESITATES = (errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
-"""Errors of a file system that hesitates, or of a process that is out of something."""
+READ_BYTES = 1 << 22
+TRANSIENT = (errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
+"""Errors that may pass: a file system that does not answer just now, or a process out of memory or file handles."""
 FileEntry = dict[str, Any]
 """`{"bytes": int, "xxh3_128": hex digest}`."""
 RESUME_ONLY = (
@@ -44,12 +44,12 @@ class Kind(StrEnum):
 
 
 class PassingError(CheckpointError):
-    """It can't be read just now: that says nothing of the checkpoint, and the next attempt may well be able to."""
+    """The checkpoint can't be read just now; it may be whole, and the next attempt may be able to read it."""
 
 
 @dataclass(kw_only=True)
 class Manifest:
-    """What a sealed checkpoint says of itself."""
+    """What a sealed checkpoint records about itself."""
 
     step: int
     kind: str
@@ -64,7 +64,7 @@ class Manifest:
     best_step: int | None = None
     """Step of the best checkpoint by the metric, as known when this one was sealed."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """What the run was (see `compatibility.py`)."""
+    """The facts about the run that the contents depend on (see `compatibility.py`)."""
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     """`{relative path: FileEntry}`."""
@@ -102,17 +102,17 @@ class Sealed:
 
     @property
     def lightable(self) -> bool:
-        """Whether leaving out what only a resume needs would free something and leave the weights."""
+        """Whether removing what only a resume needs would free bytes and leave the weights."""
         return not self.light and self.resume_bytes > 0 and any(map(is_weights, self.manifest.files))
 
 
 def resume_only(name: str) -> bool:
-    """Whether a file, by its path in the checkpoint, is needed to resume and for nothing else."""
+    """Whether only a resume needs the file with this path in the checkpoint."""
     return any(fnmatch(name, pattern) for pattern in RESUME_ONLY)
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file, by its path in the checkpoint, holds the model's or the adapter's weights."""
+    """Whether the file with this path in the checkpoint holds the model's or the adapter's weights."""
     return any(fnmatch(name, pattern) for pattern in WEIGHTS) and not resume_only(name)
 
 
@@ -136,7 +136,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        PassingError: the file system hesitates.
+        PassingError: the file system does not answer just now.
         CheckpointError: there is none, or it can't be read; the message is the reason, in words.
     """
     try:
@@ -158,7 +158,7 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
         from_disk: see :func:`read_entry`.
 
     Raises:
-        PassingError: the file system hesitates.
+        PassingError: the file system does not answer just now.
         CheckpointError: the first difference, in words.
     """
     manifest = read_manifest(directory)
@@ -176,21 +176,21 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
 
 
 def _unreadable(what: str, error: Exception) -> CheckpointError:
-    passing = isinstance(error, OSError) and error.errno in HESITATES
+    passing = isinstance(error, OSError) and error.errno in TRANSIENT
     reason = error.strerror if isinstance(error, OSError) else error
     return (PassingError if passing else CheckpointError)(f"{what} can't be read: {reason}")
 
 
 def entry_of(size: int, digest: "xxhash.xxh3_128") -> FileEntry:
-    """What the manifest says of a file."""
+    """The entry of a file in the manifest."""
     return {"bytes": size, "xxh3_128": digest.hexdigest()}
 
 
 def read_entry(path: Path, *, from_disk: bool = False) -> FileEntry:
-    """What the manifest would say of a file, by reading it.
+    """Read a file and return the entry that the manifest should have for it.
 
     Args:
-        from_disk: forget the kernel's copy first, so that the disk answers. Only for a file that has been flushed.
+        from_disk: drop the kernel's cached copy first, so that the disk itself is read; only for a flushed file.
 
     Raises:
         OSError: it can't be read.
@@ -199,6 +199,6 @@ def read_entry(path: Path, *, from_disk: bool = False) -> FileEntry:
     with open(path, "rb", buffering=0) as file:
         if from_disk:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(READ_BYTES):
             digest.update(chunk)
         return entry_of(file.tell(), digest)

@@ -1,7 +1,7 @@
-"""Deleting and lightening on disk, such that a kill at any instant leaves a checkpoint whole, light, or gone.
+"""Deletes and lightens checkpoints so that a kill at any instant leaves each one whole, light, or gone.
 
-Nothing follows a symbolic link: a checkpoint is a real directory of the run directory, moved aside by a rename before
-what is in it goes. A deletion that fails is reported in the ledger, and tried again at the next save.
+No symbolic link is followed: a checkpoint is a real directory inside the run directory, and is renamed into the trash
+before its files are deleted. A deletion that fails is recorded in the ledger, and tried again at the next save.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from outlast.rundir.ledger import Record
 from .manifest import MANIFEST, Sealed, read_manifest, resume_only, write_manifest
 
 UNSEALED = ".manifest.deleted"
-"""What the manifest is called in a checkpoint that is being deleted."""
+"""The manifest's name in a checkpoint that is being deleted."""
 
 
 class Remover:
@@ -51,7 +51,7 @@ class Remover:
         return self._empty_trash()
 
     def lighten(self, checkpoint: Sealed, reason: str) -> bool:
-        """Delete what only a resume needs; what is left has a manifest of its own and still verifies.
+        """Delete what only a resume needs; the rest gets a new manifest and still verifies.
 
         Returns:
             As :meth:`delete`.
@@ -68,7 +68,7 @@ class Remover:
         return True
 
     def recover(self) -> None:
-        """Finish what an earlier attempt left half-deleted or half-lightened, and what could not be deleted."""
+        """Finish what an earlier attempt left half-deleted or half-lightened, and retry what could not be deleted."""
         for path in sorted(self._checkpoints.glob("checkpoint-*")):
             sealed, deleting = (os.path.exists(path / name) for name in (MANIFEST, UNSEALED))
             if path.is_symlink() or not (sealed or deleting):
@@ -80,13 +80,13 @@ class Remover:
                 elif (manifest := read_manifest(path)).light:
                     self._finish_lightening(Sealed(path, manifest))
             except CheckpointError:
-                continue  # a manifest that can't be read: for the store to put aside
+                continue  # its manifest can't be read: the store will quarantine it
             except OSError as error:
                 self._report(path.name, error)
         self._empty_trash()
 
     def retry(self) -> None:
-        """Try again what could not be deleted in this attempt."""
+        """Retry the deletions that failed in this attempt."""
         if self._reported:
             self.recover()
 
@@ -100,7 +100,7 @@ class Remover:
         return gone
 
     def remove_tree(self, path: Path) -> bool:
-        """Remove a directory of ours; the ledger says so, once, if that fails.
+        """Remove a directory of this run; a failure is recorded in the ledger once.
 
         Returns:
             Whether it is gone, or was not there.

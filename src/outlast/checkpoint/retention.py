@@ -1,12 +1,12 @@
-"""Which checkpoints may go, how, and in what order: a value, computed from what is there.
+"""Decides which checkpoints may go, how and in what order, without touching a disk.
 
-Nothing here touches a disk. Four kinds are told apart:
+There are four kinds:
 
 - the **newest** that can be resumed from, which never goes; an emergency checkpoint is the newest until it has a
   sealed successor, and the store verifies that successor before it lets the last verified checkpoint go;
 - the **best** by the metric: it may become light, and goes only for an emergency save;
 - **milestones**, kept for evaluation: they become light;
-- all **others**, whose use is to be resumed from if a newer one does not verify: they are deleted, oldest first.
+- all **others**, which serve to resume from if a newer one does not verify: they are deleted, oldest first.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Removal:
 
 @dataclass(kw_only=True)
 class Retention:
-    """The rules of one run."""
+    """The retention rules of one run."""
 
     limit: int | None = None
     """The largest number of whole checkpoints to keep (`save_total_limit`), the best counted; None: as many as the
@@ -40,7 +40,7 @@ class Retention:
         return bool(self.milestone_every) and step % self.milestone_every == 0  # type: ignore[operator]
 
     def beyond_limit(self, sealed: Sequence[Sealed]) -> list[Removal]:
-        """What goes once a save has succeeded, so that `limit` holds. With limit 1 and a best, two stay.
+        """List what goes after a save so that `limit` holds; with limit 1 and a best, two stay.
 
         Args:
             sealed: sealed checkpoints, oldest step first.
@@ -59,8 +59,8 @@ class Retention:
                 removals.append(Removal(checkpoint, "lighten"))
         return removals
 
-    def for_room(self, sealed: Sequence[Sealed], *, emergency: bool) -> list[Removal]:
-        """What may go to make room for one more checkpoint, in this order, each step only if it is needed.
+    def for_space(self, sealed: Sequence[Sealed], *, emergency: bool) -> list[Removal]:
+        """List what may go to make space for one more checkpoint, in order, each step only if needed.
 
         Lighten milestones and then the best; delete others; delete milestones; for an emergency save, the best.
 
@@ -70,12 +70,12 @@ class Retention:
         newest = newest_full(sealed)
         rest = [c for c in sealed if c is not newest]
         best = [c for c in rest if c.step == self.best_step]
-        stages = [c for c in rest if self.is_milestone(c.step) and c not in best]
-        others = [c for c in rest if c not in best and c not in stages]
-        order = [Removal(c, "lighten") for c in (*stages, *best) if c.lightable]
-        return order + [Removal(c, "delete") for c in (*others, *stages, *(best if emergency else ()))]
+        milestones = [c for c in rest if self.is_milestone(c.step) and c not in best]
+        others = [c for c in rest if c not in best and c not in milestones]
+        order = [Removal(c, "lighten") for c in (*milestones, *best) if c.lightable]
+        return order + [Removal(c, "delete") for c in (*others, *milestones, *(best if emergency else ()))]
 
 
 def newest_full(sealed: Sequence[Sealed]) -> Sealed | None:
-    """The newest that can be resumed from."""
+    """The newest checkpoint that can be resumed from."""
     return next((c for c in reversed(sealed) if not c.light), None)

@@ -12,12 +12,12 @@ from .manifest import Sealed
 
 
 class Space:
-    """Accounts for all that lives in a run directory, by what is on disk, at the moment it is asked.
+    """Counts everything in a run directory, from what is on disk at the moment it is asked.
 
     Args:
-        budget: gives the bytes that the run directory may take; asked each time, since the cells of a sweep share one.
+        budget: returns the bytes that the run directory may take; called each time, since sweep cells share a budget.
         estimate: bytes of one checkpoint and of the finished model, for saves before the first is measured; 0: unknown.
-        reserve: keep a file of the size of one checkpoint, to be given up when an emergency save needs it.
+        reserve: keep a file of the size of one checkpoint, and give it up when an emergency save needs its bytes.
         peak: the most that earlier attempts saw in use, bytes.
     """
 
@@ -36,7 +36,7 @@ class Space:
 
     def used(self) -> int:
         """Bytes in use now: checkpoints, what is staged, quarantine, prepared data, logs, everything."""
-        used = bytes_used(self._run.path, skip_unreadable=True)  # what is in quarantine may be anybody's
+        used = bytes_used(self._run.path, skip_unreadable=True)  # a quarantined directory may be
         self.peak = max(self.peak, used)
         return used
 
@@ -46,11 +46,11 @@ class Space:
         return budget - margin(budget) - self.used()
 
     def beside(self) -> int:
-        """Bytes in use that are no checkpoints."""
+        """Bytes in use outside the checkpoints."""
         return self.used() - bytes_used(self._run.checkpoints, skip_unreadable=True)
 
     def need(self, sealed: Sequence[Sealed], *, final: bool = False) -> int:
-        """What the next save takes: as much as the largest checkpoint that is whole, or the estimate before the first.
+        """Bytes that the next save takes: those of the largest whole checkpoint, or the estimate before the first.
 
         Args:
             final: it is the finished model, which is without what only a resume needs.
@@ -61,10 +61,10 @@ class Space:
         return max(c.bytes - (c.resume_bytes if final else 0) for c in whole)
 
     def keep_reserve(self, sealed: Sequence[Sealed]) -> str | None:
-        """Set the reserve file aside, if it is wanted, missing, and fits.
+        """Create the reserve file if it is wanted, missing, and fits.
 
         Returns:
-            Why there is none although it is wanted, or None.
+            Why the wanted file could not be created, or None.
         """
         size = self.need(sealed)
         if not self._reserve or not size or self.reserved():

@@ -1,8 +1,8 @@
-"""The checkpoint store: stage, seal, publish; find the newest that verifies; make room inside the budget.
+"""Stages, seals and publishes checkpoints, finds the newest that verifies, and makes space within the budget.
 
 A save is collective. All ranks write into `checkpoints/.staging/checkpoint-<step>`, each flushes what it wrote, rank 0
-seals it with a manifest and publishes it by a rename. Whatever is killed on the way leaves either the staging
-directory, which the next attempt sweeps, or a whole checkpoint.
+seals it with a manifest and publishes it by a rename. A kill on the way leaves either the staging directory, which the
+next attempt sweeps, or a whole checkpoint. (`files.staged_directory` is for one process, so it does not fit here.)
 """
 
 import contextlib
@@ -32,7 +32,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SaveError(CheckpointError):
-    """A checkpoint could not be written; `disk_full`: because a rank found no room for it."""
+    """A checkpoint could not be written; `disk_full` says that a rank found no space for it."""
 
     def __init__(self, reason: str, *, disk_full: bool = False) -> None:
         super().__init__(reason)
@@ -43,8 +43,8 @@ class CheckpointStore:
     """Checkpoints of one run.
 
     Args:
-        room: the bytes of the run; checkpoints are deleted to stay within its budget.
-        record: how deletions, quarantines and failed saves reach the ledger.
+        record: appends to the ledger.
+        space: the bytes of the run; checkpoints are deleted to stay within its budget.
         say: prints a line in the log.
     """
 
@@ -53,12 +53,12 @@ class CheckpointStore:
         run: RunDirectory,
         collectives: Collectives,
         record: Record,
-        room: Space,
+        space: Space,
         *,
         say: Callable[[str], None] = print,
     ) -> None:
         self._run, self._collectives, self._record, self._say = run, collectives, record, say
-        self.space = room
+        self.space = space
         self._bytes_by_rank: list[int] = []
         self._remover = Remover(run, record, say)
         self._verified: set[int] = set()
@@ -76,7 +76,7 @@ class CheckpointStore:
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def _directories(self) -> list[Path]:
-        """`checkpoint-<number>`, sealed or not. A symbolic link is none of ours."""
+        """The `checkpoint-<number>` directories, sealed or not; symbolic links are left out."""
         with os.scandir(self._run.checkpoints) as entries:
             return [
                 Path(entry.path)
@@ -102,7 +102,7 @@ class CheckpointStore:
         Those that were never sealed, and newer ones that don't verify, are moved to `quarantine/`.
 
         Args:
-            restart: if none of several verifies, put all of them aside and answer None.
+            restart: if there are checkpoints but none verifies, quarantine them all and return None.
 
         Raises:
             CheckpointError: none verifies; nothing has been moved, since a restart is for the user to decide.
@@ -139,12 +139,12 @@ class CheckpointStore:
         return newest
 
     def quarantine(self, path: Path, reason: str) -> None:
-        """Put a checkpoint aside with the reason in words; nothing is lost. It counts against the budget."""
+        """Move a checkpoint to `quarantine/`, with the reason in words; it still counts against the budget."""
         self._run.quarantine.mkdir(exist_ok=True)
         target, copies = self._run.quarantine / path.name, 1
         while target.exists():
             target, copies = self._run.quarantine / f"{path.name}.{copies}", copies + 1
-        # In this order: a kill in between is made good by the next attempt, which finds the checkpoint where it was.
+        # In this order: after a kill in between, the next attempt finds the checkpoint in place and does this again.
         with contextlib.suppress(OSError):  # a full disk: the ledger has the reason too
             (self._run.quarantine / f"{target.name}.reason.txt").write_text(reason + "\n")
         self._record("quarantined", checkpoint=path.name, reason=reason)
@@ -203,10 +203,10 @@ class CheckpointStore:
         return Sealed(target, manifest)
 
     def _allowance(self, free: int, kind: str) -> int:
-        """What this rank may write of `free` bytes: what the others did not write the last time.
+        """The part of `free` bytes that this rank may write: all that the others did not write the last time.
 
-        Before that is known, rank 0 may write all, since it writes most, another its share: one shard of as many as
-        there are ranks, or next to nothing. `_publish` sees to the sum.
+        Before the first save, rank 0 may write all, since it writes most, and any other rank an equal share: it writes
+        one shard or next to nothing. `_publish` checks the sum.
         """
         if kind == Kind.FINAL or not self._bytes_by_rank:
             return max(free, 0) // (self._collectives.world_size if self._collectives.rank else 1)
@@ -214,7 +214,7 @@ class CheckpointStore:
         return max(free - others, 0)
 
     def _together(self, act: Callable[[], Any]) -> list[Any]:
-        """What `act` returned on each rank, by rank; or SaveError, on every rank, naming the first that failed."""
+        """Call `act` on every rank; return all results by rank, or raise SaveError for the first failure everywhere."""
         value, problem = None, None
         try:
             value = act()
@@ -251,24 +251,24 @@ class CheckpointStore:
             manifest.pending_evaluation = True
             write_manifest(self.path(step), manifest)
 
-    # Making room ------------------------------------------------------------------------------------------------
+    # Making space -----------------------------------------------------------------------------------------------
 
     def make_space(self, *, kind: Kind, need: int | None = None) -> bool:
         """Free bytes, in the order of `retention.py`, until the next save fits the budget (rank 0).
 
         Args:
-            kind: an emergency or final save goes before the best checkpoint.
-            need: the bytes that must fit, if it is not the next save.
+            kind: an emergency or final save takes precedence over the best checkpoint.
+            need: the bytes that must fit; None: those of the next save.
 
         Returns:
-            Whether it fits. If all that may go would not do, nothing is touched.
+            Whether it fits. If removing all that may go would not be enough, nothing is removed.
         """
         sealed, emergency = self.sealed(), kind != Kind.PERIODIC
         need, freed = self.space.need(sealed, final=kind == Kind.FINAL) if need is None else need, {}
         free = self.space.free()
         if free >= need:
             return True
-        for removal in self.retention.for_room(sealed, emergency=emergency):
+        for removal in self.retention.for_space(sealed, emergency=emergency):
             checkpoint = removal.checkpoint
             freed[checkpoint.step] = checkpoint.bytes if removal.action == "delete" else checkpoint.resume_bytes
         aside = bytes_used(self._run.quarantine, skip_unreadable=True) + (self.space.reserved() if emergency else 0)
@@ -280,9 +280,10 @@ class CheckpointStore:
         return True
 
     def free_some(self, *, kind: Kind, reason: str) -> bool:
-        """Take the next step that frees bytes (rank 0), if there is one left.
+        """Remove the next thing that frees bytes, if there is one left (rank 0).
 
-        Unless the save is periodic, the reserve; what is in quarantine, oldest first; then the order of `retention.py`.
+        First goes the reserve, unless the save is periodic; then what is in quarantine, oldest first; then what
+        `retention.py` lists.
 
         Returns:
             Whether bytes were freed.
@@ -296,18 +297,18 @@ class CheckpointStore:
             if self._remover.remove_tree(path):
                 self._record("deleted", checkpoint=f"quarantine/{path.name}", reason=reason)
                 return True
-        for removal in self.retention.for_room(self.sealed(), emergency=emergency):
+        for removal in self.retention.for_space(self.sealed(), emergency=emergency):
             if self._remove(removal, reason, hurry=kind == Kind.EMERGENCY):
                 return True
         return False
 
     def keep_reserve(self) -> None:
-        """Set bytes aside for an emergency save, if `storage.reserve` asks for that (rank 0)."""
+        """Set bytes aside for an emergency save if `storage.reserve` asks for it (rank 0)."""
         if problem := self.space.keep_reserve(self.sealed()):
             self._say(f"no reserve for an emergency save: {problem}")
 
     def retire(self) -> None:
-        """After a save: remove what `save_total_limit` and milestones leave no place for (rank 0)."""
+        """Remove, after a save, what neither `save_total_limit` nor milestones keep (rank 0)."""
         for removal in self.retention.beyond_limit(self.sealed()):
             self._remove(removal, "save_total_limit", hurry=False)
 
@@ -320,9 +321,9 @@ class CheckpointStore:
         return act(checkpoint, reason)
 
     def _may_go(self, step: int, *, hurry: bool) -> bool:
-        """Whether a checkpoint that has been read back and found whole would still be left.
+        """Whether a checkpoint that this attempt has verified would be left without the one at `step`.
 
-        Until one has, in this attempt, the newest is read back, from the disk; in a hurry nothing is.
+        If none has been verified yet, the newest is, from disk; in a hurry, nothing is read.
         """
         newest = newest_full(self.sealed())
         if newest is None or newest.step == step:

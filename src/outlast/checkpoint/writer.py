@@ -1,4 +1,4 @@
-"""The one writer: every file of a checkpoint goes through it, and is digested while it is written.
+"""Writes the files of a checkpoint, and digests them while they are written.
 
 A save calls code that outlast does not own: the Trainer, accelerate, PEFT, DeepSpeed, a user's own function. While
 :meth:`Writer.capture` is active, `torch.save` and safetensors' `save_file`, called by any of them with a path inside
@@ -26,13 +26,13 @@ from .direct_io import DirectFile
 from .manifest import FileEntry, entry_of, read_entry
 
 CHUNK = 1 << 20
-"""Bytes that are digested, then copied, at a time: few enough to be in the CPU's cache for the second."""
+"""Bytes that are digested and then copied at a time: few enough that the copy finds them in the CPU's cache."""
 FLUSHERS = 4
 """Threads that flush small files: a file system joins what is flushed at the same time into one commit."""
 
 
 class DigestingFile:
-    """A file, open for writing from start to end. Not on disk for certain before :func:`flush_tree`."""
+    """A file written from start to end; only :func:`flush_tree` makes sure that it is on disk."""
 
     def __init__(
         self, path: Path, spend: Callable[[int], None], done: Callable[[FileEntry, os.stat_result], None]
@@ -42,10 +42,10 @@ class DigestingFile:
         self._digest = xxhash.xxh3_128()
         self._size = 0
         self.failure: OSError | None = None
-        """What the disk refused. `torch.save` turns it into an error of its own, which doesn't say why."""
+        """The disk's error; `torch.save` replaces it by one of its own, which doesn't say why."""
 
     def write(self, data: Any) -> int:
-        """Append any object with a buffer; as many bytes as it has."""
+        """Append the bytes of any object with a buffer; return their number."""
         view = memoryview(data).cast("B")
         try:
             self._spend(len(view))
@@ -60,7 +60,7 @@ class DigestingFile:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing to do before the end; `torch.save` asks for it."""
+        """Do nothing: `torch.save` calls this, but the flush comes at the end."""
 
     def __enter__(self) -> "DigestingFile":
         return self
@@ -75,11 +75,11 @@ class DigestingFile:
 
 
 class Writer:
-    """Writes the files of one checkpoint as one rank.
+    """Writes one rank's files of one checkpoint.
 
     Args:
         directory: the staged directory, which exists.
-        allowance: bytes that this rank may write; None: any number. One more is refused as a full disk would (EDQUOT).
+        allowance: bytes that this rank may write; None: any number. More is refused as on a full disk (EDQUOT).
     """
 
     def __init__(self, directory: Path, allowance: int | None = None) -> None:
@@ -88,7 +88,7 @@ class Writer:
         self._written: dict[Path, tuple[FileEntry, os.stat_result]] = {}
 
     def open(self, path: Path) -> DigestingFile:
-        """A new file at `path`, inside the directory; one that is there is replaced."""
+        """Open a new file at `path`, inside the directory, in place of one that is there."""
         return DigestingFile(path, self._spend, lambda *written: self._written.__setitem__(path, written))
 
     def _spend(self, count: int) -> None:
@@ -151,7 +151,7 @@ class Writer:
 
 
 def flush_tree(directory: Path, skip: Collection[str] = ()) -> None:
-    """Have the kernel write all files of `directory`, and it, to disk, and wait for it.
+    """Flush all files of `directory`, and the directory itself, to disk.
 
     Every rank does so, when all have written: on a network file system only the node that wrote a file can flush it.
 
@@ -167,7 +167,7 @@ def flush_tree(directory: Path, skip: Collection[str] = ()) -> None:
 
 
 def adopt(directory: Path, entries: dict[str, FileEntry]) -> None:
-    """Add the files of `directory` that no writer has reported, read back (rank 0, after all ranks)."""
+    """Add entries for the files that no writer has reported, by reading them (rank 0, after all ranks)."""
     names = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     entries |= {name: read_entry(path) for name, path in sorted(names.items()) if name not in entries}
 

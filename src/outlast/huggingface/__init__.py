@@ -1,1 +1,1 @@
-"""The Hugging Face Trainer and DeepSpeed: what they do is steered, saved and restored here."""
+"""Steers the Hugging Face Trainer and DeepSpeed, and saves and restores their state."""

@@ -1,8 +1,8 @@
-"""Leaving in the middle of an optimizer step that accumulates gradients, where there is no time to finish it.
+"""Leaves in the middle of gradient accumulation if there is no time to finish the optimizer step.
 
 Until its last micro-batch, a step has changed nothing but the random numbers: weights, optimizer and schedule are those
-of the step before. So the step before can still be saved, exactly, with the random state from its end, and what is lost
-are some micro-batches, not the interval since the last checkpoint.
+of the previous step. So the previous step can still be saved exactly, with the random state from its end, and a few
+micro-batches are lost instead of all steps since the last checkpoint.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Accumulation(TrainerCallback):  # type: ignore[misc]
-    """Polls the collectives between micro-batches.
+    """Checks between micro-batches whether the ranks have agreed to stop.
 
     Args:
-        save: saves the state at hand as that of the last step, and leaves.
+        save: saves the current state as that of the last step, and leaves.
     """
 
     def __init__(self, run: "RankAttempt", trainer: "Trainer", save: Callable[[], None]) -> None:
@@ -32,7 +32,7 @@ class Accumulation(TrainerCallback):  # type: ignore[misc]
         self._done = 0
 
     def keep(self) -> None:
-        """The random state is that of the last step's end, as the next attempt would load it."""
+        """Keep the random state: it is that of the last step's end, as the next attempt would load it."""
         if self._trainer.args.gradient_accumulation_steps > 1:
             self._random, self._tokens_seen = random_state.capture(), self._trainer.state.num_input_tokens_seen
 
@@ -60,7 +60,7 @@ class Accumulation(TrainerCallback):  # type: ignore[misc]
             f"no time to finish step {state.global_step + 1}: its {self._done} micro-batches will be made again"
         )
         if state.global_step == 0:
-            self._run.leave(0)  # nothing to save: a run that begins anew is the same run
+            self._run.leave(0)  # nothing to save: starting again gives the same run
         random_state.restore(self._random)
         state.num_input_tokens_seen = self._tokens_seen
         self._save()

@@ -1,7 +1,7 @@
-"""DeepSpeed's checkpoints in the Trainer's seam: saved such that no rank hangs, loaded such that no code runs.
+"""Saves DeepSpeed's checkpoints so that no rank hangs, and loads them so that no code runs.
 
-Saving is collective, with barriers and gathers inside, and every rank writes its shard between them. So what a rank
-could not write is held back until these are over, and is raised then.
+Saving is collective, with barriers and gathers inside, and every rank writes its shard between them. So a rank that
+could not write takes part in all of them, and raises its error after the last.
 """
 
 import functools
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def saving(trainer: "Trainer", directory: Path) -> Iterator[None]:
-    """While `trainer` saves to `directory`: failures are held back; the first is raised at the end, on its own rank.
+def saving_shards(trainer: "Trainer", directory: Path) -> Iterator[None]:
+    """Hold back failures while `trainer` saves to `directory`; raise the first at the end, on its own rank.
 
     `latest`, which names the shards' directory, is written last.
     """
@@ -58,8 +58,8 @@ def saving(trainer: "Trainer", directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def loading() -> Iterator[None]:
-    """While a Trainer loads: shards hold tensors, plain values and `classes()`, and nothing in them is executed."""
+def loading_shards() -> Iterator[None]:
+    """Have a Trainer load tensors, plain values and `classes()` from shards, and execute nothing in them."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     load = TorchCheckpointEngine.load
@@ -79,7 +79,7 @@ def load_weights(trainer: "Trainer", checkpoint: Path) -> None:
     """Load the weights of a light checkpoint, whose shards are gone; all ranks.
 
     Raises:
-        CheckpointError: it holds a weight that the model has not.
+        CheckpointError: it holds a weight that the model does not have.
     """
     from deepspeed.runtime.zero import GatheredParameters
     from peft import PeftModel, set_peft_model_state_dict
@@ -102,7 +102,7 @@ def load_weights(trainer: "Trainer", checkpoint: Path) -> None:
 
 
 def classes() -> list[Any]:
-    """What DeepSpeed's shards hold beside tensors and plain values."""
+    """The classes that DeepSpeed's shards hold besides tensors and plain values."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -1,4 +1,4 @@
-"""The random numbers that training draws: Python's, NumPy's, torch's, and those of every GPU."""
+"""Captures and restores the random state of Python, NumPy, torch and every GPU."""
 
 import random
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """The state of all generators, now."""
+    """The current state of all generators."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -20,7 +20,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Go back to what :func:`capture` has found."""
+    """Go back to a state that :func:`capture` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["cpu"])

@@ -1,7 +1,7 @@
-"""A Hugging Face Trainer on another number of ranks than its run began with: the same rows in each optimizer step.
+"""Resumes a Trainer on another number of ranks, with the same rows in each optimizer step.
 
-What decides that stands in `world_size.py`. Here it reaches the Trainer: its gradient accumulation, its DataLoader,
-DeepSpeed's configuration, and the random state of a rank that has none saved.
+`ranks/layout.py` decides which rows a rank reads. This module applies it to the Trainer: to its gradient accumulation,
+its DataLoader, DeepSpeed's configuration, and the random state of a rank that has none saved.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def adapt(trainer: "Trainer", layout: Layout) -> None:
     """Have `trainer`, which has not begun to train, read the rows that `layout` gives this rank.
 
     Raises:
-        ResumeRefusedError: the order of its rows is not the same on every rank, or belongs to the number of ranks.
+        ResumeRefusedError: the order of its rows differs between ranks, or depends on the number of ranks.
     """
     args = trainer.args
     if args.gradient_accumulation_steps != layout.accumulation:
@@ -43,7 +43,7 @@ def _bound(key: str, value: Any, valid: str) -> ResumeRefusedError:
 
 
 def _tell_deepspeed(trainer: "Trainer", layout: Layout) -> None:
-    """DeepSpeed's configuration was filled in from the arguments as they were configured."""
+    """Correct DeepSpeed's configuration, which was filled in from the arguments before they were adapted."""
     plugin = trainer.accelerator.state.deepspeed_plugin
     for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
         config["gradient_accumulation_steps"] = layout.accumulation
@@ -56,19 +56,19 @@ def _resharded(get: Callable[[], Any], layout: Layout, rank: int) -> Callable[[]
         from torch.utils.data import IterableDataset
 
         loader = get()
-        # Of a stream, accelerate deals whole steps out in order, whatever the number of ranks.
+        # accelerate deals out whole steps of a stream in order, whatever the number of ranks.
         return loader if isinstance(loader.dataset, IterableDataset) else _with_batches(loader, layout, rank)
 
     return get_train_dataloader
 
 
 def _with_batches(loader: Any, layout: Layout, rank: int) -> Any:
-    """The same accelerate DataLoader with other batches; the arguments are those of its `skip_first_batches`."""
+    """Make the same accelerate DataLoader with other batches, from the arguments that `skip_first_batches` uses."""
     from accelerate.data_loader import _PYTORCH_DATALOADER_KWARGS, DataLoaderShard
     from torch.utils.data import RandomSampler
 
     inner = loader.batch_sampler
-    batches = inner if layout.ranks == 1 else inner.batch_sampler  # accelerate cuts what it reads into shards
+    batches = inner if layout.ranks == 1 else inner.batch_sampler  # accelerate wraps it to cut it into shards
     if isinstance(batches.sampler, RandomSampler) and not hasattr(batches.sampler, "set_epoch"):
         raise _bound("accelerator_config.use_seedable_sampler", False, "True")
     kept = {
@@ -89,7 +89,7 @@ def _with_batches(loader: Any, layout: Layout, rank: int) -> Any:
 
 
 def seed_rank(trainer: "Trainer", checkpoint: Sealed) -> bool:
-    """Give this rank a random state if `checkpoint` has none for it, being made by another number of ranks.
+    """Seed this rank if `checkpoint`, made by another number of ranks, has no random state for it.
 
     Returns:
         Whether it did.

@@ -1,7 +1,7 @@
-"""The seam to Hugging Face's Trainer and its subclasses (SFTTrainer, DPOTrainer, ...).
+"""Adapts Hugging Face's Trainer and its subclasses (SFTTrainer, DPOTrainer, ...) to a run that may be preempted.
 
-The Trainer keeps its loop, its optimizer, its data order and its file formats. The seam decides when it saves, where
-the files go (the store's staging area instead of `checkpoint-N` itself), what is deleted, and when it stops:
+The Trainer keeps its loop, its optimizer, its data order and its file formats. The adapter decides when it saves,
+where the files go (the store's staging area instead of `checkpoint-N` itself), what is deleted, and when it stops:
 
 - A stop is agreed at a step's end and inside evaluation. If the step also ends an epoch, the save waits for
   `on_epoch_end`, which follows at once, so that an evaluation due there is known.
@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from outlast.checkpoint import compatibility as origin
+from outlast.checkpoint.compatibility import dataset_digest, trainable_digest
 from outlast.checkpoint.manifest import Sealed, read_manifest
 from outlast.errors import CheckpointError, ConfigError
 from outlast.processes import shield_worker
 from outlast.storage.budget import gb
 
-from . import deepspeed as zero
 from . import random_state
-from . import universal_checkpoint as universal
 from .accumulation import Accumulation
-from .frozen_weights import frozen_weights, named
+from .deepspeed import load_weights, loading_shards, saving_shards
+from .frozen_weights import frozen_weights, shortened
 from .resharding import adapt, seed_rank
+from .universal_checkpoint import Conversion, needs_conversion
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -64,22 +64,24 @@ def train(run: "RankAttempt", trainer: "Trainer") -> Any:
     Returns:
         The Trainer's `TrainOutput`. When the job is preempted this does not return.
     """
-    seam = TrainerAdapter(run, trainer)
-    checkpoint = seam.resume_from()
-    with zero.loading() if trainer.is_deepspeed_enabled else nullcontext():
+    adapter = TrainerAdapter(run, trainer)
+    checkpoint = adapter.resume_from()
+    with loading_shards() if trainer.is_deepspeed_enabled else nullcontext():
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
         run.say(f"WARNING: the best, step {state.best_global_step}, could not be saved: final/ will be the last model")
-    run.finish(trainer.state.global_step, lambda directory: seam.save_model(directory))
+    run.finish(trainer.state.global_step, adapter.save_model)
     return output
 
 
 class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
+    """Steers one Trainer for a run, by callbacks and by replacing some of its methods."""
+
     def __init__(self, run: "RankAttempt", trainer: "Trainer") -> None:
         self.run, self.trainer = run, trainer
         self.checkpoint: Sealed | None = None
-        self.conversion: universal.Conversion | None = None
+        self.conversion: Conversion | None = None
         self.pending_evaluation = False
         self.save_at_epoch_end = False
         self.done = False
@@ -118,15 +120,15 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             seed=args.seed if args.data_seed is None else args.data_seed,
             micro_batch=args.train_batch_size,
             accumulation=args.gradient_accumulation_steps,
-            dataset=origin.dataset(trainer.train_dataset),
-            trainable=origin.trainable(trainer.model),
+            dataset=dataset_digest(trainer.train_dataset),
+            trainable=trainable_digest(trainer.model),
         )
         self.checkpoint = self.run.resume_point()
         adapt(trainer, self.run.layout)
         if self.checkpoint is None:
             return None
-        if universal.needed(self.checkpoint, trainer):
-            self.conversion = universal.Conversion(self.run, self.checkpoint, trainer)
+        if needs_conversion(self.checkpoint, trainer):
+            self.conversion = Conversion(self.run, self.checkpoint, trainer)
             self.conversion.make()
         return self.conversion.path if self.conversion else self.checkpoint.path
 
@@ -154,7 +156,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
         epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
         verdict = self.run.steps.done(step)
-        # An evaluation may follow at the end of the epoch: what is sealed at this step holds it too.
+        # An evaluation may follow at the end of the epoch: the checkpoint of this step holds its result too.
         due = control.should_save or verdict == "save"
         self.save_at_epoch_end, control.should_save = due and epoch_ends, due and not epoch_ends
         if verdict == "stop":
@@ -200,10 +202,10 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         if logs and "loss" in logs and self.run.rank == 0:
             self.run.progress.update(loss=logs["loss"])
 
-    # In place of the Trainer's own ------------------------------------------------------------------------------
+    # Replacements of the Trainer's methods ----------------------------------------------------------------------
 
     def save(self, model: Any, trial: Any) -> None:
-        """Instead of `Trainer._save_checkpoint`: the same files, through the store. Leaves if the run is stopping."""
+        """Replace `Trainer._save_checkpoint`: the same files, through the store; leave if the run is stopping."""
         state = self.trainer.state
         sealed = self.run.checkpoint(
             state.global_step,
@@ -218,7 +220,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             self._look_for_frozen_weights(sealed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Instead of `Trainer.evaluate`: in training, it can be cut short by a stop and is noted when it is whole."""
+        """Replace `Trainer.evaluate`: during training, a stop can cut it short, and a complete one is recorded."""
         if not self.trainer.is_in_train or self._evaluations:
             return dict(self._evaluate(*args, **kwargs))
         before = random_state.capture()
@@ -240,7 +242,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         return metrics
 
     def load_rng_state(self, checkpoint: str | None) -> None:
-        """Instead of `Trainer._load_rng_state`: an evaluation that was made up for has used random numbers too."""
+        """Replace `Trainer._load_rng_state`: an evaluation that was made up for has drawn random numbers too."""
         if self.checkpoint is None or not seed_rank(self.trainer, self.checkpoint):
             self._load_rng_state(checkpoint)
         if self.rng_after_pending is not None:
@@ -248,7 +250,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self._accumulation.keep()
 
     def determine_best(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Instead of `Trainer._determine_best_metric`: a new best is saved, whatever the interval between saves."""
+        """Replace `Trainer._determine_best_metric`: a new best is saved, whatever the interval between saves."""
         state, new = self.trainer.state, bool(self._determine_best(metrics, trial))
         if new and self.trainer.args.load_best_model_at_end:
             state.best_global_step = state.global_step
@@ -256,18 +258,18 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         return new
 
     def load_best(self) -> None:
-        """Instead of `Trainer._load_best_model` with DeepSpeed: that needs shards, for as many ranks."""
+        """Replace `Trainer._load_best_model` with DeepSpeed, which needs shards made by this number of ranks."""
         best = Path(self.trainer.state.best_model_checkpoint or "")
         same_ranks = read_manifest(best).world_size == self.trainer.args.world_size
         if same_ranks and any(best.glob("global_step*")):
             self._load_best()
         else:
-            zero.load_weights(self.trainer, best)
+            load_weights(self.trainer, best)
 
     # Inside -----------------------------------------------------------------------------------------------------
 
     def _may_finish(self, loader: Any) -> bool:
-        """Whether an evaluation fits in before the save. Not one that is made up for: its step is sealed already."""
+        """Whether an evaluation fits in before the save; one being made up for need not, its step is sealed already."""
         known = isinstance(loader, Sized) and not isinstance(self.trainer.eval_dataset, dict)
         left = len(loader) - self._batches if known and not self._making_up else None
         return self.run.steps.time_for("evaluation", left) is True
@@ -285,16 +287,16 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.rng_after_pending = random_state.capture()
 
     def _point_at_best(self, state: "TrainerState") -> None:
-        """Say where the best checkpoint is. The path in a saved state may be from before the run was moved."""
+        """Set the path of the best checkpoint: the one in a saved state may be from before the run was moved."""
         if state.best_global_step:
             path = self.run.store.path(state.best_global_step)
             state.best_model_checkpoint = str(path) if path.is_dir() else None
-            if path.is_dir():  # if it could not be saved, the best before it stays the one that is kept
+            if path.is_dir():  # if it could not be saved, the previous best is still kept
                 self.run.store.retention.best_step = state.best_global_step
 
     def _write(self, staged: Path, model: Any, trial: Any) -> None:
         trainer, state = self.trainer, self.trainer.state
-        holding = zero.saving(trainer, staged) if trainer.is_deepspeed_enabled else nullcontext()
+        holding = saving_shards(trainer, staged) if trainer.is_deepspeed_enabled else nullcontext()
         with self._quiet(staged.parent), holding:
             self._save_checkpoint(model, trial)
         # The Trainer took the staging area for its output directory when it noted where the best checkpoint is.
@@ -310,14 +312,14 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             self._looked_for_frozen = True
             found = frozen_weights(sealed.path, self.trainer.model)
             if sum(found.values()) > sealed.bytes * FROZEN_SHARE:
-                self.run.record("frozen_weights", bytes=sum(found.values()), tensors=named(found))
+                self.run.record("frozen_weights", bytes=sum(found.values()), tensors=shortened(found))
                 self.run.say(
                     f"WARNING: {gb(sum(found.values()))} of each checkpoint's {gb(sealed.bytes)} are frozen weights "
-                    f"({named(found)}): wrap the model with PEFT's get_peft_model, so that only adapters are saved"
+                    f"({shortened(found)}): wrap the model with PEFT's get_peft_model, so that only adapters are saved"
                 )
 
     def _check_whole(self, staged: Path) -> None:
-        """See that nothing is missing that the Trainer, on resume, would silently do without."""
+        """Check that no file is missing that the Trainer would silently do without on resume."""
         args = self.trainer.args
         rng = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
         needed: dict[str, tuple[str, ...]] = {"state of the random numbers": (rng,)}
@@ -337,9 +339,9 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def _quiet(self, output: Path) -> Iterator[None]:
-        """While the Trainer saves: `output` is its output directory, no model card, no question to the hub.
+        """Have the Trainer save to `output` without a model card, a question to the hub, or a barrier.
 
-        Nor a barrier of its own, which a rank that could not write (a full disk) would never reach.
+        A rank that could not write (a full disk) would never reach its barrier.
         """
         trainer, offline = self.trainer, os.environ.get("HF_HUB_OFFLINE")
         strategy, trainer.args.save_strategy = trainer.args.save_strategy, SaveStrategy.NO

@@ -1,8 +1,8 @@
-"""A DeepSpeed checkpoint for another number of ranks: DeepSpeed's own conversion to a universal checkpoint.
+"""Converts a DeepSpeed checkpoint for another number of ranks, by way of DeepSpeed's universal checkpoint.
 
 ZeRO spreads the optimizer's state over the ranks, so a checkpoint fits the number of ranks that made it. Rank 0 writes
 a second, universal copy of it into the staging area, all ranks load that, and it is removed. The checkpoint itself is
-not touched: what is killed on the way begins anew.
+not touched: after a kill on the way, the next attempt converts it again.
 """
 
 import errno
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 POLL_S, SAY_S = 1.0, 30.0
 PROBLEMS: dict[str, type[Exception]] = {"refused": ResumeRefusedError, "failed": CheckpointError, "passing": OSError}
-"""What rank 0 may meet, the special before the general; all ranks raise it."""
+"""The kinds of error that rank 0 may meet, the special before the general; all ranks raise the same."""
 SMALL_FILE = 2_000
-"""Bytes that a tensor's file has beside the tensor, rounded up."""
+"""Bytes of a tensor's file beyond the tensor itself, rounded up."""
 
 
 class Conversion:
@@ -56,10 +56,10 @@ class Conversion:
         Raises:
             ResumeRefusedError: the budget has no room for the copy; nothing was changed.
             CheckpointError: DeepSpeed could not convert it.
-            OSError: the file system would not have it.
+            OSError: the copy could not be written.
         """
         expect(self._trainer)
-        self._loading.enter_context(_all_of_stage_3())
+        self._loading.enter_context(_repaired_stage_3())
         run, began, said = self._run, time.monotonic(), time.monotonic()
         worker = threading.Thread(target=self._try, daemon=True)
         if run.rank == 0:
@@ -84,7 +84,7 @@ class Conversion:
     def drop(self) -> None:
         """Remove the copy; all ranks have loaded it."""
         self._loading.close()
-        self._trainer.model_wrapped._config.load_universal_checkpoint = False  # the best has shards of its own
+        self._trainer.model_wrapped._config.load_universal_checkpoint = False  # the best has its own shards
         if self._run.rank == 0:
             self._run.store.sweep()
 
@@ -100,7 +100,7 @@ class Conversion:
         except Exception as error:
             name = self._checkpoint.path.name
             if isinstance(error, OSError) and error.errno == errno.EDQUOT:
-                error = self._no_room(self._need())
+                error = self._no_space(self._need())
             elif not isinstance(error, ResumeRefusedError | OSError):  # the disk may be better next time
                 error = CheckpointError(f"{name} can't be converted for {self._ranks} ranks: {error!r}")
             self._problem = error
@@ -114,7 +114,7 @@ class Conversion:
         )
         run.progress.update(phase="converting", step=self._checkpoint.step, force=True)
         if not run.store.make_space(kind=Kind.PERIODIC, need=need):
-            raise self._no_room(need)
+            raise self._no_space(need)
         self.path.mkdir(parents=True)
         for file in self._checkpoint.path.iterdir():
             if file != source:
@@ -135,13 +135,13 @@ class Conversion:
             ds_to_universal.main(arguments)
 
     def _need(self) -> int:
-        """Bytes that a conversion writes, at most: the slices of all shards, what they are merged into, the weights."""
+        """The most that a conversion writes: slices of all shards, what they are merged into, the weights."""
         sizes = {name: int(entry["bytes"]) for name, entry in self._checkpoint.manifest.files.items()}
         shards = sum(size for name, size in sizes.items() if name.endswith("_optim_states.pt"))
         tensors = sum(1 for p in self._trainer.model.parameters() if p.requires_grad)
         return 2 * shards + self._weights + tensors * SMALL_FILE * 4 * (self._checkpoint.manifest.world_size + 1)
 
-    def _no_room(self, need: int) -> ResumeRefusedError:
+    def _no_space(self, need: int) -> ResumeRefusedError:
         free, budget = max(self._run.store.space.free(), 0), self._run.store.space.budget()
         return ResumeRefusedError(
             f"{self._checkpoint.path.name} can't be converted for {self._ranks} ranks: that takes up to {gb(need)} "
@@ -161,7 +161,7 @@ class Conversion:
         return self._run.collectives.world_size
 
 
-def needed(checkpoint: Sealed | None, trainer: "Trainer") -> bool:
+def needs_conversion(checkpoint: Sealed | None, trainer: "Trainer") -> bool:
     """Whether `checkpoint` has to be converted for this number of ranks."""
     if checkpoint is None or not trainer.is_deepspeed_enabled:
         return False
@@ -176,11 +176,11 @@ def expect(trainer: "Trainer") -> None:
 
 
 @contextmanager
-def _all_of_stage_3() -> Iterator[None]:
-    """Stage 3 loads right what DeepSpeed 0.19 does not.
+def _repaired_stage_3() -> Iterator[None]:
+    """Repair what stage 3 of DeepSpeed 0.19 loads wrongly from a universal checkpoint.
 
-    It gives all parts of the optimizer one and the same tensor as their step count, which each of them then counts up;
-    and to every parameter group what belongs to the first, so that weight decay reaches what it should not.
+    All parts of the optimizer get one and the same tensor as step count, which each of them then increments. Every
+    parameter group gets the settings of the first, so that weight decay reaches what it should not.
     """
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
@@ -207,7 +207,7 @@ def _all_of_stage_3() -> Iterator[None]:
 
 @contextmanager
 def _quiet(converter: Any) -> Iterator[None]:
-    """Its lines and bars would go between those of the log."""
+    """Silence the converter, whose output would be mixed into the log."""
     bars = converter.tqdm
     converter.print, converter.tqdm = lambda *_, **__: None, Namespace(tqdm=lambda chunks: chunks)
     try:
@@ -219,7 +219,7 @@ def _quiet(converter: Any) -> Iterator[None]:
 
 @contextmanager
 def _loading_tensors() -> Iterator[None]:
-    """Nothing in what is converted is executed, whatever the converter asks for."""
+    """Have `torch.load` execute no code from the checkpoint, whatever the converter asks for."""
     load = torch.load
 
     def load_tensors(*args: Any, **options: Any) -> Any:
