@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -37,9 +36,10 @@ def _logged(act: Any, log: Path, *arguments: Any) -> None:
 def compare(case: Case, scratch: Path) -> dict[str, Any]:
     """Estimate and truth of one case, in bytes, by part."""
     from outlast.checkpoint.manifest import MANIFEST, read_manifest
+    from outlast.processes import free_ports
     from outlast.storage.budget import Footprint, by_part
 
-    port = _free_port()
+    port = free_ports(1)[0]
     logs = [scratch / f"rank-{rank}.log" for rank in range(RANKS if case.stage else 1)]
     _run([_process(estimate, scratch / "estimate.log", case, scratch)], [scratch / "estimate.log"])
     _run([_process(train, log, case, scratch, rank, port) for rank, log in enumerate(logs)], logs)
@@ -68,12 +68,6 @@ def _run(processes: list[ForkServerProcess], logs: list[Path]) -> None:
         for process in processes:
             if process.is_alive():
                 process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def deviation(row: dict[str, Any], key: str = "checkpoint") -> float:

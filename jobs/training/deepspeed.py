@@ -6,7 +6,6 @@ stage from `parallel=`. `parallel.deepspeed.*` adds to that, and may not contrad
 
 import importlib.util
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -19,6 +18,7 @@ from outlast.config.cluster import LocalCluster
 from outlast.config.configuration import Config
 from outlast.config.parallel import Zero
 from outlast.errors import ConfigError
+from outlast.processes import free_ports
 
 from . import trainer_arguments as trainer_args
 
@@ -115,7 +115,7 @@ def prepare(config: Config) -> dict[str, Any]:
     env = os.environ
     if "RANK" not in env:  # accelerate takes a rank without these for one without DeepSpeed
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     arguments = {"deepspeed": configuration(config), "ddp_backend": None}
     if torch.cuda.is_available():
         return arguments
@@ -223,9 +223,3 @@ def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         inner = base.get(key)
         merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -26,7 +26,7 @@ from ..runs import queue
 from ..runs.find import runs_named, runs_under
 from ..runs.queue import ACTIVE, WAITING, JobKey
 from ..runs.standing import RunStatus, collect, owner_of
-from ..runs.state import is_locked
+from ..runs.state import State, is_locked
 from ..runs.submissions import mark_cancelled, unmark_cancelled
 
 LIMIT_S = 10.0
@@ -68,10 +68,10 @@ def main(names: Sequence[str], root: Path, *, everything: bool, sure: bool) -> i
 
 
 OVER = {
-    "finished": "has finished already",
-    "failed": "has failed already",
-    "gave_up": "has given up already",
-    "cancelled": "was cancelled before",
+    State.FINISHED: "has finished already",
+    State.FAILED: "has failed already",
+    State.GAVE_UP: "has given up already",
+    State.CANCELLED: "was cancelled before",
 }
 """States in which there is nothing to cancel, in words."""
 
@@ -99,7 +99,7 @@ def cancel(rows: Sequence[RunStatus]) -> list[Done]:
             done.append(Done(row.name, OVER[row.state]))
         elif row.note is not None:
             done.append(Done(row.name, "is not cancelled: Slurm does not answer", ok=False))
-        elif row.state == "running":
+        elif row.state == State.RUNNING:
             local.append(row)
         else:
             mark_cancelled(row.directory, row.job_id)

@@ -30,18 +30,18 @@ from ..display.progress import duration, size
 from ..runs.find import run_named
 from ..runs.settings import evaluations, settings_of
 
-State = Literal["sealed", "light", "final", "unsealed", "unreadable", "quarantined"]
+CheckpointState = Literal["sealed", "light", "final", "unsealed", "unreadable", "quarantined"]
 SEALED = ("sealed", "light", "final")
-STYLES: dict[State, str] = {"unsealed": "yellow", "unreadable": "red", "quarantined": "yellow"}
+STYLES: dict[CheckpointState, str] = {"unsealed": "yellow", "unreadable": "red", "quarantined": "yellow"}
 
 
 @dataclass(kw_only=True)
-class Row:
+class CheckpointRow:
     """One checkpoint. Sizes are bytes on disk, times Unix seconds, lengths seconds."""
 
     name: str
     path: str
-    state: State
+    state: CheckpointState
     step: int | None = None
     kind: str | None = None
     """`periodic`, `emergency`, `final`, as its manifest says; None without a manifest."""
@@ -74,7 +74,7 @@ def main(name: str, root: Path, *, verify: bool, as_json: bool) -> int:
     return Exit.FAILED if any(row.verified is False for row in rows) else Exit.DONE
 
 
-def look(run: RunDirectory) -> list[Row]:
+def look(run: RunDirectory) -> list[CheckpointRow]:
     """The checkpoints of a run: by step, then the finished model, then what was put aside."""
     found = [_row(path) for path in _directories(run.checkpoints) if re.fullmatch(r"checkpoint-\d+", path.name)]
     aside = [_row(path, quarantined=True) for path in _directories(run.quarantine)]
@@ -101,10 +101,10 @@ def _directories(parent: Path) -> list[Path]:
         raise CheckpointError(f"{parent} can't be read: {error.strerror}") from None
 
 
-def _row(path: Path, *, quarantined: bool = False) -> tuple[Row, Manifest | None] | None:
+def _row(path: Path, *, quarantined: bool = False) -> tuple[CheckpointRow, Manifest | None] | None:
     """A checkpoint as it is now and its manifest, if that can be read; None if it is not there."""
-    manifest, reason, present = _settled(path, read_manifest)
-    state: State = "final" if path.name == "final" else "sealed"
+    manifest, reason, present = _steady(path, read_manifest)
+    state: CheckpointState = "final" if path.name == "final" else "sealed"
     if manifest is None:
         state = "unreadable" if present else "unsealed"
         reason = reason if present else "it has no manifest: it was never sealed, or is being deleted"
@@ -115,7 +115,7 @@ def _row(path: Path, *, quarantined: bool = False) -> tuple[Row, Manifest | None
         with suppress(OSError):
             reason = path.with_name(f"{path.name}.reason.txt").read_text().strip()
     number = re.match(r"checkpoint-(\d+)", path.name)
-    row = Row(name=path.name, path=str(path), state=state, reason=reason)
+    row = CheckpointRow(name=path.name, path=str(path), state=state, reason=reason)
     row.step = manifest.step if manifest else int(number[1]) if number else None
     row.kind = manifest.kind if manifest else None
     try:
@@ -127,17 +127,17 @@ def _row(path: Path, *, quarantined: bool = False) -> tuple[Row, Manifest | None
     return (row, manifest) if path.is_dir() else None
 
 
-def _verified(row: Row) -> bool:
+def _verified(row: CheckpointRow) -> bool:
     """Compare every file with the manifest, and note the answer; False if the checkpoint has gone meanwhile."""
     if row.state not in (*SEALED, "unreadable"):
         return True
-    manifest, reason, present = _settled(Path(row.path), verify_checkpoint)
+    manifest, reason, present = _steady(Path(row.path), verify_checkpoint)
     if present:
         row.verified, row.reason = manifest is not None, reason
     return present
 
 
-def _settled(path: Path, read: Callable[[Path], Manifest]) -> tuple[Manifest | None, str | None, bool]:
+def _steady(path: Path, read: Callable[[Path], Manifest]) -> tuple[Manifest | None, str | None, bool]:
     """The manifest that `read` gives, or the reason why it gives none; and whether there is one.
 
     It is asked again if the manifest was replaced meanwhile: the run has lightened, deleted or made the checkpoint.
@@ -160,7 +160,7 @@ def _manifest_bytes(path: Path) -> bytes | None:
         return b"unreadable"
 
 
-def _with_bar(rows: Iterable[Row]) -> Iterator[Row]:
+def _with_bar(rows: Iterable[CheckpointRow]) -> Iterator[CheckpointRow]:
     """The rows one by one, with a bar of the bytes read on a terminal's stderr."""
     rows, console = list(rows), Console(stderr=True)
     total = sum(row.bytes or 0 for row in rows)
@@ -173,7 +173,7 @@ def _with_bar(rows: Iterable[Row]) -> Iterator[Row]:
             bar.advance(task, row.bytes or 0)
 
 
-def render(run: RunDirectory, rows: list[Row], console: Console) -> None:
+def render(run: RunDirectory, rows: list[CheckpointRow], console: Console) -> None:
     """Print one line a checkpoint, and under them what is wrong with which."""
     if not rows:
         console.print(Text(f"{run.path.name} has no checkpoint yet"))

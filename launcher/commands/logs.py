@@ -13,11 +13,11 @@ from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 
 from ..runs.find import name_of, run_named
-from ..runs.state import started_attempts, state_of
+from ..runs.state import State, started_attempts, state_of
 from ..runs.submissions import submission_of
 
 POLL_S = 0.25
-SETTLE_S = 10.0
+REQUEUE_S = 10.0
 """How long a run that ended, but did not finish, may take to be requeued."""
 
 
@@ -120,9 +120,9 @@ def _follow(run: RunDirectory, source: Source, rank: int | None, lines: int, *, 
     _say(source)
     text, position = tail(source.path, lines)
     _write(text)
-    over_since: float | None = None
+    silent_since: float | None = None
     while True:
-        over = _is_over(run, source, stay=stay)  # before the look at the log: what was said last is still shown
+        rest_s = _rest_s(run, source, stay=stay)  # before the look at the log: what was said last is still shown
         added, position = _added(source.path, position)
         _write(added)
         newest = source if stay else choose(run, rank=rank)
@@ -131,23 +131,23 @@ def _follow(run: RunDirectory, source: Source, rank: int | None, lines: int, *, 
             source, position = newest, 0
             _say(source)
             continue
-        over_since = (over_since or time.monotonic()) if over and not added else None
-        if over_since is not None and (over == "for good" or time.monotonic() - over_since > SETTLE_S):
+        silent_since = None if rest_s is None or added else silent_since or time.monotonic()
+        if silent_since is not None and time.monotonic() - silent_since >= (rest_s or 0.0):
             return
         time.sleep(POLL_S)
 
 
-def _is_over(run: RunDirectory, source: Source, *, stay: bool) -> str | None:
-    """`for good`, or `perhaps` (it may be requeued yet), or None while more may come."""
+def _rest_s(run: RunDirectory, source: Source, *, stay: bool) -> float | None:
+    """Seconds of silence after which no more will come; None while more may."""
     events = Ledger(run.ledger).read()
     if stay and source.attempt is not None:
         tries = started_attempts(events)
         ended = any(one.number == source.attempt and one.ended for one in tries)
-        return "for good" if ended or any(one.number > source.attempt for one in tries) else None
+        return 0.0 if ended or any(one.number > source.attempt for one in tries) else None
     state = state_of(run, events)
-    if state in ("finished", "gave_up"):
-        return "for good"
-    return "perhaps" if state in ("failed", "cancelled", "interrupted") else None
+    if state in (State.FINISHED, State.GAVE_UP):
+        return 0.0
+    return REQUEUE_S if state in (State.FAILED, State.CANCELLED, State.INTERRUPTED) else None
 
 
 def _added(path: Path, position: int) -> tuple[bytes, int]:

@@ -21,7 +21,7 @@ from ..display.progress import duration, size
 from ..runs.attempts import attempt_rows
 from ..runs.find import run_named
 from ..runs.settings import best_metric, budget_of, settings_of
-from ..runs.state import started_attempts, state_of
+from ..runs.state import State, started_attempts, state_of
 
 Summary = dict[str, Any]
 
@@ -61,7 +61,7 @@ def summarize(run: RunDirectory) -> Summary:
         raise ConfigError("RUN", run.path.name, "it has not started yet, so there is nothing to report")
     settings, state, done = settings_of(run), state_of(run, events), finished(events)
     rows = attempt_rows(run, tries, events)
-    rows[-1]["killed"] &= state != "running"
+    rows[-1]["killed"] &= state != State.RUNNING
     made, lost = sum(row["steps_done"] for row in rows), sum(row["steps_lost"] for row in rows)
     wall = max(row["end"] for row in rows) - rows[0]["start"]
     resuming = sum(row["resume_s"] or 0.0 for row in rows)

@@ -21,6 +21,7 @@ from ..planning.sweep import PlannedCell, SweepPlan
 from ..runs import queue
 from ..runs.find import is_named, runs_named
 from ..runs.standing import RunStatus, collect
+from ..runs.state import State
 from ..runs.submissions import sweep_at
 
 LISTED = 12
@@ -98,11 +99,11 @@ def _train_here(plans: list[Plan]) -> int:
 def _left_alone(row: RunStatus) -> str | None:
     """Why a run is left alone; None if it is to go on."""
     match row.state:
-        case "finished":
+        case State.FINISHED:
             return "has finished already"
-        case "running" | "queued" | "preempted":
+        case State.RUNNING | State.QUEUED | State.PREEMPTED:
             job = "" if row.job_id is None else f" (job {row.job_id})"
-            return f"{'waits for its requeue' if row.state == 'preempted' else f'is {row.state} already'}{job}"
+            return f"{'waits for its requeue' if row.state == State.PREEMPTED else f'is {row.state} already'}{job}"
     if row.slurm_state in queue.ACTIVE:
         return f"is on its way out (job {row.job_id}); try again when it has left"
     return None

@@ -8,7 +8,7 @@ from outlast.errors import ConfigError, Exit
 
 from ..runs.find import runs_named, runs_under
 from ..runs.standing import RunStatus, collect
-from ..runs.state import STATES, State
+from ..runs.state import State
 
 
 def main(
@@ -36,8 +36,8 @@ def states_named(text: str) -> list[State]:
     Raises:
         ConfigError: there is no such state.
     """
-    chosen = [state for state in STATES if state in text.replace(" ", "_").split(",")]
+    chosen = [state for state in State if state in text.replace(" ", "_").split(",")]
     for word in text.replace(" ", "_").split(","):
-        if word not in STATES:
-            raise ConfigError("--state", word, STATES)
+        if word not in list(State):
+            raise ConfigError("--state", word, list(State))
     return chosen

@@ -13,12 +13,13 @@ from outlast.errors import Exit
 from outlast.rundir.attempts import finished
 from outlast.rundir.ledger import Ledger
 
-from ..execution.sweep import ENDED, Outcome, submit_sweep
+from ..execution.sweep import NOT_AGAIN, Outcome, submit_sweep
 from ..execution.wait import wait
 from ..planning.compose import compose
 from ..planning.plan import Plan, check_run_directory, plan_run
 from ..planning.sweep import SweepPlan, plan_sweep, shown
 from ..runs.results import Result, exit_code, metric_text, result
+from ..runs.state import State
 
 WARNINGS = 5
 """Lines at most: each cell of a sweep may have one of its own."""
@@ -114,11 +115,11 @@ def _describe(sweep: SweepPlan, outcome: Outcome, console: Console) -> None:
         console.print(f"submitted job array {job.job_id}, {len(job.indices or ())} cells")
     if not outcome.jobs:
         console.print("nothing to submit")
-    for state, text in (("queued", "in the queue already"), ("finished", "finished already")):
+    for state, text in ((State.QUEUED, "in the queue already"), (State.FINISHED, "finished already")):
         if count := sum(one == state for one in outcome.before.values()):
             console.print(f"  {count} {text}")
     name, root = shlex.quote(sweep.name), shlex.quote(str(sweep.root))
-    for state in ENDED:
+    for state in NOT_AGAIN:
         if names := [name for name, one in outcome.before.items() if one == state]:
             text = f"  {len(names)} {state.replace('_', ' ')}: {shown(names)}"
             console.print(f"{text}\n          to go on with them: outlast resume {name} --root {root}")

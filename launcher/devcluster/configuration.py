@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import random
 import socket
 import string
 from dataclasses import asdict, dataclass, field
@@ -138,25 +137,6 @@ def host_address() -> str | None:
     except OSError:
         return None
     return address if address.startswith("127.") else None
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those that the kernel hands out by itself."""
-    sockets: list[socket.socket] = []
-    try:
-        for port in random.sample(range(20000, 32000), 2000):
-            candidate = socket.socket()
-            try:
-                candidate.bind(("", port))
-                sockets.append(candidate)
-            except OSError:
-                candidate.close()
-            if len(sockets) == count:
-                return sorted(sock.getsockname()[1] for sock in sockets)
-        raise OutlastError("no free port between 20000 and 32000")
-    finally:
-        for sock in sockets:
-            sock.close()
 
 
 def _render(name: str, path: Path, values: dict[str, Any], mode: int) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 
 from outlast.errors import SlurmError
+from outlast.processes import free_ports
 
-from .configuration import Options, Record, conf_path, free_ports, host_address, write_conf
+from .configuration import Options, Record, conf_path, host_address, write_conf
 
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 20.0

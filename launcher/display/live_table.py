@@ -11,7 +11,14 @@ from ..runs.state import State
 from .progress import duration
 from .status_table import COLOURS, summary
 
-FIRST: tuple[State, ...] = ("running", "preempted", "failed", "gave_up", "stopped_unexpectedly", "interrupted")
+FIRST: tuple[State, ...] = (
+    State.RUNNING,
+    State.PREEMPTED,
+    State.FAILED,
+    State.GAVE_UP,
+    State.STOPPED_UNEXPECTEDLY,
+    State.INTERRUPTED,
+)
 """What is shown first where the terminal is too small for all."""
 
 
@@ -38,7 +45,9 @@ class LiveTable:
             return
         if not self._states:
             self.note(summary(rows, "cell" if len(rows) > 1 else "run"))
-            self._states = {row.path: row.state for row in rows if row.state in ("queued", "finished", "not_started")}
+            self._states = {
+                row.path: row.state for row in rows if row.state in (State.QUEUED, State.FINISHED, State.NOT_STARTED)
+            }
         for row in rows:
             if self._states.get(row.path) != row.state:
                 self._states[row.path] = row.state
@@ -72,7 +81,7 @@ def _place(row: RunStatus) -> int:
 
 
 def _detail(row: RunStatus) -> str:
-    if row.state in ("queued", "not_started"):
+    if row.state in (State.QUEUED, State.NOT_STARTED):
         return ""
     text = metric_text(result(row))
     return f", step {row.step}" + (f", {text}" if text else "") + (f" ({row.reason})" if row.reason else "")

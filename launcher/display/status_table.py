@@ -11,28 +11,28 @@ from rich.live import Live
 from rich.text import Text
 
 from ..runs.standing import RunStatus
-from ..runs.state import STATES, State
+from ..runs.state import State
 from .progress import duration, size
 
 HEADERS = ("run", "state", "step", "left", "attempts", "saved", "bytes (peak) of budget", "metric")
 COLOURS: dict[State, str] = {
-    "not_started": "dim",
-    "queued": "cyan",
-    "running": "green",
-    "preempted": "yellow",
-    "interrupted": "yellow",
-    "stopped_unexpectedly": "red",
-    "failed": "red",
-    "cancelled": "magenta",
-    "gave_up": "red",
-    "finished": "bold green",
+    State.NOT_STARTED: "dim",
+    State.QUEUED: "cyan",
+    State.RUNNING: "green",
+    State.PREEMPTED: "yellow",
+    State.INTERRUPTED: "yellow",
+    State.STOPPED_UNEXPECTEDLY: "red",
+    State.FAILED: "red",
+    State.CANCELLED: "magenta",
+    State.GAVE_UP: "red",
+    State.FINISHED: "bold green",
 }
 HINTS: dict[State, str] = {
-    "preempted": "preempted: saved, waits for its requeue",
-    "interrupted": "interrupted: saved; `outlast resume`, or what started it, goes on",
-    "stopped_unexpectedly": "stopped unexpectedly: `outlast resume`, or what started it, goes on from the last save",
-    "failed": "failed: `outlast logs RUN` says why",
-    "gave_up": "gave up: restarts made no progress; `outlast logs RUN` says why",
+    State.PREEMPTED: "preempted: saved, waits for its requeue",
+    State.INTERRUPTED: "interrupted: saved; `outlast resume`, or what started it, goes on",
+    State.STOPPED_UNEXPECTEDLY: "stopped unexpectedly: `outlast resume`, or what started it, goes on from a save",
+    State.FAILED: "failed: `outlast logs RUN` says why",
+    State.GAVE_UP: "gave up: restarts made no progress; `outlast logs RUN` says why",
 }
 """What a state means for the reader, printed once under the table."""
 
@@ -66,7 +66,7 @@ def watch(rows: Callable[[], list[RunStatus]], interval_s: float) -> None:
 def summary(rows: list[RunStatus], noun: str = "run") -> str:
     """How many are in which state: `12 runs: 3 running, 9 finished`."""
     count = Counter(row.state for row in rows)
-    states = ", ".join(f"{count[state]} {state.replace('_', ' ')}" for state in STATES if count[state])
+    states = ", ".join(f"{count[state]} {state.replace('_', ' ')}" for state in State if count[state])
     return f"{len(rows)} {noun}{'s' * (len(rows) != 1)}" + (f": {states}" if states else "")
 
 
@@ -114,4 +114,4 @@ def _cells(row: RunStatus) -> list[str]:
 def _below(rows: list[RunStatus]) -> list[Text]:
     found = [Text(note, style="yellow") for note in sorted({row.note for row in rows if row.note})]
     states = {row.state for row in rows}
-    return found + [Text(HINTS[state], style="dim") for state in STATES if state in HINTS and state in states]
+    return found + [Text(HINTS[state], style="dim") for state in State if state in HINTS and state in states]

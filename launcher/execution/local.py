@@ -6,7 +6,6 @@ preempted. It trains nothing itself, so it starts fast and has nothing to lose w
 
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -21,7 +20,7 @@ from rich.console import Console
 from outlast.config.cluster import LocalCluster
 from outlast.errors import Exit
 from outlast.preemption.outcome import Outcome
-from outlast.processes import PARENT_ENV, python_module_command, signals_blocked
+from outlast.processes import PARENT_ENV, free_ports, python_module_command, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
 from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock, cancelled_after
 from outlast.rundir.ledger import Ledger
@@ -154,7 +153,7 @@ class Launcher:
         }
         if world_size > 1 and not self.agent:
             if rank == 0:
-                self._port = _free_port()
+                [self._port] = free_ports(1)
             env |= {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
@@ -216,13 +215,6 @@ def passing_on_signals(stop: Callable[[], None], send: Callable[[int], None]) ->
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def train(plan: Plan, console: Console | None = None) -> int:

@@ -15,12 +15,15 @@ from outlast.rundir.progress import Progress
 from ..display.live_table import LiveTable
 from ..planning.sweep import PlannedCell, SweepPlan, check_cells, merged
 from ..runs.standing import RunStatus, collect
+from ..runs.state import State
 from .freeze import freeze
 from .local import Launcher, passing_on_signals
-from .sweep import cell_state, make_sweep_directory
+from .sweep import left_alone, make_sweep_directory
 from .wait import pause_s
 
 LOOK_S = 0.5
+AGAIN = (None, State.FAILED, State.GAVE_UP)
+"""States of cells that are run: here, the same command again also retries what failed."""
 
 
 class _Line:
@@ -51,13 +54,15 @@ class Cells:
         assert isinstance(cluster, LocalCluster)
         runs = [cell.plan.directory for cell in cells]
         with ThreadPoolExecutor(cluster.parallel_cells) as pool, passing_on_signals(self.stop, self.send):
-            waiting: set[Future[None]] = {pool.submit(self._cell, cell) for cell in cells}
-            pause = LOOK_S
+            started: set[Future[None]] = {pool.submit(self._cell, cell) for cell in cells}
+            waiting, pause = started, LOOK_S
             while waiting:
                 waiting = wait_for(waiting, pause, ALL_COMPLETED).not_done
                 looked = time.monotonic()
                 self.table.show(collect(runs))
                 pause = pause_s(looked, LOOK_S)
+        for future in started:
+            future.result()  # raises what is no cell's own failure
 
     def _cell(self, cell: PlannedCell) -> None:
         if self.stopping.is_set() or cancelled_after(cell.plan.directory.path, self.began):
@@ -103,7 +108,7 @@ def run(sweep: SweepPlan, console: Console) -> list[RunStatus]:
         check_cells(sweep)
         merged(sweep).write(sweep.directory)
         runs = [cell.plan.directory for cell in sweep.cells]
-        todo = [cell for cell in sweep.cells if cell_state(cell.plan.directory) in ("open", "failed", "gave_up")]
+        todo = [cell for cell in sweep.cells if left_alone(cell.plan.directory) in AGAIN]
         for cell in todo:
             if not cell.plan.directory.config.exists():
                 freeze(cell.plan)  # so that status, cancel and resume know those that have not begun

@@ -19,11 +19,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import outlast
+from outlast.checkpoint.manifest import versions
 from outlast.errors import ConfigError
 from outlast.files import flush_directory
 
@@ -93,7 +93,7 @@ def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
         snapshot = Snapshot(
             time=time.time(),
             python=f"{platform.python_version()} ({sys.executable})",
-            versions=_versions(),
+            versions=versions(LIBRARIES),
             outlast={"path": str(own)} | (_commit(own_top, staging / "outlast.patch", left_out) if own_top else {}),
             project=details,
             left_out=left_out,
@@ -217,14 +217,3 @@ def _git(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str] 
         )
     except FileNotFoundError:
         return None
-
-
-def _versions() -> dict[str, str]:
-    """By their installed metadata: nothing is imported for it."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

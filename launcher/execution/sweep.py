@@ -7,7 +7,6 @@ the queue.
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
 
 from outlast.errors import ConfigError
 from outlast.rundir.directory import RunDirectory
@@ -16,17 +15,15 @@ from outlast.rundir.submission import Submission, submission_lock
 
 from ..planning.plan import check_run_directory
 from ..planning.sweep import PlannedCell, SweepPlan, check_cells, merged
-from ..runs.state import is_locked, state_of
+from ..runs.state import State, is_locked, state_of
 from ..runs.submissions import mark_cancelled
 from . import arrays
 from .freeze import freeze
 from .submit import in_queue, take_code, use_cluster
 
-CellState = Literal["open", "queued", "finished", "failed", "cancelled", "gave_up"]
-"""What the same command again does about a cell: submits it if it is `open`, else leaves it alone."""
-
-ENDED: tuple[CellState, ...] = ("failed", "cancelled", "gave_up")
-
+NOT_AGAIN = (State.FAILED, State.CANCELLED, State.GAVE_UP)
+"""States of cells that have come to their end without being done. Submitting one again is a decision of the user's, and
+has a command of its own, `outlast resume`."""
 WRITERS = 16
 """Threads that write cells' directories: they wait for the disk, most of all on a shared file system."""
 
@@ -36,8 +33,8 @@ class Outcome:
     """What a submission did: names of cells."""
 
     submitted: list[str] = field(default_factory=list)
-    before: dict[str, CellState] = field(default_factory=dict)
-    """The state of every cell before."""
+    before: dict[str, State | None] = field(default_factory=dict)
+    """Of every cell before: the state in which it was left alone, None if it was to be submitted."""
     jobs: list[Submission] = field(default_factory=list)
     """What was submitted now."""
 
@@ -57,8 +54,8 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> Outcome:
     with submission_lock(sweep.directory) as lock:
         check_cells(sweep)
         manifest = merged(sweep)
-        outcome = Outcome(before=_cell_states(sweep))
-        left = ("queued", "finished") if reopen else ("queued", "finished", *ENDED)
+        outcome = Outcome(before=_states(sweep))
+        left = {State.QUEUED, State.FINISHED, *(() if reopen else NOT_AGAIN)}
         todo = [cell for cell in sweep.cells if outcome.before[cell.name] not in left]
         if not todo:
             return outcome
@@ -76,33 +73,25 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> Outcome:
     return outcome
 
 
-def _cell_states(sweep: SweepPlan) -> dict[str, CellState]:
+def _states(sweep: SweepPlan) -> dict[str, State | None]:
     runs = {cell.name: cell.plan.directory for cell in sweep.cells}
-    states = {name: cell_state(run) for name, run in runs.items()}
-    for path, (job_id, job) in in_queue([run for name, run in runs.items() if states[name] == "open"]).items():
+    states = {name: left_alone(run) for name, run in runs.items()}
+    for path, (job_id, job) in in_queue([run for name, run in runs.items() if states[name] is None]).items():
         if job.active:
-            states[path.name] = "queued"
+            states[path.name] = State.QUEUED
         elif job.state == "CANCELLED":  # by `scancel`, while it waited: Slurm forgets that, so it is written down
             mark_cancelled(runs[path.name], job_id)
-            states[path.name] = "cancelled"
+            states[path.name] = State.CANCELLED
     return states
 
 
-def cell_state(run: RunDirectory) -> CellState:
-    """Where a cell stands, as far as its own records say.
-
-    One that failed, was cancelled or gave up has come to its end: submitting it again is a decision, and has a
-    command of its own, `outlast resume`.
-    """
+def left_alone(run: RunDirectory) -> State | None:
+    """The state in which the same command again leaves a cell alone, by its own records; None: it is submitted."""
     state = state_of(run, Ledger(run.ledger).read())
-    match state:
-        case "finished" | "failed" | "cancelled" | "gave_up":
-            return state
-        case "running":
-            # Held by a process of this host; or its last sign of life is fresh, and Slurm is asked.
-            return "queued" if is_locked(run) else "open"
-        case _:
-            return "open"
+    if state in (State.FINISHED, *NOT_AGAIN):
+        return state
+    # Held by a process of this host. A sign of life from another host may be an old one: there, Slurm is asked.
+    return State.QUEUED if state == State.RUNNING and is_locked(run) else None
 
 
 def make_sweep_directory(sweep: SweepPlan) -> None:

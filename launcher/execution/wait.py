@@ -12,7 +12,14 @@ from ..runs.queue import ACTIVE
 from ..runs.standing import RunStatus, collect
 from ..runs.state import State
 
-ENDS: tuple[State, ...] = ("finished", "failed", "cancelled", "gave_up", "interrupted", "stopped_unexpectedly")
+ENDS: tuple[State, ...] = (
+    State.FINISHED,
+    State.FAILED,
+    State.CANCELLED,
+    State.GAVE_UP,
+    State.INTERRUPTED,
+    State.STOPPED_UNEXPECTEDLY,
+)
 
 
 def wait(runs: Sequence[RunDirectory], console: Console) -> list[RunStatus]:
@@ -31,7 +38,7 @@ def wait(runs: Sequence[RunDirectory], console: Console) -> list[RunStatus]:
             rows = collect(runs)
             table.show(rows)
             over = all(_is_over(row) for row in rows)
-            if over and (over_before or all(row.state == "finished" for row in rows)):
+            if over and (over_before or all(row.state == State.FINISHED for row in rows)):
                 return rows
             over_before = over  # between the end of an attempt and the next one's job, there may be a gap
             time.sleep(pause_s(looked, min(1 + (looked - began) / 30, 10)))  # squeue is asked each time
@@ -47,6 +54,6 @@ def pause_s(looked: float, least_s: float) -> float:
 
 
 def _is_over(row: RunStatus) -> bool:
-    if row.state == "finished":
+    if row.state == State.FINISHED:
         return True
     return row.state in ENDS and row.note is None and row.slurm_state not in ACTIVE

@@ -6,6 +6,7 @@ has to know in its run directory.
 
 import os
 import shlex
+import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -120,10 +121,9 @@ def _header(config: Config, target: Target) -> str:
 
     cluster, parallel, preemption = config.cluster, config.parallel, config.preemption
     assert isinstance(cluster, SlurmCluster)
-    try:
-        executor = SlurmExecutor(folder=target.directory / "logs")
-    except RuntimeError:
-        raise SlurmError("there is no Slurm on this machine (no `srun` on the PATH)") from None
+    if shutil.which("srun") is None:  # submitit asks the same, and raises a RuntimeError
+        raise SlurmError("there is no Slurm on this machine (no `srun` on the PATH)")
+    executor = SlurmExecutor(folder=target.directory / "logs")
     agents = parallel.launch == "accelerate"  # one task per node, which starts the node's ranks
     optional = {
         "partition": cluster.partition,

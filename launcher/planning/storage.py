@@ -8,6 +8,7 @@ from typing import Any
 
 from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config
+from outlast.config.model import PretrainedModel
 from outlast.errors import ConfigError
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
@@ -35,7 +36,10 @@ def decide(config: Config, job: ModuleType, *, own_code: bool) -> tuple[dict[str
         footprint = _with_code(job.footprint(config), config, own_code)
     except ConfigError:
         raise
-    except Exception as error:  # a model's configuration is read by other people's code
+    except Exception as error:
+        if not isinstance(config.model, PretrainedModel):
+            raise
+        # Its configuration and its tokenizer are read by other people's code, which raises what it likes.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return plan, [f"what the run will write can't be estimated, so the first checkpoint decides: {reason}"]
 

@@ -8,17 +8,17 @@ from outlast.rundir.attempts import Attempt, last_step
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import KILLED, Event
 
-Row = dict[str, Any]
+AttemptRow = dict[str, Any]
 
 
-def attempt_rows(run: RunDirectory, tries: list[Attempt], events: list[Event]) -> list[Row]:
+def attempt_rows(run: RunDirectory, tries: list[Attempt], events: list[Event]) -> list[AttemptRow]:
     """One row an attempt, as `outlast report --json` shows it."""
     rows = [_attempt(run, attempt, events) for attempt in tries]
     _count_lost(rows)
     return rows
 
 
-def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> Row:
+def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> AttemptRow:
     """One attempt, by its own lines."""
     lines = [event for event in events if event["attempt"] == attempt.number]
     started, ended, resumed = attempt.started or {}, attempt.ended, attempt.resumed
@@ -69,7 +69,7 @@ def _signal_to_sealed(attempt: Attempt) -> float | None:
     return 0.0 if signal["step"] in safe else None
 
 
-def _count_lost(rows: list[Row]) -> None:
+def _count_lost(rows: list[AttemptRow]) -> None:
     """Note on each attempt how many steps up to its last one the next attempt had to make again."""
     moved = [row for row in rows if row["steps_done"] or row["resume_s"] is not None]
     for before, after in pairwise(moved):

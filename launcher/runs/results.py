@@ -37,12 +37,12 @@ def result(row: RunStatus, overrides: Sequence[str] = ()) -> Result:
 
 def exit_code(results: Sequence[Result]) -> Exit:
     """Of a command that waited: the worst of what came of its runs."""
-    unfinished = {one.state for one in results} - {"finished"}
+    unfinished = {one.state for one in results} - {State.FINISHED}
     if not unfinished:
         return Exit.DONE
-    if unfinished <= {"interrupted", "not_started"}:
+    if unfinished <= {State.INTERRUPTED, State.NOT_STARTED}:
         return Exit.RESUME_ME
-    return Exit.GAVE_UP if unfinished <= {"interrupted", "not_started", "gave_up"} else Exit.FAILED
+    return Exit.GAVE_UP if unfinished <= {State.INTERRUPTED, State.NOT_STARTED, State.GAVE_UP} else Exit.FAILED
 
 
 def metric_text(one: Result) -> str:

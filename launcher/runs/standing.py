@@ -72,8 +72,8 @@ def collect(runs: Iterable[RunDirectory], ask: Ask = queue.ask) -> list[RunStatu
         ask: gives what Slurm says; called once at most, and not at all if no unfinished run has a job.
     """
     rows = [look(run) for run in runs]
-    wanted = [row for row in rows if row.state != "finished" and row.job_id is not None]
-    nameless = [row for row in rows if row.state == "queued" and row.job_id is None]
+    wanted = [row for row in rows if row.state != State.FINISHED and row.job_id is not None]
+    nameless = [row for row in rows if row.state == State.QUEUED and row.job_id is None]
     unnamed = {row.path: found for row in nameless if (found := submission_of(row.directory)) is not None}
     clusters = {row.slurm_conf for row in rows if row.path in unnamed}
     if not wanted and not unnamed:
@@ -120,11 +120,11 @@ def look(run: RunDirectory) -> RunStatus:
         sweep=sweep.path.name if sweep else None,
         path=str(run.path),
         state=state,
-        reason=_why(newest) if state == "failed" else None,
+        reason=_why(newest) if state == State.FAILED else None,
         attempts=len(tries),
         step=max(next((a.last_step for a in reversed(tries) if a.last_step), 0), current.step if current else 0),
         total_steps=planned or None,
-        eta_s=seconds_left(current) if current and state == "running" else None,
+        eta_s=seconds_left(current) if current and state == State.RUNNING else None,
         checkpoint_step=saved[-1]["step"] if saved else None,
         checkpoint_age_s=max(time.time() - saved[-1]["time"], 0.0) if saved else None,
         bytes_used=(written.bytes_used if written else None) or _walked(run),
@@ -168,7 +168,7 @@ def _corrected(row: RunStatus, answer: Answer) -> RunStatus:
         return replace(row, note=text)
     job = answer.jobs.get(_key(row))
     state = _state(row, job)
-    eta = row.eta_s if state == "running" else None
+    eta = row.eta_s if state == State.RUNNING else None
     says = job.state if job else None
     return replace(row, state=state, eta_s=eta, slurm_state=says, reason=_reason(row, state, job))
 
@@ -185,31 +185,31 @@ def _state(row: RunStatus, job: JobState | None) -> State:
     | preempted, or queued after an attempt | another end, or nothing | interrupted |
     | queued before any, or running | another end, or nothing | stopped unexpectedly |
     """
-    says, open_end = job.state if job else "", row.state in ("queued", "running", "stopped_unexpectedly")
+    says, open_end = job.state if job else "", row.state in (State.QUEUED, State.RUNNING, State.STOPPED_UNEXPECTEDLY)
     if says in WAITING:
-        return "queued"
-    if row.state in ("failed", "gave_up", "cancelled", "not_started"):
+        return State.QUEUED
+    if row.state in (State.FAILED, State.GAVE_UP, State.CANCELLED, State.NOT_STARTED):
         return row.state
     if says in ON_NODES:
-        return "running" if open_end else row.state
+        return State.RUNNING if open_end else row.state
     if says == "COMPLETING":
         return row.state
     if says == "CANCELLED":
-        return "cancelled"
-    if row.state == "running" and is_locked(row.directory):
-        return "running"  # on this very host: the next command will find Slurm up to date
+        return State.CANCELLED
+    if row.state == State.RUNNING and is_locked(row.directory):
+        return State.RUNNING  # on this very host: the next command will find Slurm up to date
     if says in FAILURES and open_end:
-        return "failed"
-    if row.state in ("preempted", "interrupted") or (row.state == "queued" and row.attempts):
-        return "interrupted"
-    return "stopped_unexpectedly"
+        return State.FAILED
+    if row.state in (State.PREEMPTED, State.INTERRUPTED) or (row.state == State.QUEUED and row.attempts):
+        return State.INTERRUPTED
+    return State.STOPPED_UNEXPECTEDLY
 
 
 def _reason(row: RunStatus, state: State, job: JobState | None) -> str | None:
     if job is None:
         return row.reason
-    if state == "queued":
+    if state == State.QUEUED:
         return job.reason if job.state == "PENDING" else job.state.lower()
-    if state == "failed" and row.state != "failed":
+    if state == State.FAILED and row.state != State.FAILED:
         return f"{job.state} by Slurm's word"
     return row.reason

@@ -3,7 +3,7 @@
 import fcntl
 import socket
 import time
-from typing import Literal, get_args
+from enum import StrEnum, auto
 
 from outlast.files import read_json
 from outlast.rundir import progress
@@ -13,12 +13,21 @@ from outlast.rundir.ledger import Event
 
 from .submissions import cancelled_at, submission_of
 
-State = Literal[
-    "not_started", "queued", "running", "preempted", "interrupted", "stopped_unexpectedly",
-    "failed", "cancelled", "gave_up", "finished",
-]  # fmt: skip
 
-STATES: tuple[State, ...] = get_args(State)
+class State(StrEnum):
+    """What a run is doing, as `outlast status` says it."""
+
+    NOT_STARTED = auto()
+    QUEUED = auto()
+    RUNNING = auto()
+    PREEMPTED = auto()
+    INTERRUPTED = auto()
+    STOPPED_UNEXPECTEDLY = auto()
+    FAILED = auto()
+    CANCELLED = auto()
+    GAVE_UP = auto()
+    FINISHED = auto()
+
 
 FRESH_S = 60.0
 """Age up to which `progress.json` counts as a sign of life, where the lock can't tell (another host holds it)."""
@@ -27,33 +36,33 @@ FRESH_S = 60.0
 def state_of(run: RunDirectory, events: list[Event]) -> State:
     """The state of a run by ledger, lock and `progress.json`, by its submission, and by whether it was cancelled."""
     if finished(events):
-        return "finished"
+        return State.FINISHED
     held, tries = is_locked(run), started_attempts(events)
     if held:
-        return "running"
+        return State.RUNNING
     submission, cancelled = submission_of(run), cancelled_at(run) or 0.0
     submitted, newest = submission.time if submission else 0.0, tries[-1] if tries else None
     began = newest.started["time"] if newest and newest.started else 0.0
     if cancelled > max(submitted, began) and (newest is None or newest.ended or newest.requeued):
-        return "cancelled"
+        return State.CANCELLED
     resubmitted = submitted > max((event["time"] for event in events), default=0.0)
     if newest is None or resubmitted:
-        return "queued" if resubmitted else "not_started"
+        return State.QUEUED if resubmitted else State.NOT_STARTED
     if any(event["event"] == "gave_up" and event["attempt"] >= newest.number for event in events):
-        return "gave_up"
+        return State.GAVE_UP
     if newest.requeued is not None:
-        return "queued"
+        return State.QUEUED
     if newest.ended is None:
         now = progress.read(run)
         alive = held is None and now is not None and time.time() - now.time < FRESH_S
-        return "running" if alive and now and now.phase != "done" else "stopped_unexpectedly"
+        return State.RUNNING if alive and now and now.phase != "done" else State.STOPPED_UNEXPECTEDLY
     match newest.ended["cause"]:
-        case "failed" | "cancelled" | "finished" as cause:
-            return cause  # type: ignore[no-any-return]
-        case "out_of_memory":
-            return "failed"
+        case "cancelled" | "finished" as cause:
+            return State(cause)
+        case "failed" | "out_of_memory":
+            return State.FAILED
         case _:
-            return "interrupted" if job_id_of(run, newest) is None else "preempted"
+            return State.INTERRUPTED if job_id_of(run, newest) is None else State.PREEMPTED
 
 
 def started_attempts(events: list[Event]) -> list[Attempt]:

@@ -3,11 +3,15 @@
 import contextlib
 import ctypes
 import os
+import random
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
+
+from .errors import OutlastError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Each of them means "save and leave"."""
@@ -56,6 +60,29 @@ def python_module_command(*module: str) -> list[str]:
         module: the module's name and its arguments; without any, the words that come before them.
     """
     return [sys.executable, "-P", "-u", "-m", *module]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on, below those that the kernel hands out by itself.
+
+    Raises:
+        OutlastError: there are not so many.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for port in random.SystemRandom().sample(range(20000, 32000), 2000):
+            candidate = socket.socket()
+            try:
+                candidate.bind(("", port))
+                sockets.append(candidate)
+            except OSError:
+                candidate.close()
+            if len(sockets) == count:
+                return sorted(sock.getsockname()[1] for sock in sockets)
+        raise OutlastError("no free port between 20000 and 32000")
+    finally:
+        for sock in sockets:
+            sock.close()
 
 
 def exit_at_once(code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """What `outlast plan` says besides the budget, the script and the checkpoint interval."""
 
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,19 @@ def test_many_warnings_are_a_few_lines() -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == train.WARNINGS + 1
     assert "and 3 more" in lines[-1]
+
+
+def test_a_job_that_does_not_import_says_why_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was reported as an unknown job, with its own name as the suggestion."""
+    monkeypatch.delitem(sys.modules, "outlast.jobs.sft", raising=False)
+    monkeypatch.setitem(sys.modules, "outlast.jobs.training", None)  # as if the package were not there
+    with pytest.raises(ModuleNotFoundError, match=r"outlast\.jobs\.training"):
+        planned(tmp_path, "job=sft")
+
+
+def test_a_mistake_of_a_job_of_ours_is_no_property_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "outlast.jobs.estimate", None)
+    with pytest.raises(ModuleNotFoundError, match=r"outlast\.jobs\.estimate"):
+        planned(tmp_path, "job=sft")

@@ -1,10 +1,13 @@
 """Sweeps: how overrides become cells, what they are called, and what is refused before anything is written."""
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from outlast.errors import ConfigError, OutlastError
+from outlast.launcher.execution import local_sweep
 from outlast.launcher.execution.sweep import make_sweep_directory, prepare_cell
 from outlast.launcher.planning.compose import Composer, compose
 from outlast.launcher.planning.expand import LONGEST_NAME, expand
@@ -210,3 +213,11 @@ def test_a_task_of_an_array_finds_its_cell(tmp_path: Path, monkeypatch: pytest.M
 def test_ranges() -> None:
     assert ranges([3, 0, 1, 2, 7, 9, 10]) == "0-3,7,9-10"
     assert ranges([4]) == "4"
+
+
+def test_what_goes_wrong_in_the_launcher_of_a_cell_is_raised(tmp_path: Path) -> None:
+    sweep = plan_sweep(["job=smoke", f"run.root={tmp_path}", "run.name=s", "seed=1,2", "trainer.max_steps=1"])
+    for cell in sweep.cells:
+        cell.plan.directory.log(1, 0).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        local_sweep.run(sweep, Console(file=StringIO()))

@@ -7,6 +7,7 @@ does not protect against forgery.
 import errno
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatch
@@ -116,10 +117,10 @@ def is_weights(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in WEIGHTS) and not resume_only(name)
 
 
-def versions() -> dict[str, str]:
-    """Versions of the installed packages that decide what a checkpoint holds."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of packages, by their installed metadata; by default of those that decide what a checkpoint holds."""
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
