@@ -46,8 +46,8 @@ class Run(RankAttempt):
             loss: the last loss, for the progress bar.
         """
         self.update_progress(step=step, total_steps=total, loss=loss)
-        verdict = self.steps.done(step)
-        if verdict != "go_on":
+        action = self.steps.done(step)
+        if action != "go_on":
             self.checkpoint(step, save)
-        if verdict == "stop":
+        if action == "stop":
             self.leave(step)

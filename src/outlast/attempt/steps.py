@@ -13,7 +13,7 @@ from outlast.ranks.collectives import Collectives
 
 from .saving import Saver
 
-Verdict = Literal["go_on", "save", "stop"]
+Action = Literal["go_on", "save", "stop"]
 
 
 class Steps:
@@ -54,16 +54,16 @@ class Steps:
         self._planner.reached(work)
         return self._agree(step, save=False) == "stop"
 
-    def done(self, step: int) -> Verdict:
+    def done(self, step: int) -> Action:
         """What all ranks do now that `step` optimizer steps are done."""
         self._planner.reached("step")
         by_step = self._saver.due_by_step(step)
-        verdict = self._agree(step, save=self._collectives.rank == 0 and not by_step and self._saver.due(step))
-        if verdict == "go_on" and (by_step or self._save_asked):
-            verdict = "save"
-        if verdict == "save":
+        action = self._agree(step, save=self._collectives.rank == 0 and not by_step and self._saver.due(step))
+        if action == "go_on" and (by_step or self._save_asked):
+            action = "save"
+        if action == "save":
             self._save_asked = self._save_pending = False
-        return verdict
+        return action
 
     def time_for(self, work: Work, count: int | None) -> bool | None:
         """Whether there is time for `count` more stretches of work before the save; asked when the run is stopping.
@@ -78,7 +78,7 @@ class Steps:
         found: bool | None = self._collectives.from_rank_0(fits)
         return found
 
-    def _agree(self, step: int, *, save: bool) -> Verdict:
+    def _agree(self, step: int, *, save: bool) -> Action:
         if self._shutdown.signal is not None:
             return "stop"
         if self._guard.requested is None and self._time_limit.is_near():

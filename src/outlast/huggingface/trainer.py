@@ -155,11 +155,11 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
         epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
-        verdict = self.run.steps.done(step)
+        action = self.run.steps.done(step)
         # An evaluation may follow at the end of the epoch: the checkpoint of this step holds its result too.
-        due = control.should_save or verdict == "save"
+        due = control.should_save or action == "save"
         self.save_at_epoch_end, control.should_save = due and epoch_ends, due and not epoch_ends
-        if verdict == "stop":
+        if action == "stop":
             self.pending_evaluation = control.should_evaluate
             control.should_evaluate = False
             control.should_save = not epoch_ends
