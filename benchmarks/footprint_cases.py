@@ -98,8 +98,7 @@ def train(case: Case, scratch: Path, rank: int, port: int) -> None:
     from datasets import Dataset
     from trl import SFTTrainer
 
-    from outlast.jobs.training import models
-    from outlast.jobs.training import trainer_arguments as trainer_args
+    from outlast.jobs.training import models, trainer_arguments
 
     torch.set_num_threads(1)
     config = case.config(scratch)
@@ -117,7 +116,7 @@ def train(case: Case, scratch: Path, rank: int, port: int) -> None:
     model, tokenizer = models.load(config, scratch / "model")
     trainer = SFTTrainer(
         model=model,
-        args=trainer_args.sft_config(config, run.directory.checkpoints, **extra),
+        args=trainer_arguments.sft_config(config, run.directory.checkpoints, **extra),
         train_dataset=Dataset.from_list(TEXTS),
         processing_class=tokenizer,
         peft_config=models.peft_config(config),

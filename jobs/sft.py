@@ -11,8 +11,7 @@ from outlast.config.configuration import Config
 from outlast.config.model import TinyModel
 from outlast.errors import ConfigError, OutlastError
 
-from .training import data, deepspeed, models, prepared
-from .training import trainer_arguments as trainer_args
+from .training import data, deepspeed, models, prepared, trainer_arguments
 
 if TYPE_CHECKING:
     from outlast import Run
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 def check(config: Config) -> None:
     """Refuse, before anything starts, what this job would not accept (ConfigError)."""
     models.check(config)
-    trainer_args.check(config)
+    trainer_arguments.check(config)
     _check_gpus(config)
     deepspeed.check(config)
     data.check(config)
@@ -49,12 +48,13 @@ def footprint(config: Config) -> "Footprint":
 
 def training(config: Config) -> dict[str, Any]:
     """What the plan says of the training: rows a forward pass, accumulation, and DeepSpeed's whole configuration."""
-    trainer = trainer_args.with_defaults(config)
-    batch = {
+    trainer = trainer_arguments.with_defaults(config)
+    values = {
         "micro_batch": trainer["per_device_train_batch_size"],
         "accumulation": trainer["gradient_accumulation_steps"],
+        "hazards": trainer_arguments.hazards(config),
     }
-    return batch | ({"deepspeed": deepspeed.resolved(config)} if config.parallel.zero_stage else {})
+    return values | ({"deepspeed": deepspeed.resolved(config)} if config.parallel.zero_stage else {})
 
 
 def changes(config: Config) -> list[tuple[str, Config]]:
@@ -69,7 +69,7 @@ def main(run: "Run", config: Config) -> None:
     from trl import SFTTrainer
 
     extra = deepspeed.prepare(config) if config.parallel.zero_stage else {}
-    args = trainer_args.sft_config(config, run.directory.checkpoints, **extra)
+    args = trainer_arguments.sft_config(config, run.directory.checkpoints, **extra)
     base = run.directory.prepared / "model"
     tokenized = run.directory.prepared / "data"
 

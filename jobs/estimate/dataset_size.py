@@ -26,14 +26,14 @@ BYTES_OF_ROW = 16
 
 
 @dataclass(frozen=True)
-class Amount:
+class DatasetSize:
     """Of training and evaluation data together."""
 
     rows: int
     tokens: int
 
 
-def amount(config: Config, tokenizer: Any = None) -> Amount | None:
+def estimate(config: Config, tokenizer: Any = None) -> DatasetSize | None:
     """Rows and tokens of the data, or None if they can't be known: a dataset that is on the hub.
 
     Args:
@@ -59,16 +59,16 @@ def amount(config: Config, tokenizer: Any = None) -> Amount | None:
     tokens = math.ceil(size / _bytes_per_token(config, tokenizer, sample)) + PER_ROW * rows
     if not config.trainer.get("packing"):
         tokens = min(tokens, rows * _length(config))
-    return Amount(rows, tokens)
+    return DatasetSize(rows, tokens)
 
 
-def prepared_bytes(config: Config, found: Amount) -> int:
+def prepared_bytes(config: Config, found: DatasetSize) -> int:
     """What the tokenized data takes in `prepared/`."""
     rows = math.ceil(found.tokens / _length(config)) if config.trainer.get("packing") else found.rows
     return found.tokens * BYTES_OF_TOKEN + (found.rows + rows) * BYTES_OF_ROW + 3_000
 
 
-def steps(config: Config, found: Amount | None) -> int | None:
+def optimizer_steps(config: Config, found: DatasetSize | None) -> int | None:
     """Optimizer steps of the whole run, or None if they can't be known."""
     trainer = config.trainer
     if (most := trainer.get("max_steps", -1)) > 0:

@@ -1,7 +1,7 @@
 """The bytes that a run of a Hugging Face Trainer will write, estimated before anything runs.
 
 The model is built on the meta device, its adapters applied by PEFT there: parameters are counted exactly, in no memory.
-What is made of them stands in `sizes.py`; `benchmarks/footprint.py` compares the estimate with real bytes.
+What is made of them stands in `file_sizes.py`; `benchmarks/footprint.py` compares the estimate with real bytes.
 """
 
 import json
@@ -18,11 +18,8 @@ from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import Footprint
 
-from ..training import models
-from ..training import trainer_arguments as trainer_args
-from . import dataset_size as amount
-from . import file_sizes as sizes
-from . import parameters as weights
+from ..training import models, trainer_arguments
+from . import dataset_size, file_sizes, parameters
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +51,7 @@ def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
     ranks, gpus = config.parallel.world_size, config.parallel.gpus_per_rank * config.parallel.ranks_per_node
     zero_stage = config.parallel.zero_stage if zero_stage is None else zero_stage
     half = _half(config) if zero_stage else None
-    with sizes.quiet(), _no_logging():
+    with file_sizes.quiet(), _no_logging():
         args, run = _arguments(config), RunDirectory(config.directory)
         if isinstance(config.model, PretrainedModel):
             tokenizer, tokens = _tokenizer(str(config.model.path), config.model.trust_remote_code)
@@ -62,27 +59,27 @@ def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
             tokenizer, tokens = None, _tiny_tokenizer_bytes(config, run)
         describing = _describing_bytes(_key(config))
         saved, optimizer, copies, notes = _learned(_key(config), zero_stage, half, ranks)
-        data = amount.amount(config, tokenizer)
-        total = amount.steps(config, data)
-        small = describing + sizes.torch_file(args) + (DEEPSPEED_ARGUMENTS if zero_stage else 0)
+        data = dataset_size.estimate(config, tokenizer)
+        total = dataset_size.optimizer_steps(config, data)
+        small = describing + file_sizes.torch_file(args) + (DEEPSPEED_ARGUMENTS if zero_stage else 0)
         final = {"weights": saved, "tokenizer": tokens, "small files": small}
         logged, evaluated = _entries(config, total)
         checkpoint = {
             "weights": saved,
             "optimizer": optimizer,
             "DeepSpeed's copy of the weights": copies,
-            "random states": ranks * sizes.random_states(gpus),
+            "random states": ranks * file_sizes.random_states(gpus),
             "schedule": _schedule_bytes(args),
             "trainer state": STATE + logged * LOG_ENTRY + evaluated * EVAL_ENTRY,
             "tokenizer": tokens,
-            "small files": small + (sizes.DEEPSPEED_SCRIPTS if zero_stage else 0),
+            "small files": small + (file_sizes.DEEPSPEED_SCRIPTS if zero_stage else 0),
             "manifest": MANIFEST + MANIFEST_FILE * (12 + ranks * (1 + bool(zero_stage) + (zero_stage == 3))),
         }
     fixed = {"records and logs": RECORDS + LINE * (logged + evaluated) + 16_384 * ranks}
     if isinstance(config.model, TinyModel):
         fixed["prepared model"] = _tiny_bytes(config) + tokens
     if data is not None:
-        fixed["prepared data"] = amount.prepared_bytes(config, data)
+        fixed["prepared data"] = dataset_size.prepared_bytes(config, data)
     else:
         notes = (*notes, "the size of the prepared data is not known before the dataset has been read")
     if run.prepared.is_dir():  # a run that has begun: what is there is known
@@ -102,8 +99,12 @@ def changes(config: Config) -> list[tuple[str, Config]]:
     if optimizer != "adafactor":
         found.append(("trainer.optim=adafactor", replace(config, trainer=config.trainer | {"optim": "adafactor"})))
     if isinstance(config.peft, NoPeft):
-        found.append(("peft=lora", replace(config, peft=Lora())))
-    elif config.peft.r > 8:
+        head = ["lm_head"] if isinstance(config.model, TinyModel) else None  # as conf/peft/lora/tiny.yaml has it
+        found.append(("peft=lora", replace(config, peft=Lora(modules_to_save=head))))
+        return found
+    if config.peft.modules_to_save:
+        found.append(("peft.modules_to_save=null", replace(config, peft=replace(config.peft, modules_to_save=None))))
+    if config.peft.r > 8:
         found.append(("peft.r=8", replace(config, peft=replace(config.peft, r=8))))
     return found
 
@@ -130,13 +131,13 @@ def _learned(
     key: _Key, zero_stage: int, half: "torch.dtype | None", ranks: int
 ) -> tuple[int, int, int, tuple[str, ...]]:
     """Bytes of the weights as saved, of the optimizer's state, of DeepSpeed's copy; and notes."""
-    found = weights.weights(key.config, zero_stage, half)
-    size = sizes.safetensors_file(found.saved)
+    found = parameters.collect(key.config, zero_stage, half)
+    size = file_sizes.safetensors_file(found.saved)
     if size > SHARD:
         size += 150 * len(found.saved)  # the index
     name, notes = str(_arguments(key.config).optim.value), []
     if name.endswith("8bit") and "torch" not in name and "galore" not in name:
-        optimizer = sizes.optimizer_8bit(name, found.groups) + 3 * 2 * found.embeddings
+        optimizer = file_sizes.optimizer_8bit(name, found.groups) + 3 * 2 * found.embeddings
         return size, optimizer, 0, ("the optimizer's 8-bit state is counted by a formula",)
     try:
         from transformers import Trainer
@@ -144,11 +145,11 @@ def _learned(
         cls, arguments = Trainer.get_optimizer_cls_and_kwargs(_arguments(key.config))
         if zero_stage:
             shards = {"stage": zero_stage, "ranks": ranks}
-            return size, *sizes.zero_files(found.model, found.module, found.groups, cls, arguments, **shards), ()
-        return size, sizes.torch_file(sizes.stepped(found.groups, cls, arguments)), 0, ()
+            return size, *file_sizes.zero_files(found.model, found.module, found.groups, cls, arguments, **shards), ()
+        return size, file_sizes.torch_file(file_sizes.stepped(found.groups, cls, arguments)), 0, ()
     except Exception as error:  # optimizers that need a GPU, a package that is not here, or the real model
         notes.append(f"the state of trainer.optim={name} is taken to be AdamW's: it can't be counted here ({error})")
-        numel = sum(sizes.numel(shape) for group in found.groups for shape, _ in group)
+        numel = sum(file_sizes.numel(shape) for group in found.groups for shape, _ in group)
         copies = sum(t.numel() * t.element_size() for t in found.module.values()) if zero_stage in (1, 2) else 0
         return size, (12 if zero_stage else 8) * numel, copies, tuple(notes)
 
@@ -173,7 +174,7 @@ def _arguments(config: Config) -> Any:
     from trl import SFTConfig
 
     dry = type("DrySFTConfig", (SFTConfig,), {"device": property(lambda _: torch.device("cpu"))})
-    values = trainer_args.as_arguments(config, RunDirectory(config.directory).checkpoints, cuda=False, bf16=False)
+    values = trainer_arguments.as_arguments(config, RunDirectory(config.directory).checkpoints, cuda=False, bf16=False)
     args = dry(**{key: value for key, value in values.items() if key not in ("tf32", "bf16", "fp16")})
     args.__class__ = SFTConfig  # so that it can be pickled
     return args
@@ -189,7 +190,7 @@ def _schedule_bytes(args: Any) -> int:
         schedule = get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs)
     except (TypeError, ValueError):  # one that wants more than that
         return 2_000
-    return sizes.torch_file(schedule.state_dict())
+    return file_sizes.torch_file(schedule.state_dict())
 
 
 def _entries(config: Config, total: int | None) -> tuple[int, int]:
@@ -212,7 +213,7 @@ def _tokenizer(path: str, trust: bool) -> tuple[Any, int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    return tokenizer, sizes.written(tokenizer.save_pretrained)
+    return tokenizer, file_sizes.written(tokenizer.save_pretrained)
 
 
 def _tiny_tokenizer_bytes(config: Config, run: RunDirectory) -> int:
@@ -229,18 +230,18 @@ def _describing_bytes(key: _Key) -> int:
     """Configuration and generation configuration of the model, or configuration and card of the adapter."""
     from peft import get_peft_model
 
-    model, adapter = weights.on_meta(key.config), models.peft_config(key.config)
+    model, adapter = parameters.base_model(key.config), models.peft_config(key.config)
     if adapter is None:
-        return sizes.written(model.config.save_pretrained, model.generation_config.save_pretrained)
+        return file_sizes.written(model.config.save_pretrained, model.generation_config.save_pretrained)
     import torch
 
     with torch.device("meta"):
         adapted = get_peft_model(model, adapter)
-    return sizes.written(adapted.create_or_update_model_card, adapter.save_pretrained)
+    return file_sizes.written(adapted.create_or_update_model_card, adapter.save_pretrained)
 
 
 def _tiny_bytes(config: Config) -> int:
-    return sizes.safetensors_file(weights.on_meta(config).state_dict()) + 1_000
+    return file_sizes.safetensors_file(parameters.base_model(config).state_dict()) + 1_000
 
 
 @contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Weights:
+class Parameters:
     """What is trained and what is saved, in meta tensors."""
 
     model: Any
@@ -33,7 +33,7 @@ class Weights:
     """What DeepSpeed writes of the weights: the state as the module has it, without what is frozen."""
 
 
-def weights(config: Config, zero_stage: int, half: "torch.dtype | None") -> Weights:
+def collect(config: Config, zero_stage: int, half: "torch.dtype | None") -> Parameters:
     """What the run trains and saves.
 
     Args:
@@ -43,7 +43,7 @@ def weights(config: Config, zero_stage: int, half: "torch.dtype | None") -> Weig
     import torch
     from transformers import Trainer
 
-    model = on_meta(config)
+    model = base_model(config)
     adapter = models.peft_config(config)
     if adapter is None:
         saved = module = _untied(model.state_dict(keep_vars=True))
@@ -61,7 +61,7 @@ def weights(config: Config, zero_stage: int, half: "torch.dtype | None") -> Weig
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [[p for n, p in trained if n in decayed], [p for n, p in trained if n not in decayed]]
     embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    return Weights(
+    return Parameters(
         model=model,
         saved=saved,
         groups=[[(tuple(p.shape), p.dtype) for p in group] for group in groups],
@@ -76,7 +76,7 @@ def _untied(state: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     return {name: t for name, t in state.items() if not (id(t) in seen or seen.add(id(t)))}  # type: ignore[func-returns-value]
 
 
-def on_meta(config: Config) -> Any:
+def base_model(config: Config) -> Any:
     """The model without its adapter, without memory."""
     import torch
     from transformers import AutoModelForCausalLM

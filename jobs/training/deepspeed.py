@@ -20,7 +20,7 @@ from outlast.config.parallel import Zero
 from outlast.errors import ConfigError
 from outlast.processes import free_ports
 
-from . import trainer_arguments as trainer_args
+from . import trainer_arguments
 
 SHARED_MEMORY = "deepspeed_shm_comm"
 """A C++ extension for inference on CPUs."""
@@ -142,7 +142,7 @@ def _check_precision(config: Config) -> None:
 
 def _said(config: Config, parallel: Zero) -> Iterator[tuple[str, str, Any]]:
     """What DeepSpeed's configuration would say again: its key, the key that decides, and the value."""
-    trainer = trainer_args.with_defaults(config)
+    trainer = trainer_arguments.with_defaults(config)
     micro, steps = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
     yield "train_micro_batch_size_per_gpu", "trainer.per_device_train_batch_size", micro
     yield "gradient_accumulation_steps", "trainer.gradient_accumulation_steps", steps

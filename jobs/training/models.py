@@ -167,4 +167,5 @@ def peft_config(config: Config) -> "LoraConfig | None":
         lora_alpha=config.peft.alpha,
         lora_dropout=config.peft.dropout,
         target_modules=config.peft.target_modules,
+        modules_to_save=config.peft.modules_to_save,
     )

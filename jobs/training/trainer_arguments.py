@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from outlast.config.configuration import Config
+from outlast.config.model import Lora, PretrainedModel
 from outlast.errors import ConfigError
 
 HUB = "outlast trains without the hub; push the run's final/ directory when it has finished"
@@ -51,6 +52,8 @@ INEXACT = {
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 WORDS |= {type(None): "null", dict: "a mapping", list: "a list"}
 BATCH = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+ADAPTERS, ALL_WEIGHTS = (2e-4, 2e-3), (2e-5, 2e-4)
+"""Learning rates for a pretrained model, with Adam: the usual one, and the one from which it loses what it knows."""
 POSITIVE = (*BATCH, "num_train_epochs", "save_total_limit", "max_length")
 
 
@@ -95,6 +98,18 @@ def check(config: Config) -> None:
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         named = {key: value for key, value in config.trainer.items() if key in str(error)}
         raise ConfigError("trainer", named or config.trainer, f"SFTConfig says: {error}") from None
+
+
+def hazards(config: Config) -> list[str]:
+    """What is accepted, but is most likely a mistake: words for the user."""
+    trainer = with_defaults(config)
+    usual, largest = ADAPTERS if isinstance(config.peft, Lora) else ALL_WEIGHTS
+    rate, adam = trainer["learning_rate"], "adam" in str(trainer["optim"])
+    if not isinstance(config.model, PretrainedModel) or not adam or usual / 1000 <= rate < largest:
+        return []
+    kind = "adapters" if isinstance(config.peft, Lora) else "full fine-tuning"
+    follows = "is likely to destroy what the model knows" if rate >= largest else "will hardly change the model"
+    return [f"trainer.learning_rate={rate:g} {follows}; for {kind} of a pretrained model, {usual:g} is usual"]
 
 
 def sft_config(config: Config, output_dir: Path, **extra: Any) -> Any:

@@ -71,6 +71,8 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
             script = batch_script(config, target_of(config))
     if isinstance(cluster, LocalCluster) and parallel.nodes > 1:
         hazards.append(f"parallel.nodes is {parallel.nodes}: all {parallel.world_size} ranks run on this one machine")
+    training = job.training(config)
+    hazards += training.pop("hazards", [])
     stored, storage_hazards = storage.decide(config, job, own_code=with_script)
     return Plan(
         config=config,
@@ -86,7 +88,7 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
         script=script,
         grace=grace,
         storage=stored,
-        training=_training(config, job.training(config)),
+        training=_training(config, training),
         checkpoint=_checkpoint(config),
         hazards=[*hazards, *storage_hazards],
     )

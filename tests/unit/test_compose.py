@@ -39,7 +39,8 @@ def test_the_defaults_compose_and_get_a_name() -> None:
     assert config.checkpoint.every == "auto"
     assert config.trainer["eval_steps"] == 50  # evaluations belong to steps, however saves are spaced
     assert "seed" not in config.trainer
-    expected = build({"run": {"name": config.run.name}, "trainer": config.trainer})
+    peft = {"kind": "lora", "modules_to_save": ["lm_head"]}
+    expected = build({"run": {"name": config.run.name}, "peft": peft, "trainer": config.trainer})
     assert config == expected
 
 

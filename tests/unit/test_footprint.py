@@ -13,10 +13,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from outlast.config.configuration import Config, build
-from outlast.jobs.estimate import dataset_size as amount
-from outlast.jobs.estimate import file_sizes as sizes
-from outlast.jobs.estimate import footprint
-from outlast.jobs.estimate import parameters as weights
+from outlast.config.model import Lora
+from outlast.jobs.estimate import dataset_size, file_sizes, footprint, parameters
 from outlast.jobs.training import models
 
 pytestmark = [
@@ -44,7 +42,7 @@ def state(name: str, dtype: torch.dtype) -> tuple[int, int]:
     for parameter in (p for group in parameters for p in group):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    return sizes.torch_file(sizes.stepped(groups, cls, arguments)), real(optimizer.state_dict())
+    return file_sizes.torch_file(file_sizes.stepped(groups, cls, arguments)), real(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,7 +55,7 @@ def test_the_state_of_an_optimizer(name: str, dtype: torch.dtype) -> None:
 
 def test_a_plain_file_is_counted_to_the_byte() -> None:
     value = {"a": list(range(1000)), "b": torch.zeros(33, dtype=torch.uint8), "c": "text"}
-    assert sizes.torch_file(value) == real(value)
+    assert file_sizes.torch_file(value) == real(value)
 
 
 @pytest.mark.parametrize("tensors", [1, 9, 300])
@@ -65,19 +63,19 @@ def test_a_safetensors_file_is_counted_to_the_byte(tensors: int) -> None:
     values = {f"layers.{i}.weight": torch.zeros(i + 1, 3, dtype=torch.float32) for i in range(tensors)}
     values["half"] = torch.zeros(5, dtype=torch.bfloat16)
     made = len(safetensors.torch.save(values, metadata={"format": "pt"}))
-    assert sizes.safetensors_file(values) == made
+    assert file_sizes.safetensors_file(values) == made
 
 
 def test_random_states() -> None:
-    assert 16 + 14_000 < sizes.random_states(gpus=1) < sizes.random_states(gpus=2) < 16_000
+    assert 16 + 14_000 < file_sizes.random_states(gpus=1) < file_sizes.random_states(gpus=2) < 16_000
 
 
 def test_eight_bits_are_a_quarter_of_thirty_two() -> None:
     groups = [[((4096, 4096), torch.float32)]]
-    assert sizes.optimizer_8bit("adamw_8bit", groups) == pytest.approx(4096 * 4096 * (2 + 8 / 256), rel=1e-4)
-    assert sizes.optimizer_8bit("paged_lion_8bit", groups) == pytest.approx(4096 * 4096 * (1 + 4 / 256), rel=1e-4)
+    assert file_sizes.optimizer_8bit("adamw_8bit", groups) == pytest.approx(4096 * 4096 * (2 + 8 / 256), rel=1e-4)
+    assert file_sizes.optimizer_8bit("paged_lion_8bit", groups) == pytest.approx(4096 * 4096 * (1 + 4 / 256), rel=1e-4)
     small = [[((100,), torch.float32)]]
-    assert sizes.optimizer_8bit("adamw_8bit", small) == 600 + 2 * 4 * 100
+    assert file_sizes.optimizer_8bit("adamw_8bit", small) == 600 + 2 * 4 * 100
 
 
 # Weights --------------------------------------------------------------------------------------------------------
@@ -104,12 +102,12 @@ def of(path: Path, peft: str = "none", dtype: str = "auto") -> Config:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_counted_as_they_are_saved(tied: bool, dtype: str, pretrained: Callable[..., Path]) -> None:
     path = pretrained(tie_word_embeddings=tied)
-    found = weights.weights(of(path, dtype=dtype), 0, None)
+    found = parameters.collect(of(path, dtype=dtype), 0, None)
     model = LlamaForCausalLM.from_pretrained(path, dtype=dtype)
     model.save_pretrained(path / "again")
     made = (path / "again" / "model.safetensors").stat().st_size
-    assert sizes.safetensors_file(found.saved) == made
-    assert sum(sizes.numel(shape) for group in found.groups for shape, _ in group) == model.num_parameters()
+    assert file_sizes.safetensors_file(found.saved) == made
+    assert sum(file_sizes.numel(shape) for group in found.groups for shape, _ in group) == model.num_parameters()
     assert {str(kind) for group in found.groups for _, kind in group} == {f"torch.{dtype}"}
 
 
@@ -121,26 +119,31 @@ def test_the_type_is_that_of_the_file_if_nothing_names_it(pretrained: Callable[.
     for key in ("dtype", "torch_dtype"):
         described.pop(key, None)
     (path / "config.json").write_text(json.dumps(described))
-    assert {str(t.dtype) for t in weights.weights(of(path), 0, None).saved.values()} == {"torch.bfloat16"}
+    assert {str(t.dtype) for t in parameters.collect(of(path), 0, None).saved.values()} == {"torch.bfloat16"}
 
 
+@pytest.mark.parametrize("whole", [None, ["lm_head"]])
 @pytest.mark.parametrize(("dtype", "adapters"), [("float32", "float32"), ("bfloat16", "float32")])
 def test_an_adapter_is_counted_and_what_is_frozen_is_not(
-    dtype: str, adapters: str, pretrained: Callable[..., Path], tmp_path: Path
+    dtype: str, adapters: str, whole: list[str] | None, pretrained: Callable[..., Path], tmp_path: Path
 ) -> None:
     """PEFT keeps adapters of a half-precision model in 32 bits."""
     path = pretrained()
     config = of(path, peft="lora", dtype=dtype)
-    found = weights.weights(config, 0, None)
+    config.peft = Lora(modules_to_save=whole)
+    found = parameters.collect(config, 0, None)
     adapter = models.peft_config(config)
     assert adapter is not None
     model = get_peft_model(LlamaForCausalLM.from_pretrained(path, dtype=dtype), adapter)
     model.save_pretrained(tmp_path)
     made = (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert sizes.safetensors_file(found.saved) == made
+    assert file_sizes.safetensors_file(found.saved) == made
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(sizes.numel(shape) for group in found.groups for shape, _ in group) == sum(p.numel() for p in trained)
-    assert {str(kind) for group in found.groups for _, kind in group} == {f"torch.{adapters}"}
+    assert sum(file_sizes.numel(shape) for group in found.groups for shape, _ in group) == sum(
+        p.numel() for p in trained
+    )
+    kinds = {adapters} if whole is None else {adapters, dtype}  # what is trained whole keeps its type
+    assert {str(kind) for group in found.groups for _, kind in group} == {f"torch.{kind}" for kind in kinds}
 
 
 def test_nothing_is_allocated_for_a_large_model(tmp_path: Path) -> None:
@@ -212,6 +215,8 @@ def test_changes_make_it_smaller() -> None:
     changes = footprint.changes(config)
     assert [text for text, _ in changes] == ["trainer.optim=adafactor", "peft=lora"]
     assert all(footprint.footprint(other).checkpoint_bytes < before for _, other in changes)
+    adapted = changes[-1][1]
+    assert [text for text, _ in footprint.changes(adapted)][1:] == ["peft.modules_to_save=null", "peft.r=8"]
 
 
 # Data -----------------------------------------------------------------------------------------------------------
@@ -224,7 +229,7 @@ def jsonl(tmp_path: Path, rows: int, **trainer: Any) -> Config:
 
 
 def test_rows_are_extrapolated_from_the_first(tmp_path: Path) -> None:
-    found = amount.amount(jsonl(tmp_path, 1000))
+    found = dataset_size.estimate(jsonl(tmp_path, 1000))
     assert found is not None
     assert found.rows == pytest.approx(1000, rel=0.1)
 
@@ -236,19 +241,19 @@ def test_tokens_are_counted_with_the_models_tokenizer(tmp_path: Path) -> None:
 
     config = jsonl(tmp_path, 500, packing=True)
     config.model = of(tmp_path).model
-    found = amount.amount(config, Words())
+    found = dataset_size.estimate(config, Words())
     assert found is not None
-    assert found.tokens == pytest.approx(500 * (100 + amount.PER_ROW), rel=0.05)
+    assert found.tokens == pytest.approx(500 * (100 + dataset_size.PER_ROW), rel=0.05)
 
 
 def test_without_packing_rows_are_cut(tmp_path: Path) -> None:
-    found = amount.amount(jsonl(tmp_path, 100, max_length=10))
+    found = dataset_size.estimate(jsonl(tmp_path, 100, max_length=10))
     assert found is not None
     assert found.tokens == found.rows * 10
 
 
 def test_steps_follow_from_rows_and_batch(tmp_path: Path) -> None:
     config = jsonl(tmp_path, 1000, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=4)
-    assert amount.steps(config, amount.Amount(1000, 0)) == 500
-    assert amount.steps(jsonl(tmp_path, 10, max_steps=7), None) == 7
-    assert amount.steps(config, None) is None
+    assert dataset_size.optimizer_steps(config, dataset_size.DatasetSize(1000, 0)) == 500
+    assert dataset_size.optimizer_steps(jsonl(tmp_path, 10, max_steps=7), None) == 7
+    assert dataset_size.optimizer_steps(config, None) is None

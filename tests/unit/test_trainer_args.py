@@ -7,7 +7,7 @@ import pytest
 
 from outlast.config.configuration import Config, build
 from outlast.errors import ConfigError, Exit
-from outlast.jobs.training.trainer_arguments import INEXACT, RESERVED, check, sft_config
+from outlast.jobs.training.trainer_arguments import INEXACT, RESERVED, check, hazards, sft_config
 from outlast.launcher.planning.compose import compose
 
 # datasets, fsspec and friends warn at import about their own dependencies
@@ -195,3 +195,60 @@ def test_both_names_of_gradient_checkpointing_work(tmp_path: Path, trainer: dict
 
 def test_further_arguments_win(tmp_path: Path) -> None:
     assert sft_config(sft(), tmp_path, use_cpu=True, logging_steps=3).logging_steps == 3
+
+
+def composed(*overrides: str) -> Config:
+    return compose(["model=pretrained", "model.path=nobody/nothing", *overrides])
+
+
+@pytest.mark.parametrize(("peft", "rate"), [("lora", 2e-4), ("none", 2e-5)])
+def test_a_pretrained_model_has_defaults_of_its_own(peft: str, rate: float) -> None:
+    config = composed(f"peft={peft}")
+    check(config)
+    assert config.trainer["learning_rate"] == rate
+    assert config.trainer["max_steps"] == -1, "epochs decide"
+    assert config.trainer["warmup_steps"] == 0.03
+    assert (config.trainer["max_length"], config.trainer["packing"]) == (1024, False)
+    assert hazards(config) == []
+
+
+def test_what_is_typed_goes_before_these_defaults() -> None:
+    config = composed("trainer.learning_rate=1e-4", "trainer.max_steps=1000", "peft=none")
+    check(config)
+    assert (config.trainer["learning_rate"], config.trainer["max_steps"]) == (1e-4, 1000)
+    config = composed("trainer.num_train_epochs=1")
+    check(config)
+    assert config.trainer["num_train_epochs"] == 1
+
+
+def test_a_model_file_of_ones_own_begins_with_them_too(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [pretrained]\npath: nobody/nothing\n")
+    assert compose(["model=mine"], config_dir=tmp_path).trainer == composed().trainer
+
+
+def test_the_tiny_model_has_its_own_and_its_head_is_trained() -> None:
+    config = compose([])
+    assert (config.trainer["learning_rate"], config.trainer["max_steps"]) == (0.002, 120)
+    assert getattr(config.peft, "modules_to_save", None) == ["lm_head"]
+    assert getattr(composed().peft, "modules_to_save", None) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["trainer.learning_rate=0.002"],
+            "learning_rate=0.002 is likely to destroy what the model knows; for adapters",
+        ),
+        (["peft=none", "trainer.learning_rate=2e-4"], "for full fine-tuning of a pretrained model, 2e-05 is usual"),
+        (["trainer.learning_rate=2e-8"], "will hardly change the model"),
+    ],
+)
+def test_a_rate_that_is_clearly_wrong_for_a_pretrained_model_is_pointed_out(overrides: list[str], says: str) -> None:
+    (hazard,) = hazards(composed(*overrides))
+    assert says in hazard
+
+
+def test_other_optimizers_have_other_rates() -> None:
+    assert hazards(composed("trainer.learning_rate=0.01", "trainer.optim=adafactor")) == []

@@ -71,6 +71,8 @@ class Config(Section):
         """The sections that decide the weights, as plain values."""
         everything = self.as_dict()
         del everything["parallel"]["launch"]  # whoever starts the ranks, they do the same
+        if everything["peft"].get("modules_to_save") is None:
+            everything["peft"].pop("modules_to_save", None)  # a run from before there was this key stays the same run
         return {section: everything[section] for section in IDENTITY}
 
     def as_dict(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class PretrainedModel(Section):
 
 @dataclass(kw_only=True)
 class Lora(Section):
-    """Low-rank adapters (PEFT's `LoraConfig`); the base weights stay frozen and are not part of a checkpoint."""
+    """Low-rank adapters (PEFT's `LoraConfig`); all other weights stay frozen and are not part of a checkpoint."""
 
     kind: Literal["lora"] = "lora"
     r: Annotated[int, Number(gt=0)] = 16
@@ -60,6 +60,8 @@ class Lora(Section):
     """Share of the adapters' inputs that is dropped in training."""
     target_modules: str | list[str] | None = "all-linear"
     """Name, or list of names, of the modules that get an adapter; null: PEFT's choice for the architecture."""
+    modules_to_save: list[str] | None = None
+    """Names of further modules, which are trained and saved whole; null: none. `model=tiny` has `[lm_head]`."""
 
 
 @dataclass(kw_only=True)
