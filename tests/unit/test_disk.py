@@ -75,7 +75,6 @@ def test_what_is_there_of_a_path(tmp_path: Path) -> None:
 
 def test_without_tools_there_are_no_quotas(tmp_path: Path, tool: object) -> None:
     assert disk.quotas(tmp_path) == []
-    assert [limit.kind for limit in disk.limits(tmp_path)] == ["free space"]
 
 
 def test_quota(tmp_path: Path, tool: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

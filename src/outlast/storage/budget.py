@@ -1,4 +1,4 @@
-"""The byte budget of a run as arithmetic: how much there will be of what, and what `storage.budget_gb` has room for.
+"""The arithmetic of a run's byte budget: how many bytes it will take, and what fits in `storage.budget_gb`.
 
 A run directory holds fixed things, whole checkpoints at rest, one more while a save is in flight, and in the end the
 finished model. With one checkpoint of C bytes, a model of M, fixed things of F and K checkpoints at rest:
@@ -8,7 +8,7 @@ finished model. With one checkpoint of C bytes, a model of M, fixed things of F 
 
 The best checkpoint counts among the K. With K = 1 there are two when the best is not the newest; it is then made
 light (weights only), and takes the place that the finished model will have, so nothing is added for it. A reserve
-(`storage.reserve`) is one more checkpoint. A margin stays free for what grows beside a save.
+(`storage.reserve`) is one more checkpoint. A margin stays free for what grows during a save.
 """
 
 import math
@@ -21,11 +21,11 @@ from outlast.errors import ConfigError
 
 GB = 1_000_000_000
 MARGIN = 65_536
-"""Bytes that are left free beside a save, at least: the ledger and the logs grow while it is written."""
+"""The fewest bytes left free beside a save: the ledger and the logs grow while it is written."""
 MARGIN_SHARE = 0.005
 """The same, as a share of the budget."""
 DEVIATION = 0.1
-"""Share of a part's estimate from which a measured size is worth a word."""
+"""A measured part is reported if it is off by more than this share of the checkpoint's estimate."""
 
 PART_OF = {
     "weights": ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*.bin"),
@@ -42,7 +42,7 @@ PART_OF = {
 SMALL_FILES = "small files"
 """The part of everything else: configurations, training arguments, model card, DeepSpeed's scripts."""
 RESUME_PARTS = ("optimizer", "DeepSpeed's copy of the weights", "random states", "schedule")
-"""Parts that a light checkpoint is without."""
+"""Parts that a light checkpoint lacks."""
 
 
 def part_of(name: str) -> str:
@@ -52,14 +52,14 @@ def part_of(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes by part."""
+    """The estimated bytes of a run, by part."""
 
     checkpoint: dict[str, int] = field(default_factory=dict)
     """One whole checkpoint, its manifest included."""
     final: dict[str, int] = field(default_factory=dict)
     """The finished model."""
     fixed: dict[str, int] = field(default_factory=dict)
-    """What is there beside checkpoints for the whole run: prepared model and data, code, logs and records."""
+    """What stays for the whole run besides checkpoints: prepared model and data, code, logs and records."""
     notes: tuple[str, ...] = ()
     """What could not be counted exactly, in words."""
 
@@ -86,12 +86,12 @@ class Footprint:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Footprint":
-        """From what :meth:`as_dict` gave, also after a way through JSON."""
+        """Restore what :meth:`as_dict` returned, also after a round trip through JSON."""
         parts = {key: dict(values.get(key, {})) for key in ("checkpoint", "final", "fixed")}
         return cls(**parts, notes=tuple(values.get("notes", ())))
 
     def measured(self, files: Mapping[str, int]) -> "Footprint":
-        """The same with the real bytes of a checkpoint in place of the estimate.
+        """Replace the estimate of a checkpoint by its real bytes.
 
         Args:
             files: size of each file by its path in the checkpoint. The manifest's estimate is kept if it is not among
@@ -101,12 +101,12 @@ class Footprint:
         return replace(self, checkpoint=real | by_part(files))
 
     def deviations(self, files: Mapping[str, int], share: float = DEVIATION) -> dict[str, tuple[int, int]]:
-        """Parts of a checkpoint that were estimated wrongly: `{part: (estimate, real)}`, the largest difference first.
+        """Find wrongly estimated parts of a checkpoint: `{part: (estimate, real)}`, the largest difference first.
 
         Args:
             files: as for :meth:`measured`.
-            share: of the whole checkpoint's estimate, from which a difference counts. One part may be off by much
-                without mattering: the smallest files are a few kB.
+            share: a difference counts above this share of the whole checkpoint's estimate. The smallest parts, a few
+                kB, may be far off without mattering.
         """
         real = self.measured(files).checkpoint
         pairs = {part: (self.checkpoint.get(part, 0), real.get(part, 0)) for part in self.checkpoint | real}
@@ -116,7 +116,7 @@ class Footprint:
 
 
 def by_part(files: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by part of files given by path."""
+    """Sum the bytes of files, given by path, for each part."""
     parts: dict[str, int] = {}
     for name, size in files.items():
         parts[part_of(name)] = parts.get(part_of(name), 0) + size
@@ -124,22 +124,22 @@ def by_part(files: Mapping[str, int]) -> dict[str, int]:
 
 
 def margin(budget_bytes: int) -> int:
-    """Bytes of a budget that are left free beside a save."""
+    """The bytes of a budget that are left free beside a save."""
     return max(MARGIN, int(budget_bytes * MARGIN_SHARE))
 
 
 def with_margin(need_bytes: int) -> int:
-    """The smallest budget that has `need_bytes` beside its margin."""
+    """The smallest budget that holds `need_bytes` besides its margin."""
     return max(need_bytes + MARGIN, math.ceil(need_bytes / (1 - MARGIN_SHARE)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a budget has room for."""
+    """What fits in a budget."""
 
     budget_bytes: int
     smallest_bytes: int
-    """The smallest budget that would do."""
+    """The smallest budget that would be enough."""
     save_total_limit: int
     """Whole checkpoints at rest, the best among them; 0 if not even one fits."""
     asked_limit: int | None
@@ -147,7 +147,7 @@ class Verdict:
     peak_bytes: int
     """The most that the run directory will hold at an instant."""
     arithmetic: str
-    """How the smallest budget comes about, in words."""
+    """The sum that gives the smallest budget, in words."""
 
     @property
     def fits(self) -> bool:
@@ -172,18 +172,18 @@ def verdict(
     steps: int | None = None,
     reserve: bool = False,
 ) -> Verdict:
-    """What `budget_bytes` has room for; see this module's text for the arithmetic. Refuses nothing.
+    """Work out what fits in `budget_bytes`, by the arithmetic of this module; nothing is refused.
 
     Args:
         save_total_limit: an upper bound; None: as many as fit.
-        steps: optimizer steps of the run, if they are known: there can't be more checkpoints.
+        steps: optimizer steps of the run, if known: there can't be more checkpoints than steps.
         reserve: one more checkpoint's bytes are kept aside.
     """
     whole, extra = footprint.checkpoint_bytes, footprint.checkpoint_bytes if reserve else 0
     standing = footprint.fixed_bytes + footprint.final_bytes + extra
     smallest = with_margin(standing + 2 * whole)
-    room = budget_bytes - margin(budget_bytes) - standing
-    bounds = [max(room // max(whole, 1) - 1, 0), *(bound for bound in (save_total_limit, steps) if bound is not None)]
+    space = budget_bytes - margin(budget_bytes) - standing
+    bounds = [max(space // max(whole, 1) - 1, 0), *(bound for bound in (save_total_limit, steps) if bound is not None)]
     limit = max(min(bounds), 1) if budget_bytes >= smallest else 0
     terms = [f"2 checkpoints of {gb(whole)} (the newest and one in flight)"]
     terms += [f"the finished model of {gb(footprint.final_bytes)}"]
@@ -200,11 +200,11 @@ def verdict(
 
 
 def refusal(found: Verdict, budget_gb: float, changes: Iterable[tuple[str, int]]) -> ConfigError:
-    """The error that a budget too small is refused with.
+    """Make the error for a budget that is too small.
 
     Args:
-        changes: what could be changed instead, as it would be typed, with the smallest budget in bytes that would do
-            then; those that would not be enough are left out.
+        changes: what the user could change instead, as typed, each with the smallest budget in bytes that would then
+            do; changes that would not be enough are left out.
     """
     fitting = [f"{change} ({gb(size)})" for change, size in changes if size <= found.budget_bytes]
     instead = f" Or change what is kept, so that this budget does: {', or '.join(fitting)}." if fitting else ""
@@ -213,13 +213,13 @@ def refusal(found: Verdict, budget_gb: float, changes: Iterable[tuple[str, int]]
 
 
 def round_up(value: float, digits: int = 3) -> float:
-    """A positive number, rounded up to so many significant digits."""
+    """Round a positive number up to `digits` significant digits."""
     scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
     return float(f"{math.ceil(value * scale - 1e-9) / scale:.12g}")
 
 
 def gb(size: int) -> str:
-    """Bytes in words, with three digits."""
+    """Bytes in words, with three significant digits."""
     for unit, scale in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
         if size >= scale:
             return f"{float(f'{size / scale:.3g}'):g} {unit}"

@@ -1,8 +1,8 @@
-"""What the file system will take: free space, and quotas of the user, the group and the project.
+"""How much the file system can take: free space, and quotas of the user, the group and the project.
 
-Free space is the kernel's answer (statvfs). For quotas the site's own tools are asked, where they exist: `lfs quota` on
+Free space is the kernel's answer (statvfs). For quotas, the site's own tools are asked where they exist: `lfs quota` on
 Lustre, `quota` elsewhere (ext4, XFS, NFS), `xfs_quota` on XFS without it. They answer in 1024-byte blocks: used, soft
-limit, hard limit; 0 is no limit. A tool that is missing, fails or is slow tells nothing, and nothing fails for it.
+limit, hard limit; 0 is no limit. A tool that is missing, fails or is slow is ignored.
 """
 
 import os
@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 
 TIMEOUT_S = 5.0
-"""Of each tool: quotas over NFS ask a server, which may not answer."""
+"""Each tool gets this long: quotas over NFS ask a server, which may not answer."""
 NUMBERS = re.compile(r"(?<!\S)\[?(\d+)\]?\*?\s+(\d+)\s+(\d+)(?!\S)")
-"""Used, soft and hard limit in a tool's answer; `*` marks what is exceeded, brackets what Lustre can't vouch for."""
+"""Used, soft and hard limit in a tool's answer; `*` marks an exceeded limit, brackets what Lustre is unsure of."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,13 @@ class Limit:
     """Size of the file system, or the quota."""
 
 
-def limits(path: Path) -> list[Limit]:
-    """Everything known that limits what can be written below `path`, which need not exist yet.
-
-    The tools for quotas take up to some seconds: for a plan, not for each save.
-    """
-    place = existing(path)
-    return [free_space(place), *quotas(place)]
-
-
 def existing(path: Path) -> Path:
-    """The nearest of a path and its parents that exists."""
+    """The path itself if it exists, else its nearest parent that does."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def free_space(path: Path) -> Limit:
-    """What the file system has free for a plain user, and its size. Takes microseconds.
+    """The free space for a plain user and the file system's size; takes microseconds.
 
     Raises:
         OSError: it does not answer.
@@ -58,7 +49,7 @@ def free_space(path: Path) -> Limit:
 
 
 def quotas(place: Path) -> list[Limit]:
-    """Quotas on an existing directory, those that are set and that a tool tells about."""
+    """The quotas on an existing directory that are set and that a tool reports; may take seconds."""
     status = place.stat()
     owners = {
         "user": os.geteuid(),
@@ -77,7 +68,7 @@ def quotas(place: Path) -> list[Limit]:
 
 
 def _ask(kind: str, number: int, place: Path) -> str:
-    """A tool's answer about one owner: lines of text, empty if there is none."""
+    """Ask a tool about one owner; its output, empty if it gave none."""
     flag, (mount, fstype) = kind[0], _mount(place)
     if fstype == "lustre":
         return _output(["lfs", "quota", "-q", f"-{flag}", str(number), str(place)])
@@ -90,14 +81,14 @@ def _ask(kind: str, number: int, place: Path) -> str:
 
 
 def _project(place: Path) -> int | None:
-    """The project that a directory belongs to; None if to none, or if nothing tells."""
+    """The project that a directory belongs to; None if there is none or no tool says."""
     command = ["lfs", "project", "-d"] if _mount(place)[1] == "lustre" else ["lsattr", "-p", "-d"]
     number = _output([*command, str(place)]).split()[:1]
     return int(number[0]) or None if number and number[0].isdigit() else None
 
 
 def _mount(place: Path) -> tuple[str, str]:
-    """Mount point and type of the file system that a directory is on."""
+    """The mount point and type of the file system that a directory is on."""
     real = place.resolve()
     mounts = [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]
     fitting = [mount for mount in mounts if real.is_relative_to(mount[0])]

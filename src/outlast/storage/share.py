@@ -1,9 +1,9 @@
-"""What a run may use of the disk: its own budget, and as a cell of a sweep no more than its share of the sweep's.
+"""The bytes that a run may use: its own budget and, in a sweep, at most its share of the sweep's.
 
-`storage.sweep_budget_gb` is divided over the cells that have not finished, after what the finished ones use has been
-taken off. A cell that finishes below its share so leaves more to the others. Nobody keeps accounts: each cell looks at
-the shared directory when it needs to know. A look that is out of date gives a smaller share, never a larger one, since
-a finished cell uses no more than its share was; so the sum stays below the budget without a lock.
+What the finished cells use is subtracted from `storage.sweep_budget_gb`; the rest is divided over the cells that have
+not finished, so a cell that finishes below its share leaves more to the others. No account is kept: each cell looks at
+the shared directory when it needs to know. An outdated look gives a smaller share, never a larger one, since a
+finished cell uses no more than its share was; so the sum stays below the budget without a lock.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ class Share:
 
     def __init__(self, run: RunDirectory, storage: StorageSection) -> None:
         self._run, self._storage = run, storage
-        self._finished: dict[str, int] = {}  # what a finished cell uses does not change
+        self._finished: dict[str, int] = {}  # the bytes of a finished cell do not change
         self._last: int | None = None
 
     def __call__(self) -> int:
@@ -36,7 +36,7 @@ class Share:
             return self._storage.budget_bytes
         try:
             names = [cell.directory for cell in read_manifest(sweep).cells]
-        except OutlastError:  # a shared file system that hesitates
+        except OutlastError:  # a shared file system that does not answer just now
             return 0 if self._last is None else self._last
         for name in names:
             run = RunDirectory(sweep / name)
@@ -49,7 +49,7 @@ class Share:
 
 
 def _beside(sweep: Path, cells: set[str]) -> int:
-    """Bytes of what the cells share: the code, the batch logs, the manifest."""
+    """The bytes that the cells share: the code, the batch logs, the manifest."""
     entries = [entry for entry in sweep.iterdir() if entry.name not in cells]
     files = sum(entry.stat().st_size for entry in entries if entry.is_file() and not entry.is_symlink())
     return files + sum(bytes_used(entry) for entry in entries if entry.is_dir() and not entry.is_symlink())
