@@ -1,14 +1,39 @@
 """The commands, their flags and their help."""
 
 import argparse
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 OVERRIDES = "a Hydra override: model=pretrained picks a group's file, seed=3 sets a key; trainer.* is TRL's SFTConfig"
 SWEEP = "a sweep, as one job array: seed=1,2 and trainer.learning_rate=1e-4,3e-4 make four cells; range(1,4), glob(*)"
 RUN = "a run's name under --root, or its directory"
 RUNS = "runs, sweeps or SWEEP/CELL under --root, or their directories"
 RESOURCES = "cluster.time_min=240 changes a resource (cluster.*, preemption.*, storage.*, checkpoint.*, parallel.nodes)"
+COMPLETION = 'print the shell\'s completion: eval "$(outlast --print-completion bash)" in ~/.bashrc turns it on'
 ROOT = "where the run directories are (default: runs)"
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """The arguments of one command, which answers for those that it does not know: argparse leaves that to the root."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
+class _PrintCompletion(argparse.Action):
+    """Print what a shell needs to complete `outlast`, and leave."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: Any, option_string: str | None = None
+    ) -> None:
+        import shtab
+
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
         description="Fine-tuning jobs that outlast preemption on Slurm.",
         epilog="exit codes: 0 done, 1 failed, 2 refused, 75 stopped early and saved (resume me), 93 gave up",
     )
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    root.add_argument("--version", action="version", version=f"outlast {version('outlast')}")
+    root.add_argument("--print-completion", action=_PrintCompletion, choices=["bash", "zsh"], help=COMPLETION)
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
 
     def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
         return commands.add_parser(

@@ -14,7 +14,10 @@ from ..runs.standing import RunStatus
 from ..runs.state import State
 from .progress import duration, size
 
-HEADERS = ("run", "state", "step", "left", "attempts", "saved", "bytes (peak) of budget", "metric")
+HEADERS = ("run", "state", "metric", "step", "left", "saved", "attempts", "bytes (peak) of budget")
+"""In the order of what is asked first: a terminal that is too narrow for all leaves the last ones out."""
+REASON = 40
+"""Characters of a reason, at most."""
 COLOURS: dict[State, str] = {
     State.NOT_STARTED: "dim",
     State.QUEUED: "cyan",
@@ -30,7 +33,7 @@ COLOURS: dict[State, str] = {
 HINTS: dict[State, str] = {
     State.PREEMPTED: "preempted: saved, waits for its requeue",
     State.INTERRUPTED: "interrupted: saved; `outlast resume`, or what started it, goes on",
-    State.STOPPED_UNEXPECTEDLY: "stopped unexpectedly: `outlast resume`, or what started it, goes on from a save",
+    State.STOPPED_UNEXPECTEDLY: "stopped unexpectedly: `outlast resume`, or what started it, goes on",
     State.FAILED: "failed: `outlast logs RUN` says why",
     State.GAVE_UP: "gave up: restarts made no progress; `outlast logs RUN` says why",
 }
@@ -38,9 +41,18 @@ HINTS: dict[State, str] = {
 
 
 def show(rows: list[RunStatus], console: Console | None = None) -> None:
-    """Print the rows, and what could not be found out under them. Lines are not folded: `less -S` can show them."""
+    """Print the rows, and what could not be found out under them.
+
+    On a terminal each row is one line. Elsewhere it is as long as it has to be: `less -S` can show it.
+    """
     console = console or Console(highlight=False)
-    console.print(Text("\n").join([*lines(rows), *_below(rows)]), highlight=False, soft_wrap=True)
+    table = Text("\n").join(lines(rows, console.width if console.is_terminal else None))
+    if console.is_terminal:
+        console.print(table, highlight=False, no_wrap=True, overflow="ellipsis")
+    else:
+        console.print(table, highlight=False, soft_wrap=True)
+    for line in _below(rows):
+        console.print(line, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def watch(rows: Callable[[], list[RunStatus]], interval_s: float) -> None:
@@ -56,8 +68,8 @@ def watch(rows: Callable[[], list[RunStatus]], interval_s: float) -> None:
             while True:
                 now = rows()
                 title = Text(f"{time.strftime('%H:%M:%S')}  {summary(now)}", style="bold")
-                text = Text("\n", no_wrap=True, overflow="ellipsis").join([title, *_below(now), *lines(now)])
-                live.update(text, refresh=True)
+                text = [title, *_below(now), *lines(now, console.width)]
+                live.update(Text("\n", no_wrap=True, overflow="ellipsis").join(text), refresh=True)
                 time.sleep(interval_s)
     except KeyboardInterrupt:
         return
@@ -70,12 +82,18 @@ def summary(rows: list[RunStatus], noun: str = "run") -> str:
     return f"{len(rows)} {noun}{'s' * (len(rows) != 1)}" + (f": {states}" if states else "")
 
 
-def lines(rows: list[RunStatus]) -> Iterable[Text]:
-    """The table, line by line."""
+def lines(rows: list[RunStatus], width: int | None) -> Iterable[Text]:
+    """The table, line by line.
+
+    Args:
+        width: columns of the terminal; None: there is no limit.
+    """
     if not rows:
         return [Text("no runs here")]
     cells = {row.path: _cells(row) for row in rows}
     widths = [max(map(cell_len, column)) for column in zip(HEADERS, *cells.values(), strict=True)]
+    while width is not None and len(widths) > 3 and sum(widths) + 2 * (len(widths) - 1) > width:
+        widths.pop()
     table = [Text(_padded(HEADERS, widths), style="dim")]
     for sweep, group in groupby(rows, key=lambda row: row.sweep):
         members = list(group)
@@ -86,7 +104,7 @@ def lines(rows: list[RunStatus]) -> Iterable[Text]:
 
 
 def _padded(cells: Iterable[str], widths: list[int]) -> str:
-    return "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=True)).rstrip()
+    return "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=False)).rstrip()
 
 
 def _cells(row: RunStatus) -> list[str]:
@@ -101,13 +119,13 @@ def _cells(row: RunStatus) -> list[str]:
     state = row.state.replace("_", " ")
     return [
         f"  {row.name.rpartition('/')[2]}" if row.sweep else row.name,
-        f"{state} ({row.reason[:40]})" if row.reason else state,
+        f"{state} ({row.reason[:REASON]})" if row.reason else state,
+        score,
         f"{row.step}/{'?' if row.total_steps is None else row.total_steps}",
         "" if row.eta_s is None else duration(row.eta_s),
-        str(row.attempts),
         saved,
+        str(row.attempts),
         f"{size(row.bytes_used)}{peak}{budget}",
-        score,
     ]
 
 

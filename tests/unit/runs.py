@@ -62,9 +62,10 @@ def progress(run: RunDirectory, **values: Any) -> None:
     run.progress.write_text(json.dumps(now | values))
 
 
-def shown(rows: list[RunStatus], width: int = 140) -> str:
+def shown(rows: list[RunStatus], terminal: int | None = None) -> str:
+    """What is printed; `terminal`: on one of so many columns."""
     out = io.StringIO()
-    status_table.show(rows, Console(file=out, width=width))
+    status_table.show(rows, Console(file=out, width=terminal, force_terminal=terminal is not None, color_system=None))
     return out.getvalue()
 
 

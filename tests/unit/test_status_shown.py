@@ -76,7 +76,7 @@ def test_what_is_damaged_is_shown_as_far_as_it_goes(make: Make) -> None:
     (run.path / "cancelled.json").write_text("")
     now = row(run)
     assert (now.state, now.step, now.total_steps, now.budget_bytes) == ("stopped_unexpectedly", 10, None, None)
-    assert "10/?" in shown([now], width=80)
+    assert "10/?" in shown([now], terminal=80)
 
 
 def test_two_sections_are_read_as_they_were_written(make: Make) -> None:
@@ -113,6 +113,20 @@ def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["a"]
     with pytest.raises(ConfigError, match="did you mean failed"):
         status.states_named("faild")
+
+
+def test_a_terminal_of_80_columns_shows_the_metric_on_one_line(make: Make) -> None:
+    name = "sft-tiny-python_docs-1a2b3c4d"
+    run = make(name)
+    ledger = start(run)
+    save(ledger, 40)
+    ledger.append("evaluated", 1, step=40, metrics={"eval_loss": 1.25})
+    progress(run, bytes_used=10**8, bytes_peak=2 * 10**8)
+    wide, narrow = shown([row(run)]).splitlines(), shown([row(run)], terminal=80).splitlines()
+    assert wide[0].split()[:5] == ["run", "state", "metric", "step", "left"]
+    assert [line.split()[0] for line in narrow[:2]] == ["run", name]
+    assert "eval_loss 1.25 at 40" in narrow[1]
+    assert max(map(len, narrow)) <= 80 < max(map(len, wide))
 
 
 @pytest.mark.parametrize(
