@@ -26,7 +26,7 @@ from .slurm.environment import Step, current_step
 AGENT_ENV = "OUTLAST_AGENT"
 """Tells a rank the pid of the agent that has started it."""
 START_S = 20.0
-"""How long a signal waits for ranks that are yet to be started: less than Slurm waits (`KillWait`) before it kills."""
+"""How long a signal waits for ranks that have not started: less than `KillWait`, after which Slurm kills."""
 
 
 def main(config: Config, arguments: list[str]) -> NoReturn:

@@ -52,7 +52,7 @@ def new_token() -> str:
 
 @contextmanager
 def submission_lock(directory: Path) -> Iterator[int]:
-    """Hold the lock from the look into the queue to the end of `sbatch`, so that two commands submit one job.
+    """Hold a lock while looking into the queue and submitting, so that two commands submit one job.
 
     Yields:
         The lock's file descriptor, for `submit_recorded`.

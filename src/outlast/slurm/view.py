@@ -33,7 +33,7 @@ class JobView:
     start_time: float | None
     end_time: float | None
     restarts: int = 0
-    """How often the job was put back into the queue; it goes up at that moment, not at the next start."""
+    """How often the job was requeued; it goes up at that moment, not at the next start."""
 
     @property
     def is_preempted(self) -> bool:
