@@ -10,6 +10,7 @@ from outlast.config.cluster import LocalCluster
 from outlast.config.configuration import Config
 from outlast.config.model import TinyModel
 from outlast.errors import ConfigError, OutlastError
+from outlast.files import staged_directory
 
 from .training import data, deepspeed, models, prepared, trainer_arguments
 
@@ -80,7 +81,8 @@ def main(run: "Run", config: Config) -> None:
         if isinstance(config.model, TinyModel) and run.rank == 0 and not base.is_dir():
             run.say("building the model and its tokenizer")
             texts = data.texts(train)
-            prepared.publish(base, lambda directory: models.prepare_tiny(config, texts, directory))
+            with staged_directory(base) as directory:
+                models.prepare_tiny(config, texts, directory)
         run.collectives.barrier()
     else:
         prepared.reuse(args)

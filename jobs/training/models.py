@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def prepare_tiny(config: Config, texts: Iterable[str], directory: Path) -> None:
-    """Write the model and the tokenizer of `model=tiny` into `directory` (through `prepared.publish`, to be whole).
+    """Write the model and the tokenizer of `model=tiny` into `directory` (a staged one, to be whole).
 
     The same configuration and texts give the same bytes. The model's vocabulary is `model.vocab_size`, so that its
     size in bytes follows from the configuration; the tokenizer's is smaller where the texts are few.

@@ -6,13 +6,10 @@ the batches, and so the weights, are those of a trainer built from the raw data.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlast.files import flush_directory, flush_file
+from outlast.files import staged_directory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,39 +18,14 @@ COLUMNS = ("input_ids", "labels", "seq_lengths")
 """What TRL's collator reads of a prepared row; the raw text is left behind."""
 
 
-def publish(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fill a directory so that it is there as a whole or not at all, also after a power loss.
-
-    One process at a time. What was under the name before, and what an earlier attempt left half-written, is replaced.
-
-    Args:
-        write: called with the staging directory, a sibling of `directory`.
-    """
-    staging = directory.with_name(f".{directory.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    write(staging)
-    for parent, _, names in os.walk(staging):
-        for name in names:
-            flush_file(Path(parent, name))
-        flush_directory(Path(parent))
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.rename(staging, directory)
-    flush_directory(directory.parent)
-
-
 def save(directory: Path, train: "Dataset", evaluation: "Dataset | None") -> None:
     """Keep the prepared datasets of a trainer: `trainer.train_dataset` and `trainer.eval_dataset`. Rank 0 alone."""
     splits = {"train": train} | ({} if evaluation is None else {"eval": evaluation})
-
-    def write(staging: Path) -> None:
+    with staged_directory(directory) as staging:
         for name, split in splits.items():
             kept = split.select_columns([column for column in COLUMNS if column in split.column_names])
             kept.save_to_disk(str(staging / name))
         (staging / "prepared.json").write_text(json.dumps({name: len(split) for name, split in splits.items()}))
-
-    publish(directory, write)
 
 
 def load(directory: Path) -> "tuple[Dataset, Dataset | None] | None":

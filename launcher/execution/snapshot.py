@@ -25,7 +25,7 @@ from typing import Any
 import outlast
 from outlast.checkpoint.manifest import versions
 from outlast.errors import ConfigError
-from outlast.files import flush_directory
+from outlast.files import staged_directory
 
 ROOMS = ("launcher", "jobs", "conf", "shell")
 LIBRARIES = (
@@ -70,11 +70,7 @@ def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
         ConfigError: the project is larger than that; the message names the largest files.
         OSError: it can't be written.
     """
-    staging, old = target.with_name(f".{target.name}.staging"), target.with_name(f".{target.name}.old")
-    for leftover in (staging, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with staged_directory(target, durable=False) as staging:
         own = Path(outlast.__path__[0])
         _copy_package(own, staging / "outlast")
         own_top, _ = _toplevel(own)
@@ -99,13 +95,6 @@ def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
             left_out=left_out,
         )
         (staging / "code.json").write_text(json.dumps(asdict(snapshot), indent=1) + "\n")
-        if target.exists():
-            os.rename(target, old)
-        os.rename(staging, target)
-        flush_directory(target.parent)
-    finally:
-        for leftover in (staging, old):
-            shutil.rmtree(leftover, ignore_errors=True)
     return snapshot
 
 

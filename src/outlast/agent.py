@@ -1,9 +1,9 @@
-"""`parallel.launch=accelerate`: one agent per node, which is `accelerate launch`, starts that node's ranks.
+"""Starts a node's ranks with `accelerate launch`, one agent per node (`parallel.launch=accelerate`).
 
 The agent starts as a rank does, with the three signals blocked, and keeps them so: torch's elastic agent, which it
 runs, would answer a signal by ending its ranks within a time limit, and a second signal by leaving them alone in the
 middle of a save. One thread takes the signals instead and passes them on; the agent only notices that its ranks have
-left. They inherit the blocked signals, so that an early one waits for their guards.
+left. The ranks inherit the blocked signals, so that an early one waits until they can handle it.
 """
 
 import json
@@ -26,13 +26,13 @@ from .slurm.environment import Step, current_step
 AGENT_ENV = "OUTLAST_AGENT"
 """Tells a rank the pid of the agent that has started it."""
 START_S = 20.0
-"""How long a signal waits for ranks that are yet to be started: less than Slurm waits (`KillWait`) before it kills."""
+"""How long a signal waits for ranks that have not started: less than `KillWait`, after which Slurm kills."""
 
 
 def main(config: Config, arguments: list[str]) -> NoReturn:
     """Start this node's ranks, wait until the last has gone, and end this process.
 
-    Its exit code is, as `srun`'s is, the highest of its ranks'; 128 and the signal's number for one that was killed.
+    As with `srun`, its exit code is the highest of its ranks'; that of a killed rank is 128 plus the signal's number.
 
     Args:
         arguments: what the ranks are told, as `outlast.rank` takes it.
@@ -56,7 +56,7 @@ def main(config: Config, arguments: list[str]) -> NoReturn:
 
 
 def launch_arguments(config: Config, step: Step | None) -> list[str]:
-    """The arguments of `accelerate launch`, less the program.
+    """The arguments of `accelerate launch`, without the program.
 
     Args:
         step: the `srun` step around the agent, one task per node; None on a single machine.
@@ -77,19 +77,19 @@ def launch_arguments(config: Config, step: Step | None) -> list[str]:
         f"--main_process_port={step.port if step else 0}",  # 0: any that is free
         *(["--multi_gpu"] if world_size > 1 else []),  # which means several processes, also without GPUs
         "--max_restarts=0",
-        # What the training needs of these it says itself; they only keep `accelerate launch` from guessing.
+        # The training sets these itself; here they only keep `accelerate launch` from guessing.
         "--mixed_precision=no",
         "--dynamo_backend=no",
     ]
 
 
 def _launch(arguments: list[str]) -> dict[int, int]:
-    """Run `accelerate launch`; the exit codes, by rank, of this node's ranks that did not end with 0."""
+    """Run `accelerate launch`; return the exit codes, by rank, of this node's ranks that did not end with 0."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        # In the place of the user's own `accelerate config`, which is not part of the run.
+        # This replaces the user's own `accelerate config`, which is not part of the run.
         json.dump({"distributed_type": "NO", "parallelism_config": {}}, file)
         file.flush()
         try:

@@ -1,13 +1,12 @@
-"""What a batch script calls when its ranks are gone: `python -m outlast.epilogue RUN_DIR --exit-code N`.
+"""A batch script runs this program when its ranks are gone: `python -m outlast.epilogue RUN_DIR --exit-code N`.
 
-The ranks requeue their job themselves when they can. This sees to what is left: an attempt whose ranks crashed or were
-killed, one that could not be requeued, one that was signalled before its ranks could agree. Its exit code is the
-job's. It starts in a fraction of a second, imports nothing heavy, and does nothing a second time.
+The ranks requeue their job themselves when they can. This program handles the rest: an attempt whose ranks crashed or
+were killed, one that could not be requeued, one that was signalled before its ranks could agree. Its exit code is the
+job's. It starts in a fraction of a second, imports nothing heavy, and does nothing that was done before.
 """
 
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from .rundir.directory import RunDirectory, RunLock, cancelled_after
 from .rundir.ledger import KILLED, Event, Ledger
 from .rundir.submission import Submission, new_token, submission_lock
 from .slurm.actions import requeue_job
-from .slurm.environment import SlurmJob, current_job
+from .slurm.environment import SlurmJob, current_job, slurm_conf
 from .slurm.submit import submit_recorded
 from .slurm.view import JobView, ran_out_of_memory, show_job
 from .which_run import target_arguments, target_of
@@ -60,7 +59,7 @@ def follow_up(run: RunDirectory, code: int) -> int:
     lock = RunLock(run)
     try:
         lock.acquire(f"the end of job {job.job_id}", wait_s=WAIT_S)
-    except RunBusyError as error:  # it is another attempt's, and so is the ledger
+    except RunBusyError as error:  # another attempt holds it, and writes the ledger
         _say(str(error))
         return code or Exit.FAILED
     try:
@@ -100,7 +99,7 @@ def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, co
 
 
 def _ask(job: SlurmJob) -> JobView | None:
-    """What Slurm says of the job; None if it does not answer for half an hour.
+    """Ask Slurm about the job; None if it does not answer for half an hour.
 
     Waiting costs nothing: while its controller is away, nobody else can have the nodes either.
     """
@@ -118,11 +117,11 @@ def _ask(job: SlurmJob) -> JobView | None:
 
 
 def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attempt, code: int, lead_s: float) -> Event:
-    """Why an attempt ended whose ranks could not say so: as Slurm sees the job, then as it saw the ranks."""
+    """Find out why an attempt ended: from what Slurm says about the job, else from the ranks' exit code."""
     began = attempt.started["time"] if attempt.started else 0.0
     if attempt.started and cancelled_after(run.path, began):
         return {"cause": "cancelled"}
-    # Near its time limit is why a job was signalled; a rank that died without a signal died of something else.
+    # Being near its time limit explains why a job was signalled, not why a rank died without a signal.
     cause = view.stop_cause(job, lead_s if attempt.signals else -math.inf) if view else None
     if cause is not None:
         return {"cause": cause, "detail": KILLED}
@@ -174,7 +173,7 @@ def _submit_dependent(run: RunDirectory, job: SlurmJob) -> str:
             Submission(
                 token=new_token(),
                 cluster=load(run.config).cluster.kind,
-                slurm_conf=os.environ.get("SLURM_CONF"),
+                slurm_conf=slurm_conf(),
                 log=str((run.path.parent if task else run.path) / "logs" / ("%A_%a.log" if task else "%j.log")),
             ),
             run.path / SCRIPT,
@@ -187,7 +186,7 @@ def _submit_dependent(run: RunDirectory, job: SlurmJob) -> str:
 
 
 def _show_end(run: RunDirectory, number: int) -> None:
-    """Print the end of the log of the rank that ended the attempt; the rest of what was printed is this log."""
+    """Print, into the batch script's log, the end of the log of the rank that ended the attempt."""
     errors = [e for e in Ledger(run.ledger).read() if e["event"] == "attempt_ended" and e["attempt"] == number]
     log = run.log(number, next((int(e["rank"]) for e in errors if "rank" in e), 0))
     if log.is_file():

@@ -1,4 +1,4 @@
-"""Every error that outlast raises on purpose, and the exit codes of its commands.
+"""The errors whose messages are meant for the user, and the exit codes of the commands.
 
 ::
 
@@ -6,6 +6,7 @@
     ├── ConfigError              exit 2   a key, value, group or file is refused, before anything starts
     ├── RunBusyError             exit 2   another attempt is alive on this run directory
     ├── CheckpointError          exit 1   a checkpoint could not be written or does not verify
+    │   └── ResumeRefusedError   exit 2   a checkpoint was made by a run other than the one about to resume
     └── SlurmError               exit 1   a Slurm command failed or did not answer
 """
 
@@ -26,7 +27,7 @@ class Exit(IntEnum):
 
 
 class OutlastError(Exception):
-    """Base of all errors whose message is meant for the user as it stands."""
+    """Base of all errors whose messages are shown to the user as they are."""
 
     exit_code = Exit.FAILED
 
@@ -70,6 +71,6 @@ class SlurmError(OutlastError):
 
 
 class ResumeRefusedError(CheckpointError):
-    """The checkpoint was made by another run than is about to resume from it."""
+    """The checkpoint was made by a run other than the one about to resume from it."""
 
     exit_code = Exit.REFUSED

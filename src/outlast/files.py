@@ -1,11 +1,17 @@
-"""Files: written as a whole and durably, read as JSON, and the bytes that a directory takes."""
+"""Writes files and directories as a whole and durably, reads JSON, and counts the bytes that a directory takes."""
 
 import errno
 import json
 import os
+import shutil
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+FLUSHERS = 4
+"""Threads that flush small files: a file system joins what is flushed at the same time into one commit."""
 _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
@@ -46,7 +52,7 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def read_json(path: Path) -> Any | None:
-    """What a JSON file holds; None where there is none, where it can't be read, and where it is damaged."""
+    """The contents of a JSON file; None if it is missing, unreadable or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -76,8 +82,34 @@ def remove_temporaries(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def staged_directory(target: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a fresh directory that replaces `target` as a whole if the block succeeds, and is removed if it fails.
+
+    For one process at a time. What a killed process has left beside `target` is removed first.
+
+    Args:
+        durable: flush its files to disk, so that `target` is whole or absent also after a power loss.
+    """
+    staging, old = target.with_name(f".{target.name}.staging"), target.with_name(f".{target.name}.old")
+    for leftover in (staging, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if durable:
+            flush_tree(staging)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(staging, target)
+        flush_directory(target.parent)
+    finally:
+        for leftover in (staging, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def flush_file(path: Path) -> None:
-    """Have the kernel write all of a file to disk, and wait for it."""
+    """Flush a file's contents to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -92,3 +124,13 @@ def flush_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def flush_tree(directory: Path, skip: Collection[str] = ()) -> None:
+    """Flush all files of `directory`, and the directory itself, to disk; `skip` holds relative paths to leave out."""
+    paths = sorted(directory.rglob("*"))
+    files = [p for p in paths if p.is_file() and p.relative_to(directory).as_posix() not in skip]
+    with ThreadPoolExecutor(FLUSHERS) as flushers:
+        list(flushers.map(flush_file, files))
+    for path in (directory, *(p for p in paths if p.is_dir())):
+        flush_directory(path)

@@ -195,13 +195,11 @@ def test_killed_while_saving_leaves_nothing_to_load(tmp_path: Path) -> None:
     program = """
         import os, signal, sys
         from pathlib import Path
-        from outlast.jobs.training import prepared
+        from outlast.files import staged_directory
 
-        def write(staging):
+        with staged_directory(Path(sys.argv[1])) as staging:
             (staging / "half").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
-
-        prepared.publish(Path(sys.argv[1]), write)
     """
     directory = tmp_path / "prepared"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(directory)], env=dict(os.environ))

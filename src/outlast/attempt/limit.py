@@ -45,7 +45,7 @@ class CheckpointLimit:
         self.apply()
 
     def saved(self, sealed: Sealed) -> None:
-        """Take the size of the attempt's first checkpoint in the place of the estimate, and say how far it was off."""
+        """Replace the estimate by the size of the attempt's first checkpoint, and say how far it was off."""
         if self._measured:
             return
         estimate = self._footprint

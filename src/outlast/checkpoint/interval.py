@@ -18,7 +18,7 @@ from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.ledger import KILLED, Event
 
 LOWER_S = 60.0
-"""The shortest interval: a minute of steps is quickly repeated, and each save pushes an older one out of the budget.
+"""The shortest interval: a minute of steps is quickly repeated, and each save drives an older one out.
 The first save comes after this time, so that the cost of a save is known early."""
 LARGEST_SHARE = 0.05
 """The largest share of the time that saving may take. C is measured, but M rests on few failures: a streak of them must
@@ -27,7 +27,7 @@ UPPER_S = 3600.0
 """The longest interval, whatever a save costs: at most an hour of steps is ever at risk. M may be far too long, since a
 preemption is a failure too where its notice does not help (no grace time, or a save that takes longer than it)."""
 RECENT_SAVES = 9
-"""The cost is taken from this many of the last saves, so that it follows a change of file system or machine."""
+"""The cost is that of this many last saves, so that it follows a change of file system or machine."""
 NOTICEABLE = 0.2
 
 

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 READ_BYTES = 1 << 22
 TRANSIENT = (errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
-"""Errors that may pass: a file system that does not answer just now, or a process out of memory or file handles."""
+"""Errors that may pass: a file system does not answer, or the process lacks memory or file handles."""
 FileEntry = dict[str, Any]
 """`{"bytes": int, "xxh3_128": hex digest}`."""
 RESUME_ONLY = (
@@ -45,7 +45,7 @@ class Kind(StrEnum):
 
 
 class PassingError(CheckpointError):
-    """The checkpoint can't be read just now; it may be whole, and the next attempt may be able to read it."""
+    """The checkpoint can't be read just now; it may be whole, and the next attempt may succeed."""
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.errors import CheckpointError
-from outlast.files import bytes_used, flush_directory, remove_temporaries
+from outlast.files import bytes_used, flush_directory, flush_tree, remove_temporaries
 from outlast.ranks.collectives import Collectives
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
@@ -24,7 +24,7 @@ from .manifest import MANIFEST, Kind, Manifest, PassingError, Sealed, read_manif
 from .removal import Remover
 from .retention import Removal, Retention, newest_full
 from .space import Space
-from .writer import Writer, adopt, flush_tree
+from .writer import Writer, adopt
 
 RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"
 PREFIX = "checkpoint-"
@@ -194,6 +194,7 @@ class CheckpointStore:
                 manifest.files |= entries
             self._bytes_by_rank = [sum(int(e["bytes"]) for e in entries.values()) for entries in written]
             others = set(manifest.files) - set(written[self._collectives.rank])
+            # Every rank does so: on a network file system only the node that wrote a file can flush it.
             self._together(lambda: flush_tree(staged, others))
             self._together(lambda: self._publish(staged, target, manifest) if self._collectives.rank == 0 else None)
         except SaveError:

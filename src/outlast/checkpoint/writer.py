@@ -12,27 +12,22 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 import xxhash
 
-from outlast.files import flush_directory, flush_file
-
 from .direct_io import DirectFile
 from .manifest import FileEntry, entry_of, read_entry
 
 CHUNK = 1 << 20
-"""Bytes that are digested and then copied at a time: few enough that the copy finds them in the CPU's cache."""
-FLUSHERS = 4
-"""Threads that flush small files: a file system joins what is flushed at the same time into one commit."""
+"""Bytes digested and then copied at a time: few enough that the copy finds them in the CPU's cache."""
 
 
 class DigestingFile:
-    """A file written from start to end; only :func:`flush_tree` makes sure that it is on disk."""
+    """A file written from start to end; only `files.flush_tree` makes sure that it is on disk."""
 
     def __init__(
         self, path: Path, spend: Callable[[int], None], done: Callable[[FileEntry, os.stat_result], None]
@@ -148,22 +143,6 @@ class Writer:
             return None
         path = Path(os.path.abspath(os.fspath(f)))
         return path if path.is_relative_to(self.directory) else None
-
-
-def flush_tree(directory: Path, skip: Collection[str] = ()) -> None:
-    """Flush all files of `directory`, and the directory itself, to disk.
-
-    Every rank does so, when all have written: on a network file system only the node that wrote a file can flush it.
-
-    Args:
-        skip: relative paths of files that other ranks flush.
-    """
-    paths = sorted(directory.rglob("*"))
-    files = [p for p in paths if p.is_file() and p.relative_to(directory).as_posix() not in skip]
-    with ThreadPoolExecutor(FLUSHERS) as flushers:
-        list(flushers.map(flush_file, files))
-    for path in (directory, *(p for p in paths if p.is_dir())):
-        flush_directory(path)
 
 
 def adopt(directory: Path, entries: dict[str, FileEntry]) -> None:

@@ -34,7 +34,7 @@ class CheckpointSection(Section):
     gone = dict.fromkeys(("every_steps", "every_minutes"), f"it is checkpoint.every now; valid: {EVERY}")
 
     every: Annotated[int | str, Passes(_interval, EVERY)] = "auto"
-    """When to save: after so many optimizer steps, after a time, or `auto`: by the cost of a save and `mtbf_hours`."""
+    """When to save: every so many optimizer steps, every so often, or `auto`, from a save's cost and `mtbf_hours`."""
     milestone_every: Annotated[int, Number("steps", gt=0)] | None = None
     """Optimizer steps between milestones: checkpoints that are made whatever `every` says, and kept; null: none."""
     mtbf_hours: Annotated[float, Number("hours", gt=0)] = 24.0

@@ -1,4 +1,4 @@
-"""Why this attempt has to stop, and until when it may go on: what Slurm says, asked while the signal is fresh."""
+"""Asks Slurm, while the signal is fresh, why this attempt has to stop and until when it may go on."""
 
 import math
 import threading

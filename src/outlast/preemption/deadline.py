@@ -17,7 +17,7 @@ from outlast.slurm.view import Notice
 from .cause import StopCause
 
 Work = Literal["step", "evaluation"]
-"""What a run does between two points at which it can act: one micro-batch of a step, or one batch of an evaluation."""
+"""The work between two points at which a run can act: a step's micro-batch, or an evaluation's batch."""
 
 RECENT = 9
 """How many of the last measurements count: a run changes its pace, and so does a file system."""

@@ -1,4 +1,4 @@
-"""The attempt before this one, if nobody could say how it ended: killed with its node, or with the whole job."""
+"""Records how the previous attempt ended if nobody could: it was killed with its node or its job."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The way out of an attempt: the ranks have agreed to stop, or one has failed; the job is requeued, and all leave.
+"""Ends an attempt when the ranks have agreed to stop or one has failed: requeues the job, and leaves.
 
 Rank 0 speaks for all: it writes the ledger and requeues the job, once. Where rank 0 is the one that is lost, the
 watchdog lets another rank stand in for it.

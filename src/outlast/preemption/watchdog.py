@@ -32,7 +32,7 @@ from .shutdown import EPILOGUE_ENV, Shutdown
 from .signals import PreemptionGuard
 
 GONE_S = 1.0
-"""Seconds that the main thread has to notice by itself that a rank is gone, as it does in a collective."""
+"""Seconds in which the main thread may itself notice that a rank is gone, as it does in a collective."""
 LATE_S = 2.0
 """Seconds after which a rank that keeps the others waiting is named."""
 LEAVE_S = 5.0

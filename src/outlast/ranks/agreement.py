@@ -62,7 +62,7 @@ class StepAgreement:
                 self._channel.send(0, ask=what)
 
     def poll(self, step: int, asked: str = "") -> str:
-        """Pass one more poll, in or at the end of `step`; waits while the ranks are settling at which one they act.
+        """Pass one more poll, in or at the end of `step`; wait while the ranks settle when to act.
 
         Args:
             asked: what this rank asks for, one of `ASKED`; "": nothing.

@@ -76,7 +76,7 @@ def _divided(rows: int, *, ranks: int, micro_batch: int, made: dict[str, Any]) -
 
 
 def epoch_rows(order: Sequence[int], first: tuple[int, int], *, drop_last: bool) -> list[int]:
-    """The rows of an epoch as the first attempt read them: `order`, filled up or cut at its end as accelerate does.
+    """The rows of an epoch as the first attempt read them: `order`, padded or cut at its end like accelerate.
 
     With several ranks, accelerate fills the last round of micro-batches up with rows from the beginning of the epoch
     (`BatchSamplerShard` with `even_batches`), or drops it; with one rank it leaves a short batch, or drops that.

@@ -1,4 +1,4 @@
-"""The ledger read back: one value for each attempt, and which attempt a process belongs to."""
+"""Reads the ledger back: one value for each attempt, and the attempt that a process belongs to."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ ATTEMPT_ENV = "OUTLAST_ATTEMPT"
 
 @dataclass
 class Attempt:
-    """What the ledger says of one attempt."""
+    """What the ledger says about one attempt."""
 
     number: int
     started: Event | None = None
@@ -31,13 +31,13 @@ class Attempt:
 
     @property
     def last_step(self) -> int:
-        """The furthest step that was made."""
+        """The furthest step that was reached."""
         steps = [event["step"] for event in (self.resumed, self.ended, *self.checkpoints) if event is not None]
         return max((int(step) for step in steps if step is not None), default=0)
 
 
 def attempts(events: list[Event]) -> list[Attempt]:
-    """The ledger's lines, grouped by attempt, in order."""
+    """Group the ledger's lines by attempt, in order."""
     grouped: dict[int, Attempt] = {}
     for event in events:
         attempt = grouped.setdefault(event["attempt"], Attempt(event["attempt"]))
@@ -75,15 +75,18 @@ def attempt_of(events: list[Event], job: tuple[str, int] | None) -> int:
         job: Slurm's job id and restart count, or None outside Slurm.
     """
     started = [event for event in events if event["event"] == "attempt_started"]
-    if started and job == (started[-1]["job_id"], started[-1]["restart_count"]):  # an older one: a cluster made anew
+    if started and job == (
+        started[-1]["job_id"],
+        started[-1]["restart_count"],
+    ):  # an older match is another cluster's job
         return int(started[-1]["attempt"])
     return next_attempt(events)
 
 
 def last_step(run: RunDirectory, number: int) -> int:
-    """The last step of attempt `number`, by its lines and its progress file, which may be some steps further.
+    """The last step of attempt `number`, from its lines and the progress file, which may be some steps ahead.
 
-    One that ended before it had made or loaded any is where it would have begun: at the furthest saved step.
+    An attempt that ended before it had made or loaded a step is where it would have begun: at the furthest saved step.
     """
     known, now = attempts(Ledger(run.ledger).read()), read(run)
     steps = [attempt.last_step for attempt in known if attempt.number == number]

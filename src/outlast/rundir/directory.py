@@ -1,4 +1,4 @@
-"""The run directory: the one place that names every path in it, and the lock that keeps two attempts apart."""
+"""The run directory: the paths in it, and the lock that keeps two attempts apart."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ LOCK_FD_ENV = "OUTLAST_LOCK_FD"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run. Holds no state: what is on disk is the truth."""
+    """The paths of one run; it holds no state, since what is on disk is the truth."""
 
     path: Path
 
@@ -85,7 +85,7 @@ class RunDirectory:
         return self.logs / f"attempt-{attempt:03d}.rank-{rank}.log"
 
     def agent_log(self, attempt: int) -> Path:
-        """Of the agent that has started the ranks on this machine, and of what they print before they have begun."""
+        """The log of the agent that starts the ranks on this machine, and of what they print before they begin."""
         return self.logs / f"attempt-{attempt:03d}.agent.log"
 
     def create(self) -> None:
@@ -163,7 +163,7 @@ def _try_flock(fd: int) -> bool:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return True  # a file system without locks (some Lustre mounts): Slurm's own job id is what is left
+            return True  # a file system without locks (some Lustre mounts): then only Slurm keeps attempts apart
         raise
     return True
 
@@ -173,7 +173,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def cancelled_after(run: Path, moment: float) -> bool:
-    """Whether a user has cancelled the run in directory `run` since then (Unix seconds); see `outlast cancel`."""
+    """Whether a user has cancelled the run in directory `run` since `moment` (Unix seconds)."""
     try:
         return float(json.loads((run / "cancelled.json").read_text())["time"]) > moment
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
-"""The ledger: what happened to a run, one JSON object a line, only ever appended to.
+"""The ledger records what happened to a run: one JSON object a line, only ever appended to.
 
-Every line has `time` (Unix seconds), `attempt` (from 1) and `event`; what else, the event decides (see `EVENTS`).
-Status, report, the requeue policy and the tests read this and nothing else.
+Every line has `time` (Unix seconds), `attempt` (from 1) and `event`, which decides the other fields (see `EVENTS`).
+Status, report, the requeue policy and the tests read it.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from typing import Any, Literal, Protocol
 Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "out_of_memory"]
 Event = dict[str, Any]
 
-ROOM = 65_536
-"""Bytes behind the end of the ledger that are set aside for its next lines."""
+RESERVE = 65_536
+"""Bytes beyond the end of the ledger that are reserved for its next lines."""
 _FALLOC_FL_KEEP_SIZE = 1
 
 EVENTS: dict[str, tuple[str, ...]] = {
@@ -54,7 +54,7 @@ KILLED = "killed"
 
 
 class Numbered(Protocol):
-    """Has the number of an attempt."""
+    """Anything that has the number of an attempt."""
 
     @property
     def attempt(self) -> int: ...
@@ -62,13 +62,13 @@ class Numbered(Protocol):
 
 @dataclass(frozen=True)
 class AttemptNumber:
-    """The number of an attempt that this process is no rank of."""
+    """The number of an attempt that this process is not a rank of."""
 
     attempt: int
 
 
 class Record(Protocol):
-    """Appends one line for the attempt at hand (on rank 0; elsewhere it does nothing)."""
+    """Appends one line for the current attempt (on rank 0; elsewhere it does nothing)."""
 
     def __call__(self, event: str, **values: Any) -> None: ...
 
@@ -95,10 +95,10 @@ class Ledger:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(fd).st_size
-            _keep_room(fd, size)
+            _reserve(fd, size)
             torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
             data = (b"\n" if torn else b"") + line.encode()
-            while data:  # one write, but for a disk that fills up: then the second raises
+            while data:  # one write, unless the disk fills up: then the second raises
                 data = data[os.write(fd, data) :]
             os.fsync(fd)
         finally:
@@ -107,13 +107,13 @@ class Ledger:
     def append_first(
         self, event: str, attempt: int, *, before: Sequence[tuple[str, dict[str, Any]]] = (), **values: Any
     ) -> bool:
-        """As :meth:`append`, unless the attempt has a line of this event. Of ranks that do it at once, one does.
+        """Append a line unless the attempt has one of this event; of ranks that try at once, one succeeds.
 
         Args:
-            before: lines to go with it, as event and fields: who finds this one finds them, too.
+            before: lines that go first, as event and fields: a reader who finds this line finds them too.
 
         Returns:
-            Whether the line is this caller's.
+            Whether this caller appended it.
         """
         with open(self.path, "ab") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -132,18 +132,20 @@ class Ledger:
         except FileNotFoundError:
             return []
         try:
-            parsed = json.loads(b"[" + b",".join(lines) + b"]")  # at once: twice as fast, which many runs show
+            parsed = json.loads(
+                b"[" + b",".join(lines) + b"]"
+            )  # parsing them at once is twice as fast, which shows with many runs
         except ValueError:
             parsed = [_parsed(line) for line in lines]
         return [e for e in parsed if isinstance(e, dict) and {"time", "attempt", "event"} <= e.keys()]
 
 
-def _keep_room(fd: int, size: int) -> None:
-    """Have the file system set blocks aside behind the end of the file, so that a disk that others fill up does not
-    keep the next lines from being written. Where it can't, the lines wait (see :class:`Recorder`)."""
+def _reserve(fd: int, size: int) -> None:
+    """Reserve blocks beyond the end of the file, so that the next lines fit even if others fill the disk. Where the
+    file system can't, lines wait (see :class:`Recorder`)."""
     fallocate = getattr(ctypes.CDLL(None), "fallocate", None)
     if fallocate is not None:
-        fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(size), ctypes.c_int64(ROOM))
+        fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(size), ctypes.c_int64(RESERVE))
 
 
 def _parsed(line: bytes) -> Any:
@@ -154,10 +156,10 @@ def _parsed(line: bytes) -> Any:
 
 
 class Recorder:
-    """A :class:`Record` that a full disk does not stop: lines that can't be written wait for the next one.
+    """Records lines, also while the disk is full: those that can't be written wait for the next one.
 
     Args:
-        attempt: which attempt the lines are of.
+        attempt: the attempt that the lines belong to.
         say: prints a line in the log.
     """
 

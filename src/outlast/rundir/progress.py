@@ -1,4 +1,4 @@
-"""Where a run is now: `progress.json`, written by rank 0 while it trains, read by the progress bar and by `status`.
+"""`progress.json` says where a run is now: rank 0 writes it while training; the progress bar and `status` read it.
 
 It is a convenience, not a record: the ledger holds what happened. So it is replaced as a whole but not flushed to
 disk, and at most twice a second.
@@ -21,7 +21,7 @@ INTERVAL_S = 0.5
 
 @dataclass(kw_only=True)
 class Progress:
-    """One look at a running attempt. Times are Unix seconds, sizes bytes."""
+    """The state of a running attempt at one moment. Times are Unix seconds, sizes bytes."""
 
     attempt: int = 0
     phase: Phase = "starting"

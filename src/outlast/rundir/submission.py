@@ -1,8 +1,8 @@
-"""Submitting a job such that it is neither lost nor doubled, whoever is killed when.
+"""Records submissions so that no job is lost or submitted twice, whichever process is killed when.
 
-A token is written down before `sbatch` gets it as the job's comment, the job's id after. Who finds a token without an
-id asks Slurm for that comment before submitting anything. A file lock is held meanwhile; `sbatch` inherits it, so that
-one whose launcher was killed still keeps others out until Slurm has answered it.
+A token is written down before `sbatch` gets it as the job's comment, and the job's id after. Whoever finds a token
+without an id asks Slurm for a job with that comment before submitting anything. A file lock is held meanwhile; `sbatch`
+inherits it, so that an `sbatch` whose launcher was killed still keeps others out until Slurm has answered.
 """
 
 import fcntl
@@ -23,17 +23,17 @@ class Submission:
 
     token: str
     job_id: str | None = None
-    """None: not known, `sbatch` was on its way."""
+    """None: not known, because `sbatch` had not answered."""
     cluster: str
     slurm_conf: str | None
-    """Which cluster's Slurm (`SLURM_CONF`); None: the machine's own."""
+    """The configuration of the cluster's Slurm (`SLURM_CONF`); None: the machine's own."""
     time: float = field(default_factory=time.time)
     log: str
-    """Where the batch script writes; of an array, with `%A` and `%a` for its id and the task."""
+    """The batch script's log; an array's has `%A` and `%a` for its id and the task."""
     indices: list[int] | None = None
-    """Of an array: the cells of the sweep that are in it."""
+    """The cells of the sweep that are in an array, by index."""
     offset: int = 0
-    """What is to be taken from a cell's index to get its task in the array (beyond Slurm's `MaxArraySize`)."""
+    """A cell's task in the array is its index less this, since tasks are bounded by Slurm's `MaxArraySize`."""
 
     @property
     def comment(self) -> str:
@@ -46,20 +46,20 @@ def comment_of(token: str) -> str:
 
 
 def new_token() -> str:
-    """What a submission is found again by; 16 hexadecimal digits."""
+    """Make a token by which a submission is found again: 16 hexadecimal digits."""
     return secrets.token_hex(8)
 
 
 @contextmanager
 def submission_lock(directory: Path) -> Iterator[int]:
-    """Held over "is it in the queue?" and `sbatch`, so that two commands at once submit one job. Waits for its turn.
+    """Hold a lock while looking into the queue and submitting, so that two commands submit one job.
 
     Yields:
-        The lock's file descriptor, for `submit`.
+        The lock's file descriptor, for `submit_recorded`.
     """
     fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        with suppress(OSError):  # a file system without locks: the token alone has to do
+        with suppress(OSError):  # a file system without locks: only the token protects
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield fd
     finally:

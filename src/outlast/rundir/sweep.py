@@ -1,4 +1,4 @@
-"""The cells of a sweep, as its manifest `sweep.json` lists them: read on the login node and on the compute nodes.
+"""The manifest of a sweep, `sweep.json`, lists its cells for the login node and the compute nodes.
 
 ::
 
@@ -29,15 +29,15 @@ class Cell:
     """Its place in the manifest, which never changes. Its task in an array is `index - submission.offset`."""
     name: str
     directory: str
-    """Relative to the sweep's."""
+    """Its run directory, relative to the sweep's."""
     overrides: list[str]
-    """What it does not share with the other cells."""
+    """The overrides that it does not share with the other cells."""
     config_digest: str
 
 
 @dataclass(kw_only=True)
 class Manifest:
-    """What `sweep.json` holds."""
+    """The contents of `sweep.json`."""
 
     name: str
     overrides: list[str] = field(default_factory=list)
@@ -53,7 +53,7 @@ def read_manifest(sweep: Path) -> Manifest:
     """The manifest of the sweep in `sweep`.
 
     Raises:
-        OutlastError: it is missing, or none.
+        OutlastError: it is missing or damaged.
     """
     try:
         values: dict[str, Any] = json.loads((sweep / MANIFEST).read_text())

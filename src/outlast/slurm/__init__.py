@@ -1,1 +1,1 @@
-"""The only room that knows Slurm: no `SLURM_*` name and no Slurm command stands outside it."""
+"""What the library knows of Slurm: it names no `SLURM_*` variable and runs no Slurm command outside this room."""

@@ -1,4 +1,4 @@
-"""What is asked of Slurm: to submit a job, and to requeue it."""
+"""Asks Slurm to submit a job, and to requeue it."""
 
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Requeued:
     """A job that is in the queue again."""
 
     by: Literal["job", "slurm"]
-    """Who put it there: Slurm had done so already, or it was done from inside the job."""
+    """Who put it there: the job itself, or Slurm, which had done so already."""
     hold_lifted: bool
 
 
@@ -26,8 +26,8 @@ def requeue_job(job: SlurmJob, delay_s: int) -> Requeued:
 
     Slurm holds a requeued job back for the lifetime of its credential (two minutes by default). The start time given
     here replaces that hold if it lies a little after the moment at which the job has finished completing; every rank
-    must therefore leave at once. Where a site forbids to set it, the job is requeued all the same. A second requeue
-    is refused by Slurm, and counts as done.
+    must therefore leave at once. Where a site forbids setting it, the job is requeued all the same. Slurm
+    refuses a second requeue, which counts as done.
 
     Raises:
         SlurmError: the requeue itself was refused.
@@ -78,7 +78,7 @@ def sbatch(script: Path, flags: list[str], keep_open: int | None = None) -> str:
 
 
 def _overruled(script: Path) -> set[str]:
-    """Environment variables of `sbatch` that would silently win against what the script says of itself."""
+    """Environment variables of `sbatch` that would silently override the script's own flags."""
     flags = set(re.findall(r"^#SBATCH --([a-z-]+)", script.read_text(), re.MULTILINE))
     names = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX", "gpus-per-node": "GPUS_PER_NODE"}
     found = {f"SBATCH_{names.get(flag, flag.upper().replace('-', '_'))}" for flag in flags}
@@ -86,7 +86,7 @@ def _overruled(script: Path) -> set[str]:
 
 
 def max_array_size() -> int:
-    """Tasks of an array are numbered below this (Slurm's `MaxArraySize`); 1 where arrays are switched off.
+    """The bound on the numbers of array tasks (Slurm's `MaxArraySize`); 1 where arrays are switched off.
 
     Raises:
         SlurmError: no answer.

@@ -1,4 +1,4 @@
-"""Slurm's commands: how they are run, and how what they print is read."""
+"""Runs Slurm's commands, and parses what they print."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from outlast.processes import signals_blocked
 def run_slurm(
     *command: str, timeout_s: float = 20.0, pass_fds: tuple[int, ...] = (), env: dict[str, str] | None = None
 ) -> str:
-    """The output of one of Slurm's commands. A user's own formats and filters are taken out of its environment.
+    """Run one of Slurm's commands and return its output; formats and filters in the environment do not apply.
 
     Args:
         env: its environment; None: this process's.
@@ -40,12 +40,12 @@ def run_slurm(
 
 
 def pairs(line: str) -> dict[str, str]:
-    """The `Key=value` pairs of `scontrol -o`. Values with spaces (Command, Comment) lose all but their first word."""
+    """Parse the `Key=value` pairs of `scontrol -o`. Values with spaces (Command, Comment) keep their first word."""
     return dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
 
 
 def seconds_of(text: str) -> float | None:
-    """`30`, `30 sec` or `00:00:30` (with days before a dash), in seconds."""
+    """Parse `30`, `30 sec` or `00:00:30` (with days before a dash) into seconds."""
     match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):(\d+):)?(\d+)(?: sec)?", text.strip())
     if match is None:
         return None
@@ -54,7 +54,7 @@ def seconds_of(text: str) -> float | None:
 
 
 def slurm_timestamp(text: str | None) -> float | None:
-    """A time as Slurm prints it, in Unix seconds; None where it prints none."""
+    """Parse a time as Slurm prints it into Unix seconds; None where it prints none."""
     try:
         return datetime.fromisoformat(text or "").timestamp()
     except ValueError:

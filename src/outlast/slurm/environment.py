@@ -1,4 +1,4 @@
-"""What a job's environment says: the job, the `srun` step, its ranks and its nodes."""
+"""Reads a job's environment: the job, the `srun` step, its ranks and its nodes."""
 
 import os
 import socket
@@ -31,13 +31,18 @@ def current_job() -> SlurmJob | None:
 
 
 def current_node() -> str:
-    """This machine's name: Slurm's, which is not always the host's, else the host's."""
+    """This machine's name in Slurm, which may differ from the host's; else the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def slurm_conf() -> str | None:
+    """The configuration file that Slurm's commands are told to use (`SLURM_CONF`); None: the machine's own."""
+    return os.environ.get("SLURM_CONF")
+
+
 def environment_without_job() -> dict[str, str]:
-    """This process's environment with no trace of a Slurm job around it: for ranks that a foreground launcher starts
-    inside an interactive allocation, which must not requeue it."""
+    """This process's environment without the Slurm job around it. Ranks that a foreground launcher starts inside an
+    interactive allocation get it, since they must not requeue that job."""
     return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
 
 
@@ -48,10 +53,10 @@ class Step:
     task: int
     tasks: int
     local_task: int
-    """Of those on this node."""
+    """Its number among the tasks on this node."""
     local_tasks: int
     address: str
-    """Of the first task's node; it resolves."""
+    """An address of the first task's node that resolves."""
     port: int
 
 
@@ -64,7 +69,7 @@ def current_step() -> Step | None:
     env = os.environ
     if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
         return None
-    # Unlike from attempt to attempt and from job to job, and below the range of ports that the kernel gives out.
+    # The port differs between attempts and between jobs, and is below the range that the kernel gives out.
     job, restart = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_RESTART_COUNT", "0") or 0)
     tasks = int(env["SLURM_NTASKS"])
     return Step(
@@ -73,15 +78,15 @@ def current_step() -> Step | None:
         local_task=int(env.get("SLURM_LOCALID", "0")),
         local_tasks=int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]),
         address="127.0.0.1" if tasks == 1 else address_of(hostnames(env["SLURM_JOB_NODELIST"])[0]),
-        port=10_000 + (job * 1009 + restart) % 10_000,  # neighbours, requeued a few times, share a node
+        port=10_000 + (job * 1009 + restart) % 10_000,  # jobs with ids close together may share a node
     )
 
 
 def export_ranks() -> None:
-    """Say to torch and accelerate what `srun` said to this task: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, and so on.
+    """Set for torch and accelerate what `srun` told this task: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, and so on.
 
-    Does nothing outside an `srun` step, or where a launcher has set them already (`agent.py`: a step has then one
-    task per node).
+    Do nothing outside an `srun` step, or where a launcher has set them already (`agent.py`: then a step has one task
+    per node).
 
     Raises:
         SlurmError: the first node has no address that resolves.
@@ -99,12 +104,12 @@ def export_ranks() -> None:
 
 
 def hostnames(nodelist: str) -> list[str]:
-    """Node names of a compressed list: `n[0-1]` gives `["n0", "n1"]`."""
+    """Expand a compressed list of nodes: `n[0-1]` gives `["n0", "n1"]`."""
     return run_slurm("scontrol", "show", "hostnames", nodelist).split()
 
 
 def address_of(node: str) -> str:
-    """An address that resolves: the node's name where it does, else the address by which Slurm itself reaches it."""
+    """An address that resolves: the node's name if it does, else the address by which Slurm reaches it."""
     address = node
     try:
         socket.getaddrinfo(address, None)

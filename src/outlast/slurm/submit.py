@@ -1,4 +1,4 @@
-"""Hands a batch script to Slurm such that a launcher that is killed meanwhile loses and doubles nothing."""
+"""Submits a batch script so that a launcher killed meanwhile neither loses the job nor submits it twice."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,15 +12,14 @@ from .actions import sbatch
 def submit_recorded(
     submission: Submission, script: Path, flags: list[str], lock_fd: int, record: Callable[[Submission], None]
 ) -> Submission:
-    """Hand a batch script to Slurm.
+    """Submit a batch script, and record the submission before and after.
 
     Args:
         flags: of `sbatch`, before the script's own.
-        record: writes the submission down; called before, without the id, and after, with it.
+        record: writes the submission down; called before `sbatch` without the id, and after it with the id.
 
     Raises:
-        SlurmError: `sbatch` refused the job, or did not answer. What has been recorded is then looked up by the next
-            command.
+        SlurmError: `sbatch` refused the job, or did not answer. The next command then looks up what was recorded.
     """
     record(submission)
     job_id = sbatch(script, [f"--comment={submission.comment}", *flags], keep_open=lock_fd)

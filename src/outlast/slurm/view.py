@@ -1,4 +1,4 @@
-"""What Slurm says of a job: its state, why it was signalled, how long it has, how it ended."""
+"""What Slurm says about a job: its state, why it was signalled, how long it has, how it ended."""
 
 import time
 from contextlib import suppress
@@ -25,7 +25,7 @@ STATE_CAUSES: dict[str, Cause] = {
 
 @dataclass(frozen=True)
 class JobView:
-    """What Slurm says of a job at one moment. Times are Unix seconds."""
+    """What Slurm says about a job at one moment. Times are Unix seconds."""
 
     state: str
     reason: str
@@ -33,7 +33,7 @@ class JobView:
     start_time: float | None
     end_time: float | None
     restarts: int = 0
-    """How often Slurm has put the job back into the queue; it counts at that moment, not at the next start."""
+    """How often the job was requeued; it goes up at that moment, not at the next start."""
 
     @property
     def is_preempted(self) -> bool:
@@ -48,15 +48,15 @@ class JobView:
         """Why this job was signalled, from what Slurm says while the signal is fresh.
 
         A preempted job is still RUNNING and has a `PreemptTime`, or, without a grace period, is COMPLETING with one;
-        a cancelled one is COMPLETING without. One that Slurm has put back into the queue itself lost a node, or had no
+        a cancelled one is COMPLETING without. A job that Slurm itself has requeued lost a node, or had no
         grace period. At its time limit it says so, or is within `--signal`'s lead (which may come 60 s early) of it.
 
         Args:
             lead_s: the lead time that `--signal` was given, seconds.
 
         Returns:
-            None: the job goes on, as far as Slurm is concerned. A signal that somebody sent on purpose, or one from
-            `srun`, which ends the other ranks when one has died.
+            None: the job goes on, as far as Slurm is concerned. Then somebody sent the signal on purpose, or `srun`
+            did, which ends the other ranks when one has died.
         """
         if self.restarts > job.restart_count:
             return restart_cause(job)
@@ -99,21 +99,21 @@ def end_time_of(job_id: str) -> float | None:
 
 @dataclass(frozen=True)
 class Notice:
-    """What a job is given between a signal and the kill."""
+    """The time that a job is given between a signal and the kill."""
 
     preemption_s: float | None
-    """Seconds, when its nodes are taken for another job; None: that does not happen here, or nobody says."""
+    """Seconds, when its nodes are taken for another job; None: that does not happen here, or is not known."""
     source: str
-    """Where that stands: `GraceTime of partition low`."""
+    """Where that comes from: `GraceTime of partition low`."""
     kill_wait_s: float | None
-    """Seconds, at the time limit and when it is cancelled; None: nobody says."""
+    """Seconds, at the time limit and when it is cancelled; None: not known."""
 
 
 def notice_of(job_id: str, grace_s: float | None = None, timeout_s: float = 5.0) -> Notice:
     """Ask Slurm how long this job will have.
 
     Args:
-        grace_s: what the user says of a preemption; goes before what Slurm says.
+        grace_s: the grace period that the user has configured; it overrides what Slurm says.
 
     Raises:
         SlurmError: no answer.
@@ -143,9 +143,9 @@ def notice_of(job_id: str, grace_s: float | None = None, timeout_s: float = 5.0)
 
 
 def restart_cause(job: SlurmJob) -> Cause:
-    """Why Slurm itself has put this attempt's job back into the queue: by `sacct`, else by the state of its nodes.
+    """Find out why Slurm itself requeued this attempt's job: from `sacct`, else from the state of its nodes.
 
-    Where nobody says otherwise and its nodes are well, they were taken for another job, without a grace period.
+    If `sacct` does not say and the nodes are well, they were taken for another job, without a grace period.
     """
     cause = STATE_CAUSES.get(accounted_state(job) or "")
     if cause in ("preempted", "node_failure"):
@@ -158,17 +158,17 @@ def restart_cause(job: SlurmJob) -> Cause:
 
 
 def accounted_state(job: SlurmJob) -> str | None:
-    """How `sacct` says that one start of a job ended (each has a line of its own), or None where nobody keeps that."""
+    """How this start of a job ended, according to `sacct`; None where no accounts are kept."""
     with suppress(SlurmError):
         out = run_slurm("sacct", "-nXDP", f"--jobs={job.job_id}", "--format=State", timeout_s=5.0)
-        lines = out.splitlines()
+        lines = out.splitlines()  # one for each start
         if job.restart_count < len(lines):
             return lines[job.restart_count].partition(" ")[0]  # "CANCELLED by 0"
     return None
 
 
 def ran_out_of_memory(job_id: str) -> bool:
-    """Whether `sacct` says that a step of the job's present start was killed for using too much memory."""
+    """Whether `sacct` says that a step of the job's current start was killed for using too much memory."""
     with suppress(SlurmError):
         return "OUT_OF_MEMORY" in run_slurm("sacct", "-nP", f"--jobs={job_id}", "--format=State", timeout_s=5.0)
     return False

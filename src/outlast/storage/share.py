@@ -1,4 +1,4 @@
-"""The bytes that a run may use: its own budget and, in a sweep, at most its share of the sweep's.
+"""The bytes that a run may use: its own budget, and at most its share of a sweep's.
 
 What the finished cells use is subtracted from `storage.sweep_budget_gb`; the rest is divided over the cells that have
 not finished, so a cell that finishes below its share leaves more to the others. No account is kept: each cell looks at
