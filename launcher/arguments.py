@@ -15,7 +15,7 @@ ROOT = "where the run directories are (default: runs)"
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """The arguments of one command, which answers for those that it does not know: argparse leaves that to the root."""
+    """Parses the arguments of one command, and answers itself for those that it does not know."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         namespace, unknown = super().parse_known_args(args, namespace)

@@ -9,6 +9,7 @@ already, and that the processes hash strings alike. For each way to start ranks 
 """
 
 import atexit
+import concurrent.futures.thread
 import contextlib
 import ctypes
 import gc
@@ -97,6 +98,7 @@ def _become(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _seed()
         gc.freeze()
+        concurrent.futures.thread._threads_queues.clear()  # a pool's worker may have forked it: it would join itself
         sys.orig_argv = list(argv)
         _run(argv, env)
         code = 0

@@ -155,7 +155,7 @@ def stay_cancelled(conf: str | None, keys: list[JobKey], users: set[int]) -> dic
 
 
 def _signal(rows: list[RunStatus]) -> list[Done]:
-    """Runs without a job: tell those that run on this machine, and wait until they have saved."""
+    """Tell the runs of this machine that have no job to stop, and wait until they have saved."""
     done, told = [], []
     for row in rows:
         holder, refusal = _holder(row.directory)

@@ -102,7 +102,7 @@ def _directories(parent: Path) -> list[Path]:
 
 
 def _row(path: Path, *, quarantined: bool = False) -> tuple[CheckpointRow, Manifest | None] | None:
-    """A checkpoint as it is now and its manifest, if that can be read; None if it is not there."""
+    """Describe a checkpoint as it is now, with its manifest if that can be read; None if there is no checkpoint."""
     manifest, reason, present = _steady(path, read_manifest)
     state: CheckpointState = "final" if path.name == "final" else "sealed"
     if manifest is None:
@@ -128,7 +128,7 @@ def _row(path: Path, *, quarantined: bool = False) -> tuple[CheckpointRow, Manif
 
 
 def _verified(row: CheckpointRow) -> bool:
-    """Compare every file with the manifest, and note the answer; False if the checkpoint has gone meanwhile."""
+    """Compare every file with the manifest, and note the answer; return False if the checkpoint has gone meanwhile."""
     if row.state not in (*SEALED, "unreadable"):
         return True
     manifest, reason, present = _steady(Path(row.path), verify_checkpoint)

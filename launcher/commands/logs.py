@@ -1,4 +1,4 @@
-"""`outlast logs`: what a run's ranks print, by attempt and rank; the batch job's own log where none has started."""
+"""`outlast logs`: what a run's ranks print, or the batch job's own log where no rank has started."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def main(name: str, root: Path, *, attempt: int | None, rank: int | None, job: b
 
 
 def choose(run: RunDirectory, attempt: int | None = None, rank: int | None = None, *, job: bool = False) -> Source:
-    """The log that is meant.
+    """Choose the log that the command asks for.
 
     Raises:
         ConfigError: there is no such attempt or rank, or nothing that could have a log.
@@ -100,7 +100,7 @@ def _rank_that_failed(attempt: Attempt | None) -> int:
 
 
 def tail(path: Path, lines: int) -> tuple[bytes, int]:
-    """The last lines of a file (all for 0), and where they end; nothing if the file is not there."""
+    """Read the last lines of a file (all for 0), and where they end; nothing if there is no file."""
     try:
         with open(path, "rb") as file:
             end = position = file.seek(0, os.SEEK_END)
@@ -116,7 +116,7 @@ def tail(path: Path, lines: int) -> tuple[bytes, int]:
 
 
 def _follow(run: RunDirectory, source: Source, rank: int | None, lines: int, *, stay: bool) -> None:
-    """Print what is there and what is added, until the run, or the attempt that was asked for, is over."""
+    """Print the log and what is added to it, until the run, or the attempt asked for, is over."""
     _say(source)
     text, position = tail(source.path, lines)
     _write(text)
@@ -138,7 +138,7 @@ def _follow(run: RunDirectory, source: Source, rank: int | None, lines: int, *, 
 
 
 def _rest_s(run: RunDirectory, source: Source, *, stay: bool) -> float | None:
-    """Seconds of silence after which no more will come; None while more may."""
+    """Say after how many seconds of silence the log is complete; None while the run goes on."""
     events = Ledger(run.ledger).read()
     if stay and source.attempt is not None:
         tries = started_attempts(events)
@@ -151,7 +151,7 @@ def _rest_s(run: RunDirectory, source: Source, *, stay: bool) -> float | None:
 
 
 def _added(path: Path, position: int) -> tuple[bytes, int]:
-    """What lies behind `position`, and the new position. A file that was begun anew is read from its start."""
+    """Read what has been added since `position`, and give the new one. A file begun anew is read from its start."""
     try:
         with open(path, "rb") as file:
             if file.seek(0, os.SEEK_END) < position:

@@ -60,7 +60,7 @@ def _print_script(script: str | None) -> None:
 
 
 def _storage_lines(storage: dict[str, Any]) -> list[str]:
-    """The storage part of a plan for people, as lines."""
+    """Describe the storage part of a plan in lines of text."""
     lines = [f"budget {storage['budget_gb']:g} GB"]
     if "parts" not in storage:
         return lines

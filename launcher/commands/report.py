@@ -43,7 +43,9 @@ def main(name: str, root: Path, *, as_json: bool) -> int:
 
 
 def summarize(run: RunDirectory) -> Summary:
-    """The report as plain values: what `--json` prints. Times are Unix seconds, lengths seconds, sizes bytes.
+    """Collect the report as plain values, as `--json` prints them.
+
+    Times are Unix seconds, lengths seconds, sizes bytes.
 
     `steps_lost` counts the steps that had to be made again: for each attempt that went on from a checkpoint, the
     furthest step of the attempt before, less the step it went on from.
@@ -118,7 +120,7 @@ def _interval(events: list[Event]) -> Summary | None:
 
 
 def _peak(run: RunDirectory, saved: list[Event]) -> int:
-    """The most that was in use, as far as anybody looked."""
+    """Find the most bytes that were seen in use at any time."""
     now = progress.read(run)
     seen = [int(event.get("run_bytes", 0)) for event in saved]
     return max(bytes_used(run.path), now.bytes_peak if now else 0, *seen)

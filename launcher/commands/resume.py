@@ -61,7 +61,7 @@ def main(arguments: Sequence[str], root: Path) -> int:
 
 
 def sorted_out(arguments: Sequence[str], root: Path) -> tuple[list[str], list[str]]:
-    """Names and overrides. A name may hold `=` (cells are named by what is swept), so what exists is a name.
+    """Tell names of runs from overrides. A name may hold `=` (cells have such names), so what exists is a name.
 
     Raises:
         ConfigError: no run was named.
@@ -86,7 +86,7 @@ def plan_of(row: RunStatus, overrides: Sequence[str]) -> Plan:
 
 
 def _train_here(plans: list[Plan]) -> int:
-    """One after the other, in the foreground, until one is told to stop. Returns the worst exit code."""
+    """Run one after the other in the foreground, until one is told to stop. Returns the worst exit code."""
     worst, console = int(Exit.DONE), Console(highlight=False)
     for plan in plans:
         code = local.train(plan, console)

@@ -79,7 +79,7 @@ def train_sweep(overrides: Sequence[str], config_dir: Path | None, *, waiting: b
 
 
 def run_sweep(overrides: Sequence[str], *, config_dir: Path | None = None) -> list[Result]:
-    """Run a sweep to its end and say what came of it: for a program that chooses what to try next.
+    """Run a sweep to its end, for a program that chooses what to try next.
 
     What has been run before is not run again; a call that was interrupted goes on when it is made again.
 
@@ -129,7 +129,7 @@ def _describe(sweep: SweepPlan, outcome: Outcome, console: Console) -> None:
 
 
 def _ended(results: Callable[[], list[Result]], console: Console, *, as_json: bool) -> int:
-    """Wait, and report; Ctrl-C ends the waiting alone."""
+    """Wait, then report; Ctrl-C ends only the waiting."""
     try:
         return _report(results(), console, as_json=as_json)
     except KeyboardInterrupt:
@@ -152,5 +152,5 @@ def _report(results: list[Result], console: Console, *, as_json: bool) -> int:
 
 
 def _console(to_stderr: bool) -> Console:
-    """Off a terminal, a line may be as long as it is; with `--json`, standard output is for the JSON alone."""
+    """Open the console: standard error where standard output is for JSON alone, lines of any length off a terminal."""
     return Console(stderr=to_stderr, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())

@@ -37,7 +37,7 @@ class Options:
 
 @dataclass
 class Record:
-    """`devcluster.json`: what `up` started, kept as it starts, so that an `up` that was killed can be cleaned up."""
+    """`devcluster.json`: what `up` has started so far. It is complete even if `up` is killed."""
 
     options: Options
     runtime: Path
@@ -131,7 +131,7 @@ def write_conf(directory: Path, record: Record) -> None:
 
 
 def host_address() -> str | None:
-    """The loopback address that the host's name stands for, if it does: then the daemons can be bound to it."""
+    """Find the loopback address that the host's name stands for, to which the daemons can be bound."""
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:

@@ -23,7 +23,7 @@ FIRST: tuple[State, ...] = (
 
 
 class LiveTable:
-    """A table of runs that is shown anew in place; off a terminal, a line whenever a run's state changes."""
+    """Shows a table of runs and renews it in place; off a terminal, prints a line when a state changes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -18,7 +18,7 @@ PLAIN_INTERVAL_S = 10.0
 
 
 def duration(seconds: float) -> str:
-    """A length of time in at most two units: `8.4 s`, `3 min 20 s`, `2 h 05 min`, `4 d 03 h`."""
+    """Write a length of time in at most two units: `8.4 s`, `3 min 20 s`, `4 d 03 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
 
 
 def size(used: int | None, budget: int | None = None) -> str:
-    """Bytes, with the budget they count against: `1.3 GB of 10.0 GB`."""
+    """Write bytes, with the budget that they count against: `1.3 GB of 10.0 GB`."""
     if used is None:
         return "?"
     return decimal(used) if budget is None else f"{decimal(used)} of {decimal(budget)}"

@@ -1,4 +1,4 @@
-"""Status rows as a reader sees them: one line a run, the cells of a sweep under a line that sums them up."""
+"""The table of `outlast status`: one line a run, a sweep's cells under a line that sums them up."""
 
 import time
 from collections import Counter

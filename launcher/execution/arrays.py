@@ -20,7 +20,7 @@ Array = tuple[list[PlannedCell], list[int], int]
 
 
 def arrays_of(cells: list[PlannedCell], manifest: Manifest) -> list[Array]:
-    """Cells that go into one array: they ask the same of Slurm, and their tasks are numbered below its limit.
+    """Group cells by array: those of one ask the same of Slurm, and its task numbers stay below Slurm's limit.
 
     Raises:
         SlurmError: Slurm does not say what its limit is.
@@ -82,7 +82,7 @@ def submit(
 
 
 def _link(script: Path, link: Path) -> None:
-    """Give a cell the script that it was submitted with: one file, under one more name where that is possible."""
+    """Put the script that a cell was submitted with into its directory, as a hard link where possible."""
     link.unlink(missing_ok=True)
     try:
         os.link(script, link)

@@ -37,7 +37,7 @@ STRAGGLER_S = 10.0
 
 
 class Shown(Protocol):
-    """Where an attempt's progress goes: a progress bar, or a line in the table of a sweep."""
+    """Shows an attempt's progress: in a progress bar, or as a line in the table of a sweep."""
 
     def update(self, progress: Progress | None, note: str | None = None) -> None: ...
 
@@ -57,7 +57,7 @@ class Launcher:
         self.stop_requested = threading.Event()
 
     def main(self, shown: Shown) -> int:
-        """Returns the exit code of the command.
+        """Run attempts until the run is done, and return the exit code of the command.
 
         Raises:
             RunBusyError: the run directory is in use.
@@ -73,7 +73,7 @@ class Launcher:
             lock.release()
 
     def stop(self) -> None:
-        """Save and leave."""
+        """Make the run save and leave."""
         self.stop_requested.set()
         self.send(signal.SIGTERM)
 
@@ -200,7 +200,7 @@ class Launcher:
 
 @contextmanager
 def passing_on_signals(stop: Callable[[], None], send: Callable[[int], None]) -> Iterator[None]:
-    """INT and TERM: save and leave. USR1 and USR2: a preemption, saved and resumed within this command."""
+    """Pass signals on: INT and TERM mean save and leave, USR1 and USR2 a preemption that this command resumes from."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if number in (signal.SIGINT, signal.SIGTERM):

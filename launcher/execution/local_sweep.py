@@ -26,14 +26,14 @@ AGAIN = (None, State.FAILED, State.GAVE_UP)
 """States of cells that are run: here, the same command again also retries what failed."""
 
 
-class _Line:
-    """A cell's notes, in the table of the sweep."""
+class _CellNotes:
+    """Prints a cell's notes above the table of its sweep."""
 
     def __init__(self, cell: str, table: LiveTable) -> None:
         self._cell, self._table = cell, table
 
     def update(self, progress: Progress | None, note: str | None = None) -> None:
-        """The table reads the run directories itself."""
+        """Do nothing: the table reads the run directories itself."""
 
     def note(self, text: str) -> None:
         self._table.note(f"{self._cell}: {text}")
@@ -45,11 +45,10 @@ class Cells:
     def __init__(self, sweep: SweepPlan, table: LiveTable) -> None:
         self.sweep, self.table = sweep, table
         self.stopping, self.began = threading.Event(), time.time()
-        self.codes: dict[str, int] = {}
         self._launchers: list[Launcher] = []
 
     def run(self, cells: list[PlannedCell]) -> None:
-        """To their end, or to the point where Ctrl-C stops them."""
+        """Run them to their end, or until Ctrl-C stops them."""
         cluster = self.sweep.cells[0].plan.config.cluster
         assert isinstance(cluster, LocalCluster)
         runs = [cell.plan.directory for cell in cells]
@@ -71,23 +70,22 @@ class Cells:
         self._launchers.append(launcher)
         if self.stopping.is_set():  # it came between the two lines above
             launcher.stop()
-        line = _Line(cell.name, self.table)
+        line = _CellNotes(cell.name, self.table)
         try:
-            self.codes[cell.name] = launcher.main(line)
+            launcher.main(line)
         except OutlastError as error:  # the other cells go on
             line.note(str(error))
-            self.codes[cell.name] = error.exit_code
         finally:
             self._launchers.remove(launcher)
 
     def stop(self) -> None:
-        """All running cells save and leave; no other is started."""
+        """Make all running cells save and leave, and start no other."""
         self.stopping.set()
         for launcher in list(self._launchers):
             launcher.stop()
 
     def send(self, number: int) -> None:
-        """A preemption of all running cells."""
+        """Signal all running cells."""
         for launcher in list(self._launchers):
             launcher.send(number)
 

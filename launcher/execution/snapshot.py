@@ -58,7 +58,7 @@ class Snapshot:
 
 
 def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
-    """Copy the code into `target`, which is there as a whole afterwards; one that was there is replaced.
+    """Copy the code into `target`, as a whole or not at all; what was there is replaced.
 
     Args:
         target: the `code` directory of a run or of a sweep.
@@ -99,7 +99,7 @@ def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
 
 
 def _copy_package(own: Path, target: Path) -> None:
-    """outlast as it is imported: an editable install maps its rooms from elsewhere, a wheel has them inside."""
+    """Copy outlast as it is imported: an editable install has its rooms elsewhere, a wheel has them inside."""
     skip = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(own, target, ignore=skip)
     for name in ROOMS:
@@ -108,7 +108,7 @@ def _copy_package(own: Path, target: Path) -> None:
 
 
 def _toplevel(directory: Path) -> tuple[Path | None, str | None]:
-    """The git repository around `directory`; or why there is none that git would read, if that is not plain."""
+    """Find the git repository around `directory`, or the reason why git refuses to read it."""
     done = _git(directory, "rev-parse", "--show-toplevel")
     if done is None:
         return None, None
@@ -119,7 +119,7 @@ def _toplevel(directory: Path) -> tuple[Path | None, str | None]:
 
 
 def _files(top: Path, left_out: list[str]) -> list[str]:
-    """Paths below `top` to copy: tracked ones, those of submodules included, and untracked ones that are code."""
+    """List the files below `top` to copy: tracked ones, those of submodules, and untracked ones that are code."""
     tracked = _git_lines(top, "ls-files", "-z", "--cached", "--recurse-submodules")
     untracked = []
     plain: dict[Path, bool] = {}

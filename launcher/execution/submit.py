@@ -93,7 +93,7 @@ def take_code(config: Config, target: Target) -> None:
 
 
 def in_queue(runs: Sequence[RunDirectory]) -> dict[Path, tuple[str, JobState]]:
-    """What Slurm says of the newest job of each run, by the run's path: the job's id and its state.
+    """Ask Slurm for the newest job of each run: its id and state, by the run's path.
 
     A job whose launcher was killed before it had the id is found by its comment. A run that was never submitted, and
     one whose job Slurm no longer has, is absent.

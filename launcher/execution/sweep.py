@@ -40,8 +40,9 @@ class Outcome:
 
 
 def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> Outcome:
-    """Submit what is open, in one job array (in several, where it has more tasks than Slurm allows, or where cells
-    differ in what they ask of Slurm).
+    """Submit the cells that are not done or queued, as one job array.
+
+    It becomes several where it has more tasks than Slurm allows, or where cells differ in what they ask of Slurm.
 
     Args:
         reopen: submit also what failed, was cancelled or gave up.
@@ -86,7 +87,7 @@ def _states(sweep: SweepPlan) -> dict[str, State | None]:
 
 
 def left_alone(run: RunDirectory) -> State | None:
-    """The state in which the same command again leaves a cell alone, by its own records; None: it is submitted."""
+    """Give the state for which a cell is left alone when the same command is run again; None: it is submitted."""
     state = state_of(run, Ledger(run.ledger).read())
     if state in (State.FINISHED, *NOT_AGAIN):
         return state
@@ -113,7 +114,7 @@ def _freeze(cells: Iterable[PlannedCell]) -> None:
 
 
 def prepare_cell(sweep: SweepPlan, index: int) -> RunDirectory:
-    """Make the run directory of one cell, for a batch script that is one task of a user's own array.
+    """Make the run directory of one cell, for a task of a user's own job array.
 
     Raises:
         ConfigError: there is no such cell.

@@ -45,7 +45,7 @@ def wait(runs: Sequence[RunDirectory], console: Console) -> list[RunStatus]:
 
 
 def pause_s(looked: float, least_s: float) -> float:
-    """Seconds until the next look, such that looking at very many runs takes a tenth of the time at most.
+    """Choose the pause before the next look, so that looking takes at most a tenth of the time.
 
     Args:
         looked: when the look that has just ended began, by the monotonic clock.

@@ -111,7 +111,7 @@ def shell_python() -> str:
 
 
 def _prologue(code: Path) -> Path:
-    """The frozen one; before there is a snapshot (`outlast plan`), where it will be."""
+    """Name the frozen prologue; before there is a snapshot (`outlast plan`), where it will be."""
     return code / "outlast" / "shell" / shell_file("prologue.sh").name
 
 

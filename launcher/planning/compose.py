@@ -112,7 +112,7 @@ def _set(composed: DictConfig, text: str, directories: list[Path]) -> None:
 
 
 def _evaluate_only_with_data(config: Config) -> None:
-    """The defaults evaluate and keep the best model; data that came without an evaluation split turns both off."""
+    """Turn evaluation and keeping the best model off where the data has no evaluation split."""
     missing = (isinstance(config.data, JsonlData) and config.data.eval is None) or (
         isinstance(config.data, HubData) and config.data.eval_split is None
     )

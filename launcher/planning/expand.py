@@ -90,7 +90,7 @@ def _elements(override: Override, composer: Composer) -> list[str]:
 
 
 def _parsable(key: str, element: str) -> str:
-    """`choice('ü')` loses its quotes in Hydra; they are given back where the value needs them."""
+    """Quote a value that needs it: `choice('ü')` loses its quotes in Hydra."""
     try:
         parsed(f"{key}={element}")
     except ConfigError:

@@ -95,7 +95,7 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
 
 
 def _training(config: Config, values: dict[str, Any]) -> dict[str, Any]:
-    """How a step's rows are spread: for a run that has begun as it began, whatever the number of ranks.
+    """Spread a step's rows over the ranks; a run that has begun keeps its global batch.
 
     Raises:
         ConfigError: its global batch can't be made of so many.
@@ -113,7 +113,7 @@ def _training(config: Config, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint(config: Config) -> dict[str, Any]:
-    """When periodic checkpoints are made; for a run that has begun, by what its saves cost and how often it failed."""
+    """Say when periodic checkpoints are made. For a run that has begun, its ledger counts."""
     section = config.checkpoint
     try:
         events = Ledger(RunDirectory(config.directory).ledger).read()

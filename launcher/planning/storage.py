@@ -1,4 +1,4 @@
-"""The `storage` part of a plan: what a run will write, what its budget has room for, what the file system will take."""
+"""The storage part of a plan: what a run will write, and whether budget and file system have room."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -134,5 +134,5 @@ def _file_system(config: Config, found: Verdict) -> tuple[list[dict[str, Any]], 
 
 @lru_cache(maxsize=4)
 def _quotas(place: Path) -> tuple[file_system.Limit, ...]:
-    """Asked once for all cells of a sweep."""
+    """Ask for the quotas of a place; once for all cells of a sweep."""
     return tuple(file_system.quotas(place))

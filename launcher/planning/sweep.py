@@ -61,12 +61,12 @@ class SweepPlan:
 
     @property
     def kind(self) -> str:
-        """Of the cluster, the same for all cells."""
+        """The kind of the cluster, which is the same for all cells."""
         return self.cells[0].plan.config.cluster.kind
 
     @property
     def hazards(self) -> list[str]:
-        """Those of all cells, each once."""
+        """The hazards of all cells, each once."""
         return list(dict.fromkeys(hazard for cell in self.cells for hazard in cell.plan.hazards))
 
     def script(self) -> str | None:
@@ -132,7 +132,7 @@ def _check_budget(plans: list[Plan]) -> None:
 
 
 def _name_and_root(configs: list[Config], named: bool) -> tuple[str, Path]:
-    """`run.name` is the sweep's; left out, it says what runs and has eight digits of what decides the weights."""
+    """Name the sweep: by `run.name`, or by what runs and eight digits of what decides the weights."""
     first = configs[0]
     if named:
         return str(first.run.name), Path(first.run.root)
@@ -173,7 +173,7 @@ def check_sweep_directory(sweep: SweepPlan) -> None:
 
 
 def check_cells(sweep: SweepPlan) -> None:
-    """See that the cells' directories are free, or hold these very cells; the caller holds the sweep's lock.
+    """See that the cells' directories are free, or hold these very cells. The caller holds the sweep's lock.
 
     Raises:
         CellsRefusedError: some hold other runs.
@@ -193,14 +193,14 @@ def check_cells(sweep: SweepPlan) -> None:
 
 
 def manifest_of(sweep: SweepPlan) -> Manifest:
-    """What the directory holds already."""
+    """Read the sweep's manifest, or begin one."""
     if not (sweep.directory / MANIFEST).exists():
         return Manifest(name=sweep.name)
     return read_manifest(sweep.directory)
 
 
 def merged(sweep: SweepPlan) -> Manifest:
-    """The manifest with the cells of `sweep`: those it had keep their indices, new ones follow."""
+    """Merge the cells of `sweep` into its manifest: old ones keep their indices, new ones follow."""
     manifest = manifest_of(sweep)
     manifest.overrides = sweep.overrides
     known = {cell.name: cell.index for cell in manifest.cells}

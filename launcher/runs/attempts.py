@@ -57,7 +57,7 @@ def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> Attemp
 
 
 def _signal_to_sealed(attempt: Attempt) -> float | None:
-    """Seconds until the step of the last signal was safe; 0 if it was so before, None if it never was."""
+    """Seconds from the last signal until its step was sealed; 0 if it was before, None if never."""
     if not attempt.signals:
         return None
     signal = attempt.signals[-1]
@@ -70,7 +70,7 @@ def _signal_to_sealed(attempt: Attempt) -> float | None:
 
 
 def _count_lost(rows: list[AttemptRow]) -> None:
-    """Note on each attempt how many steps up to its last one the next attempt had to make again."""
+    """Count for each attempt the steps that the next attempt had to make again."""
     moved = [row for row in rows if row["steps_done"] or row["resume_s"] is not None]
     for before, after in pairwise(moved):
         # A checkpoint may outlive a kill that its line in the ledger did not: then it vouches for the step.

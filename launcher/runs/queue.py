@@ -1,4 +1,4 @@
-"""What Slurm says of jobs to somebody at a terminal: one `squeue`, one `sacct`, one `scancel` for any number of jobs.
+"""What Slurm says of jobs, by one `squeue` and one `sacct` for any number of them.
 
 Each has a limit in seconds, and an answer that does not come is a value, not an error: what stands in the ledgers can
 be shown all the same. Jobs are told apart by the cluster too (its `slurm.conf`): a number alone may be another's job.
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from outlast.errors import SlurmError
-from outlast.slurm.commands import run_slurm, slurm_timestamp
+from outlast.slurm.commands import run_slurm
 
 QUEUE_LIMIT_S = 5.0
 """By itself, `squeue` gives up on a controller that is down after 9 s, on one that hangs after 10 s."""
@@ -41,8 +41,6 @@ class JobState:
     """`PENDING`, `RUNNING`, …, as `squeue` and `sacct` spell it."""
     reason: str | None = None
     """Why it waits, or why it ended."""
-    starts: float | None = None
-    """When it started, or is expected to; Unix seconds."""
 
     @property
     def active(self) -> bool:
@@ -92,14 +90,13 @@ def ask(
 
 
 def _squeue(answer: Answer, conf: str | None, owners: str, limit_s: float) -> None:
-    layout = "--format=%i|%F|%T|%r|%S|%k"
+    layout = "--format=%i|%F|%T|%r|%k"
     out = run(conf, "squeue", "--noheader", "--array", "--states=all", f"--user={owners}", layout, limit_s=limit_s)
     for line in out.splitlines():
-        job_id, whole, state, reason, starts, comment = (*line.strip().split("|", 5), *[""] * 6)[:6]
+        job_id, whole, state, reason, comment = (*line.strip().split("|", 4), *[""] * 5)[:5]
         if not state:
             continue
-        told = None if reason in ("None", "") else reason
-        answer.jobs[JobKey(conf, job_id)] = JobState(state, told, slurm_timestamp(starts))
+        answer.jobs[JobKey(conf, job_id)] = JobState(state, None if reason in ("None", "") else reason)
         if comment not in ("", "(null)"):
             answer.tokens[conf, comment] = whole
 

@@ -1,4 +1,4 @@
-"""What came of runs that have ended: a value for each, and the exit code that says the worst of them."""
+"""The results of runs that have ended, and the exit code for the worst of them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ def result(row: RunStatus, overrides: Sequence[str] = ()) -> Result:
 
 
 def exit_code(results: Sequence[Result]) -> Exit:
-    """Of a command that waited: the worst of what came of its runs."""
+    """Choose the exit code of a command that waited, by the worst of its runs."""
     unfinished = {one.state for one in results} - {State.FINISHED}
     if not unfinished:
         return Exit.DONE
@@ -46,5 +46,5 @@ def exit_code(results: Sequence[Result]) -> Exit:
 
 
 def metric_text(one: Result) -> str:
-    """As a table shows it: `eval_loss 1.23 at 40`."""
+    """Write a result's metric as a table shows it: `eval_loss 1.23 at 40`."""
     return "" if one.metric is None else f"{one.metric['name']} {one.metric['value']:.4g} at {one.metric['step']}"

@@ -27,7 +27,7 @@ Ask = Callable[[list[JobKey], set[int], set[str | None]], Answer]
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One row. Times in seconds, sizes in bytes; None where nothing is known."""
+    """Where one run stands. Times in seconds, sizes in bytes; None where nothing is known."""
 
     name: str
     """Of a sweep's cell: `SWEEP/CELL`."""
@@ -98,7 +98,7 @@ def owner_of(path: str) -> int:
 
 
 def _with_job_id(row: RunStatus, answer: Answer, submitted: Submitted | None) -> RunStatus:
-    """The row with a job id that was never written down (the launcher was killed), found by the job's comment."""
+    """Add the job id that a killed launcher could not write down; it is found by the job's comment."""
     if submitted is None:
         return row
     whole = answer.tokens.get((row.slurm_conf, submitted.submission.comment))
@@ -145,7 +145,7 @@ def seconds_left(progress: Progress) -> float | None:
 
 
 def _walked(run: RunDirectory) -> int | None:
-    """Bytes on disk where no attempt has counted them: there is little to walk then."""
+    """Count the bytes on disk where no attempt has: there is little to walk then."""
     try:
         return bytes_used(run.path)
     except OSError:
@@ -162,7 +162,7 @@ def _why(newest: Attempt | None) -> str | None:
 
 
 def _corrected(row: RunStatus, answer: Answer) -> RunStatus:
-    """The row, by what Slurm says of its job."""
+    """Correct a row by what Slurm says of its job."""
     if row.slurm_conf in answer.silent:
         text = f"Slurm does not answer ({answer.silent[row.slurm_conf]}); states are from the ledgers alone"
         return replace(row, note=text)
@@ -174,7 +174,7 @@ def _corrected(row: RunStatus, answer: Answer) -> RunStatus:
 
 
 def _state(row: RunStatus, job: JobState | None) -> State:
-    """What the ledger and Slurm say together. A job that is gone from the queue runs no more.
+    """Combine what the ledger and Slurm say. A job that is gone from the queue runs no more.
 
     | the ledger says | Slurm says | it is |
     |---|---|---|

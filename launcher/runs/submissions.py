@@ -1,4 +1,4 @@
-"""What was asked of Slurm for a run: its submission, also as a cell of a sweep's array; and whether it was cancelled.
+"""How a run was submitted, alone or as a cell of a sweep, and whether it was cancelled.
 
 The ledger holds what attempts did. These two come from a machine on which no attempt may run, and have files of their
 own: on a network file system, two hosts that append to one file overwrite each other.
@@ -75,7 +75,7 @@ def sweep_at(path: Path) -> Sweep | None:
 
 @lru_cache(maxsize=64)
 def _sweep(path: Path, *version: int) -> Sweep | None:
-    """Read once for all of its cells, and again when it has changed."""
+    """Read a sweep's manifest once for all of its cells, and again when it has changed."""
     try:
         manifest = read_manifest(path)
     except OutlastError:

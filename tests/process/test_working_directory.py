@@ -16,6 +16,6 @@ def test_a_checkout_below_is_not_what_the_ranks_import(
 ) -> None:
     (tmp_path / "outlast").symlink_to(CHECKOUT)
     small = ["run.name=r", "parallel.ranks_per_node=2", "trainer.max_steps=3", f"parallel.launch={launch}"]
-    command = outlast("train", *SMOKE, *small)
+    command = outlast("train", *SMOKE, *small, forked=False)
     assert command.wait() == 0, command.output
     assert probe("r").causes() == ["finished"]
