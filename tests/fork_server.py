@@ -9,6 +9,7 @@ already, and that the processes hash strings alike. For each way to start ranks 
 """
 
 import atexit
+import concurrent.futures.thread
 import contextlib
 import ctypes
 import gc
@@ -97,6 +98,7 @@ def _become(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _seed()
         gc.freeze()
+        concurrent.futures.thread._threads_queues.clear()  # of threads that were not forked with this one
         sys.orig_argv = list(argv)
         _run(argv, env)
         code = 0
@@ -109,13 +111,13 @@ def _become(
         signal.raise_signal(signal.SIGINT)
     except BaseException:
         traceback.print_exc()
-    threading._shutdown()  # type: ignore[attr-defined]
-    with contextlib.suppress(Exception):
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _run(argv: list[str], env: dict[str, str]) -> None:
