@@ -98,7 +98,7 @@ def _become(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _seed()
         gc.freeze()
-        concurrent.futures.thread._threads_queues.clear()  # a pool's worker may have forked it: it would join itself
+        concurrent.futures.thread._threads_queues.clear()  # of threads that were not forked with this one
         sys.orig_argv = list(argv)
         _run(argv, env)
         code = 0
@@ -111,13 +111,13 @@ def _become(
         signal.raise_signal(signal.SIGINT)
     except BaseException:
         traceback.print_exc()
-    threading._shutdown()  # type: ignore[attr-defined]
-    with contextlib.suppress(Exception):
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _run(argv: list[str], env: dict[str, str]) -> None:

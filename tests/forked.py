@@ -115,13 +115,13 @@ class Forked:
 
 
 def run(
-    argv: Sequence[str | Path], cwd: Path, *, env: Mapping[str, str] | None = None, timeout: float = 120.0
+    argv: Sequence[str | Path], cwd: Path, *, env: Mapping[str, str] | None = None, limit_s: float = 120.0
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, as `subprocess.run` does with the output captured."""
+    """Run a program to its end, its output captured, as `subprocess.run` does."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = Forked(argv, cwd=cwd, env=env, stdout=out, stderr=err)
         try:
-            process.wait(timeout)
+            process.wait(limit_s)
         finally:
             process.kill()
         out.seek(0)

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import pytest
 
 from outlast.files import bytes_used
 
+from .. import forked
 from ..conftest import OUTLAST, SMOKE, Command, RunProbe, wait_for
 
 Start = Callable[..., Command]
@@ -38,8 +38,9 @@ LARGE = ["trainer.hidden_size=40000", "trainer.max_steps=60", "trainer.step_s=0.
 
 
 def plan(cwd: Path, *arguments: str) -> dict[str, float]:
-    out = subprocess.run([OUTLAST, "plan", "--json", *arguments], cwd=cwd, capture_output=True, text=True, check=True)
-    return dict(json.loads(out.stdout)["storage"])
+    done = forked.run([OUTLAST, "plan", "--json", *arguments], cwd)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout)["storage"])
 
 
 @contextmanager
@@ -92,12 +93,7 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_would_do(tmp_path:
     job = [*SMOKE[:2], *LARGE]
     smallest = plan(tmp_path, *job)["smallest_budget_gb"]
     below = smallest - 10 ** (math.floor(math.log10(smallest)) - 2)
-    done = subprocess.run(
-        [OUTLAST, "train", *job, "run.name=r", f"storage.budget_gb={below}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run([OUTLAST, "train", *job, "run.name=r", f"storage.budget_gb={below}"], tmp_path)
     assert done.returncode == 2
     assert "storage.budget_gb" in done.stderr
     assert f"{smallest:g}" in done.stderr

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from outlast.checkpoint.manifest import verify
 
+from .. import forked
 from ..conftest import SMOKE, Command, RunProbe, wait_for
 from .test_library import SCRIPT, run_script
 
@@ -50,13 +51,7 @@ def test_plain_hugging_face_resumes_from_a_sealed_checkpoint(tmp_path: Path) -> 
     text = SCRIPT.read_text().replace("run = outlast.start(sys.argv[1])", "").replace("import outlast", "")
     script.write_text(text.replace("run.train(trainer)", PLAIN))
     sealed = run.path / "checkpoints" / "checkpoint-30"
-    done = subprocess.run(
-        [sys.executable, str(script), "unused", "50", str(sealed), str(tmp_path / "out")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forked.run([sys.executable, script, "unused", "50", sealed, tmp_path / "out"], tmp_path)
     assert done.returncode == 0, done.stderr
     ours, plain = load_file(run.path / "final" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all((ours[name] == plain[name]).all() for name in plain)
@@ -80,8 +75,7 @@ def test_another_run_does_not_resume_from_it(tmp_path: Path, change: tuple[str, 
     other.write_text(SCRIPT.read_text().replace(*change))
 
     def again(script: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(script), str(run.path), "50"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return forked.run([sys.executable, script, run.path, "50"], tmp_path)
 
     refused = again(other)
     assert refused.returncode == 1

@@ -127,7 +127,7 @@ def test_a_rank_that_cannot_write_its_shard_hangs_nobody(outlast: Start, probe: 
 
 def test_one_rank(outlast: Start, probe: Probe) -> None:
     arguments = [*SFT, *WITHOUT_EVALUATION, "parallel=zero1", "peft=lora", "trainer.max_steps=400"]
-    command, run = outlast("train", *arguments, "run.name=r"), probe("r")
+    command, run = outlast("train", *arguments, "run.name=r", forked=False), probe("r")
     run.reach(4)
     command.signal(signal.SIGUSR1)
     assert command.wait() == 0, command.output

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from .. import forked
 from ..conftest import OUTLAST, Command, RunProbe
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "footprint.py"
@@ -56,13 +57,13 @@ def test_so_are_the_parts_that_matter(case: str, rows: dict[str, dict[str, Any]]
 
 
 def plan(cwd: Path, *overrides: str) -> dict[str, Any]:
-    done = subprocess.run([OUTLAST, "plan", "--json", *overrides], cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = forked.run([OUTLAST, "plan", "--json", *overrides], cwd)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
 
 def refused(cwd: Path, *overrides: str) -> str:
-    done = subprocess.run([OUTLAST, "plan", *overrides], cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = forked.run([OUTLAST, "plan", *overrides], cwd)
     assert (done.returncode, done.stdout) == (2, "")
     return done.stderr
 

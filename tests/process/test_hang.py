@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import SMOKE, Command, RunProbe, wait_for
+from ..forked import Forked
 
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
@@ -47,7 +47,7 @@ def test_a_rank_stopped_in_the_grace_window_is_left_behind(outlast: Start, probe
 
 def test_one_rank_signalled_in_start_up_is_enough(outlast: Start, probe: Probe) -> None:
     """Rank 0 would leave by itself; another can't yet tell the others, and must not wait for an answer."""
-    command, run = outlast("train", *SMOKE, *LONG), probe("r")
+    command, run = outlast("train", *SMOKE, *LONG, forked=False), probe("r")
     wait_for(lambda: run.events("attempt_started"), "the start")
     command.ranks()[1].send_signal(signal.SIGUSR1)
     assert command.wait(90) == 0, command.output
@@ -81,22 +81,21 @@ def test_a_job_that_was_suspended_goes_on(outlast: Start, probe: Probe) -> None:
 
 
 @contextmanager
-def started(script: Path, world_size: int, *arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
+def started(script: Path, world_size: int, *arguments: str) -> Iterator[list[Forked]]:
     """A script's ranks, under no launcher; ended with the test."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks: list[subprocess.Popen[str]] = []
+    ranks: list[Forked] = []
     try:
         for number in range(world_size):
             env = {**os.environ, **address, "WORLD_SIZE": str(world_size), "RANK": str(number)}
-            argv = [sys.executable, str(script), *arguments]
-            ranks.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True))
+            ranks.append(Forked([sys.executable, script, *arguments], env=env))
         yield ranks
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
+            rank.wait()
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -153,9 +152,9 @@ def test_ranks_that_are_far_apart_stop_at_the_same_poll(tmp_path: Path) -> None:
     """Nothing keeps the ranks of an evaluation together: here one polls twenty times as often as another."""
     script = tmp_path / "apart.py"
     script.write_text(APART)
-    with started(script, 3) as ranks:
-        said = [rank.communicate(timeout=60)[0].split() for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks)
+    with started(script, 3, str(tmp_path)) as ranks:
+        assert [rank.wait(60) for rank in ranks] == [0, 0, 0]
+    said = [(tmp_path / f"rank-{rank}").read_text().split() for rank in range(3)]
     assert said[0] == said[1] == said[2]
     assert said[0][0] == "save"
     assert said[0][2] in ("TERM", "USR1")
@@ -169,6 +168,7 @@ from outlast.ranks.agreement import StepAgreement
 from outlast.ranks.channel import ControlChannel
 from outlast.ranks.collectives import Collectives
 
+sys.stdout = open(f"{sys.argv[1]}/rank-{os.environ['RANK']}", "w")
 dist.init_process_group("gloo")
 collectives = Collectives()
 channel = ControlChannel(collectives.rank, collectives.world_size)

@@ -57,8 +57,8 @@ def test_an_agent_passes_every_signal_on_and_waits_for_the_save(outlast: Start, 
 
 
 def test_a_signal_before_the_agent_of_a_single_rank_has_started_it_is_not_lost(outlast: Start, probe: Probe) -> None:
-    command = outlast("train", *SMOKE, "parallel.launch=accelerate", "run.name=r", "trainer.max_steps=20")
-    run = probe("r")
+    arguments = [*SMOKE, "parallel.launch=accelerate", "run.name=r", "trainer.max_steps=20"]
+    command, run = outlast("train", *arguments, forked=False), probe("r")
     wait_for(lambda: command.ranks(), "the agent's process")[0].send_signal(signal.SIGUSR1)
     assert command.wait() == 0, command.output
     assert run.causes() == ["preempted", "finished"]
@@ -87,7 +87,7 @@ def test_a_killed_agent_or_rank_ends_the_attempt_and_leaves_nothing_behind(
 
 
 def test_ranks_of_a_killed_command_save_through_their_agent(outlast: Start, probe: Probe) -> None:
-    command, run = outlast("train", *AGENT), probe("r")
+    command, run = outlast("train", *AGENT, forked=False), probe("r")
     run.reach(25)
     agent = command.ranks()[0]
     processes = [agent, *ranks_of(agent)]

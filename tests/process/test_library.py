@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from .. import forked
 from ..conftest import RunProbe, wait_for
+from ..forked import Forked
 
 Probe = Callable[[str], RunProbe]
 
@@ -36,14 +38,7 @@ def run_script(
         text = SCRIPT.read_text().replace("run.train(trainer)", "trainer.add_callback(StopAt())\nrun.train(trainer)")
         script = cwd / f"stops_{'_'.join(map(str, stops))}.py"
         script.write_text(f"stops = {stops}\n{STOP_AT}\n{text}")
-    return subprocess.run(
-        [sys.executable, str(script), str(directory), str(steps)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
+    return forked.run([sys.executable, script, directory, str(steps)], cwd)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +96,7 @@ def test_two_at_once(tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_and_leaves(tmp_path: Path) -> None:
     run = RunProbe(tmp_path / "r")
-    script = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(run.path), "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    script = Forked([sys.executable, SCRIPT, run.path, "100000"])
     try:
         run.reach(3)
         script.send_signal(signal.SIGINT)

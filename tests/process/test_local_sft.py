@@ -84,7 +84,7 @@ def test_five_preemptions_at_random_moments(outlast: Start, probe: Probe, twin: 
 
 
 def test_tokenized_once(outlast: Start, probe: Probe) -> None:
-    command, run = outlast("train", *SFT, "trainer.max_steps=50", "run.name=r"), probe("r")
+    command, run = outlast("train", *SFT, "trainer.max_steps=50", "run.name=r", forked=False), probe("r")
     run.reach(3)
     command.signal(signal.SIGUSR1)
     assert command.wait() == 0, command.output

@@ -39,7 +39,7 @@ def steps(ranks: int) -> list[str]:
 
 
 def test_usr1_to_the_command_is_a_preemption(outlast: Start, probe: Probe, twins: dict[int, str]) -> None:
-    command, run = outlast("train", *SMOKE, *steps(1), "run.name=r"), probe("r")
+    command, run = outlast("train", *SMOKE, *steps(1), "run.name=r", forked=False), probe("r")
     run.reach(7)
     command.signal(signal.SIGUSR1)
     run.reach(30, attempt=2)
@@ -83,7 +83,7 @@ def test_more_signals_change_nothing(outlast: Start, probe: Probe, twins: dict[i
 
 
 def test_a_signal_in_start_up_requeues_without_a_save(outlast: Start, probe: Probe, twins: dict[int, str]) -> None:
-    command, run = outlast("train", *SMOKE, *steps(2), "run.name=r"), probe("r")
+    command, run = outlast("train", *SMOKE, *steps(2), "run.name=r", forked=False), probe("r")
     wait_for(lambda: run.events("attempt_started"), "the first attempt")
     began = time.monotonic()
     command.signal(signal.SIGUSR1)
@@ -96,7 +96,7 @@ def test_a_signal_in_start_up_requeues_without_a_save(outlast: Start, probe: Pro
 
 
 def test_a_signal_before_the_guard_is_in_place_is_not_lost(outlast: Start, probe: Probe) -> None:
-    command, run = outlast("train", *SMOKE, *steps(1), "run.name=r"), probe("r")
+    command, run = outlast("train", *SMOKE, *steps(1), "run.name=r", forked=False), probe("r")
     rank = wait_for(lambda: command.ranks(), "the rank's process")[0]
     rank.send_signal(signal.SIGUSR1)
     assert command.wait() == 0, command.output

@@ -1,9 +1,7 @@
 """Sweeps on this machine: cells one after the other or several at a time, stopped and resumed, one of them failing."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 from outlast.launcher.commands.train import run_sweep
 
+from .. import forked
 from ..conftest import SMOKE, Command, RunProbe
 
 
@@ -66,9 +65,9 @@ def test_a_program_gets_the_metric_of_each_cell(tmp_path: Path, monkeypatch: pyt
         f"results = run_sweep({[*SMOKE, 'run.name=s', 'trainer.max_steps=20', 'trainer.learning_rate=0.1,0.01']!r})\n"
         "print(json.dumps([one.as_dict() for one in results]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ)
-    )
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    done = forked.run([sys.executable, program], tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert [(one["overrides"], one["state"]) for one in results] == [

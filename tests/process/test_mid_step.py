@@ -1,12 +1,12 @@
 """Leaving in the middle of a step that accumulates gradients; finishing it, or an evaluation, where there is time."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from .. import forked
 from ..conftest import RunProbe
 
 SCRIPT = Path(__file__).with_name("user_script.py")
@@ -41,20 +41,13 @@ def train(directory: Path, stop: list[object] | None = None, fits: bool | None =
     text = SCRIPT.read_text().replace("    max_steps=", "    gradient_accumulation_steps=4,\n    max_steps=")
     run = "trainer.add_callback(StopAt())\n" if stop else ""
     if fits is not None:
-        run += f"run.time_for = lambda work, count: asked.append((work, count)) or {fits}\n"
+        run += f"run.steps.time_for = lambda work, count: asked.append((work, count)) or {fits}\n"
     text = f"STOP, asked = {stop}, []\n{STOP_AT}\n{text.replace('run.train(', f'{run}run.train(')}"
     script = directory.with_suffix(".py")
     script.write_text(text)
-    done = subprocess.run(
-        [sys.executable, str(script), str(directory), "12"],
-        cwd=directory.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    return done.returncode, done.stdout
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = forked.run([sys.executable, script, directory, "12"], directory.parent, env=environment)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

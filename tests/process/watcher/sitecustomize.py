@@ -90,4 +90,7 @@ class AfterImport:
 
 
 if "outlast.rank" in sys.orig_argv:
-    sys.meta_path.insert(0, AfterImport())  # type: ignore[arg-type]
+    if "transformers.trainer" in sys.modules:  # in a rank that was forked
+        watch(sys.modules["transformers.trainer"].Trainer)
+    else:
+        sys.meta_path.insert(0, AfterImport())  # type: ignore[arg-type]
