@@ -29,8 +29,8 @@ def main(path: str) -> None:
         import deepspeed  # noqa: F401  (accelerate imports it where it is installed)
     import torch
 
-    import outlast.checkpoint
-    import outlast.trainer  # noqa: F401
+    import outlast.checkpoint.store
+    import outlast.huggingface.trainer  # noqa: F401
 
     from . import training
 
