@@ -9,6 +9,7 @@ from outlast.files import write_atomically
 from outlast.rundir.submission import Submission, new_token
 from outlast.rundir.sweep import SweepManifest
 from outlast.slurm.actions import max_array_size
+from outlast.slurm.environment import slurm_conf
 from outlast.slurm.submit import submit_recorded
 
 from ..planning.batch_script import Target, batch_script
@@ -66,7 +67,7 @@ def submit(
         Submission(
             token=new_token(),
             cluster=config.cluster.kind,
-            slurm_conf=os.environ.get("SLURM_CONF"),
+            slurm_conf=slurm_conf(),
             log=str(target.log),
             indices=indices,
             offset=target.offset,
