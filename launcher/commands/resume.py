@@ -9,7 +9,7 @@ from rich.console import Console
 
 from outlast.config.cluster import LocalCluster, SlurmCluster
 from outlast.errors import ConfigError, Exit, SlurmError
-from outlast.rundir.sweep import read_manifest
+from outlast.rundir.sweep import read_sweep_manifest
 
 from ..execution import local
 from ..execution.submit import submit
@@ -121,7 +121,7 @@ def _print_left_alone(rows: list[RunStatus]) -> None:
 
 def _submit_cells(directory: Path, plans: list[Plan]) -> None:
     """Submit cells of one sweep, in one array."""
-    manifest = read_manifest(directory)
+    manifest = read_sweep_manifest(directory)
     by_directory = {plan.directory.path.name: plan for plan in plans}
     planned = [
         PlannedCell(Combination(cell.name, tuple(cell.overrides)), by_directory[cell.directory])

@@ -7,8 +7,9 @@ from pathlib import Path
 from outlast.config.cluster import SlurmCluster
 from outlast.files import write_atomically
 from outlast.rundir.submission import Submission, new_token
-from outlast.rundir.sweep import Manifest
+from outlast.rundir.sweep import SweepManifest
 from outlast.slurm.actions import max_array_size
+from outlast.slurm.environment import slurm_conf
 from outlast.slurm.submit import submit_recorded
 
 from ..planning.batch_script import Target, batch_script
@@ -19,7 +20,7 @@ Array = tuple[list[PlannedCell], list[int], int]
 """Cells, their indices, and the offset of the array's tasks."""
 
 
-def arrays_of(cells: list[PlannedCell], manifest: Manifest) -> list[Array]:
+def arrays_of(cells: list[PlannedCell], manifest: SweepManifest) -> list[Array]:
     """Group cells by array: those of one ask the same of Slurm, and its task numbers stay below Slurm's limit.
 
     Raises:
@@ -37,7 +38,7 @@ def arrays_of(cells: list[PlannedCell], manifest: Manifest) -> list[Array]:
 
 def submit(
     sweep: SweepPlan,
-    manifest: Manifest,
+    manifest: SweepManifest,
     cells: list[PlannedCell],
     indices: list[int],
     target: Target,
@@ -66,7 +67,7 @@ def submit(
         Submission(
             token=new_token(),
             cluster=config.cluster.kind,
-            slurm_conf=os.environ.get("SLURM_CONF"),
+            slurm_conf=slurm_conf(),
             log=str(target.log),
             indices=indices,
             offset=target.offset,

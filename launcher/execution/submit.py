@@ -12,6 +12,7 @@ from outlast.errors import SlurmError
 from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.submission import Submission, new_token, submission_lock
+from outlast.slurm.environment import slurm_conf
 from outlast.slurm.submit import submit_recorded
 
 from ..devcluster import cluster as devcluster
@@ -74,7 +75,7 @@ def submit(plan: Plan) -> SubmittedJob:
             Submission(
                 token=new_token(),
                 cluster=plan.config.cluster.kind,
-                slurm_conf=os.environ.get("SLURM_CONF"),
+                slurm_conf=slurm_conf(),
                 log=str(target.log),
             ),
             run.path / SCRIPT,

@@ -14,7 +14,7 @@ from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config
 from outlast.config.run import RunSection
 from outlast.errors import ConfigError, Exit, OutlastError
-from outlast.rundir.sweep import MANIFEST, Cell, Manifest, read_manifest
+from outlast.rundir.sweep import SWEEP_MANIFEST, Cell, SweepManifest, read_sweep_manifest
 from outlast.storage.budget import GB, round_up
 
 from .batch_script import Target, batch_script
@@ -166,7 +166,7 @@ def check_sweep_directory(sweep: SweepPlan) -> None:
     for above in (path, *path.parents):
         if above.exists() and not above.is_dir():
             raise ConfigError("run.root", str(sweep.root), f"valid: a directory; {above} is none")
-    if path.exists() and not (path / MANIFEST).exists():
+    if path.exists() and not (path / SWEEP_MANIFEST).exists():
         cells = {cell.name for cell in sweep.cells}  # made by a command that was killed, or is about to say so
         if {p.name for p in path.iterdir() if p.name[0] != "."} - cells - {"logs"}:
             raise ConfigError("run.name", sweep.name, f"{path} exists and is no sweep; choose another run.name")
@@ -192,14 +192,14 @@ def check_cells(sweep: SweepPlan) -> None:
         raise _refusal(refused, len(sweep.cells))
 
 
-def manifest_of(sweep: SweepPlan) -> Manifest:
+def manifest_of(sweep: SweepPlan) -> SweepManifest:
     """Read the sweep's manifest, or begin one."""
-    if not (sweep.directory / MANIFEST).exists():
-        return Manifest(name=sweep.name)
-    return read_manifest(sweep.directory)
+    if not (sweep.directory / SWEEP_MANIFEST).exists():
+        return SweepManifest(name=sweep.name)
+    return read_sweep_manifest(sweep.directory)
 
 
-def merged(sweep: SweepPlan) -> Manifest:
+def merged(sweep: SweepPlan) -> SweepManifest:
     """Merge the cells of `sweep` into its manifest: old ones keep their indices, new ones follow."""
     manifest = manifest_of(sweep)
     manifest.overrides = sweep.overrides

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from outlast.errors import ConfigError
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.sweep import MANIFEST
+from outlast.rundir.sweep import SWEEP_MANIFEST
 
 from .submissions import sweep_at
 
@@ -70,7 +70,7 @@ def runs_named(names: Sequence[str], root: Path) -> list[RunDirectory]:
 def is_named(name: str, root: Path) -> bool:
     """Whether there is a run or a sweep of that name."""
     path = _directory(name, root)
-    return _is_run(path) or _is_cell(path) or (path / MANIFEST).is_file()
+    return _is_run(path) or _is_cell(path) or (path / SWEEP_MANIFEST).is_file()
 
 
 def _directory(name: str, root: Path) -> Path:

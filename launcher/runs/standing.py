@@ -14,6 +14,7 @@ from outlast.rundir.attempts import Attempt
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.progress import Progress
+from outlast.slurm.environment import slurm_conf
 
 from . import queue
 from .find import name_of
@@ -133,7 +134,7 @@ def look(run: RunDirectory) -> RunStatus:
         loss=written.loss if written and written.loss is not None and math.isfinite(written.loss) else None,
         best=best_metric(events, trainer),
         job_id=job_id_of(run, newest),
-        slurm_conf=submitted.submission.slurm_conf if submitted else os.environ.get("SLURM_CONF"),
+        slurm_conf=submitted.submission.slurm_conf if submitted else slurm_conf(),
     )
 
 

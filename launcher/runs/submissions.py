@@ -18,7 +18,7 @@ from outlast.errors import OutlastError
 from outlast.files import read_json, write_atomically
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.submission import Submission
-from outlast.rundir.sweep import MANIFEST, read_manifest
+from outlast.rundir.sweep import SWEEP_MANIFEST, read_sweep_manifest
 
 SUBMITTED = "submitted.json"
 CANCELLED = "cancelled.json"
@@ -67,7 +67,7 @@ class Sweep:
 def sweep_at(path: Path) -> Sweep | None:
     """The sweep whose directory this is, or None."""
     try:
-        stat = os.stat(path / MANIFEST)
+        stat = os.stat(path / SWEEP_MANIFEST)
     except OSError:
         return None
     return _sweep(path, stat.st_mtime_ns, stat.st_size)
@@ -77,7 +77,7 @@ def sweep_at(path: Path) -> Sweep | None:
 def _sweep(path: Path, *version: int) -> Sweep | None:
     """Read a sweep's manifest once for all of its cells, and again when it has changed."""
     try:
-        manifest = read_manifest(path)
+        manifest = read_sweep_manifest(path)
     except OutlastError:
         return None
     names = {cell.index: cell.directory for cell in manifest.cells}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .errors import OutlastError
 from .rundir.directory import RunDirectory
-from .rundir.sweep import MANIFEST, read_manifest
+from .rundir.sweep import SWEEP_MANIFEST, read_sweep_manifest
 from .slurm.environment import current_job
 
 
@@ -39,7 +39,7 @@ def cell_directory(sweep: Path, offset: int = 0) -> Path:
     task = job.job_id.partition("_")[2] if job else ""
     if not task:
         raise OutlastError(f"{sweep} is a sweep: it runs as a job array, and this is no task of one")
-    for cell in read_manifest(sweep).cells:
+    for cell in read_sweep_manifest(sweep).cells:
         if cell.index == int(task) + offset:
             return sweep / cell.directory
-    raise OutlastError(f"{sweep / MANIFEST} has no cell {int(task) + offset}")
+    raise OutlastError(f"{sweep / SWEEP_MANIFEST} has no cell {int(task) + offset}")

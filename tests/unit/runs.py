@@ -16,7 +16,7 @@ from outlast.launcher.runs.standing import Ask, RunStatus, collect
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.submission import Submission
-from outlast.rundir.sweep import Cell, Manifest
+from outlast.rundir.sweep import Cell, SweepManifest
 
 Make = Callable[..., RunDirectory]
 
@@ -73,7 +73,7 @@ def sweep_of(root: Path, jobs: list[tuple[str | None, list[int]]], cells: int = 
     """A sweep's directory, with one submission for each of `jobs`."""
     path = root / "s"
     path.mkdir()
-    manifest = Manifest(name="s")
+    manifest = SweepManifest(name="s")
     for index in range(cells):
         name = f"seed={index}"
         manifest.cells.append(Cell(index=index, name=name, directory=name, overrides=[name], config_digest="d"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from outlast.checkpoint import store as store_module
-from outlast.checkpoint.manifest import Kind, Manifest, PassingError, verify
+from outlast.checkpoint.manifest import Kind, Manifest, TransientError, verify
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore, SaveError
 from outlast.errors import CheckpointError, ConfigError
@@ -208,7 +208,7 @@ def test_a_file_system_that_hesitates_condemns_nothing(harness: Harness, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr("outlast.checkpoint.manifest.read_entry", stale)
-        with pytest.raises(PassingError, match="Stale"):
+        with pytest.raises(TransientError, match="Stale"):
             harness.store.newest_verified()
         harness.store.retention.limit = 1
         harness.store.retire()

@@ -9,7 +9,7 @@ from outlast.config.storage import StorageSection
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
-from outlast.rundir.sweep import Cell, Manifest
+from outlast.rundir.sweep import Cell, SweepManifest
 from outlast.storage.share import Share
 
 GB = 1_000_000_000
@@ -18,7 +18,7 @@ GB = 1_000_000_000
 def sweep_of(path: Path, count: int) -> list[RunDirectory]:
     cells = [Cell(index=i, name=f"c{i}", directory=f"c{i}", overrides=[], config_digest="") for i in range(count)]
     path.mkdir()
-    Manifest(name=path.name, cells=cells).write(path)
+    SweepManifest(name=path.name, cells=cells).write(path)
     runs = [RunDirectory(path / cell.directory) for cell in cells]
     for run in runs:
         run.create()

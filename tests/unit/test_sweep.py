@@ -13,7 +13,7 @@ from outlast.launcher.planning.compose import Composer, compose
 from outlast.launcher.planning.expand import LONGEST_NAME, expand
 from outlast.launcher.planning.sweep import CellsRefusedError, check_cells, merged, plan_sweep
 from outlast.launcher.runs.queue import ranges
-from outlast.rundir.sweep import Manifest, read_manifest
+from outlast.rundir.sweep import SweepManifest, read_sweep_manifest
 from outlast.which_run import cell_directory
 
 
@@ -173,12 +173,12 @@ def test_a_directory_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
         plan_sweep(["job=smoke", f"run.root={tmp_path}/file", "run.name=s", "seed=1,2"])
 
 
-def manifest(tmp_path: Path, *overrides: str) -> Manifest:
+def manifest(tmp_path: Path, *overrides: str) -> SweepManifest:
     sweep = plan_sweep(["job=smoke", f"run.root={tmp_path}", "run.name=s", *overrides])
     make_sweep_directory(sweep)
     found = merged(sweep)
     found.write(sweep.directory)
-    return read_manifest(sweep.directory)
+    return read_sweep_manifest(sweep.directory)
 
 
 def test_a_sweep_that_grows_keeps_the_indices_of_its_cells(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from outlast.checkpoint.compatibility import check, compare, origin_of
-from outlast.checkpoint.manifest import PassingError, Sealed, versions
+from outlast.checkpoint.manifest import Sealed, TransientError, versions
 from outlast.checkpoint.store import CheckpointStore
 from outlast.errors import CheckpointError, ResumeRefusedError
 from outlast.ranks.collectives import Collectives
@@ -63,10 +63,10 @@ class Resuming:
             CheckpointError: none verifies, or a rank does not see it; another attempt would fare no better.
             OSError: the file system hesitates: worth another attempt.
         """
-        problems = (ResumeRefusedError, PassingError, CheckpointError, OSError)
+        problems = (ResumeRefusedError, TransientError, CheckpointError, OSError)
         try:
             step, self._made = self._collectives.on_rank_0(self._newest, *problems)
-        except PassingError as error:
+        except TransientError as error:
             raise OSError(str(error)) from None
         self._lay_out(self._made)
         if step is None:

@@ -44,7 +44,7 @@ class Kind(StrEnum):
     FINAL = "final"
 
 
-class PassingError(CheckpointError):
+class TransientError(CheckpointError):
     """The checkpoint can't be read just now; it may be whole, and the next attempt may succeed."""
 
 
@@ -137,7 +137,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        PassingError: the file system does not answer just now.
+        TransientError: the file system does not answer just now.
         CheckpointError: there is none, or it can't be read; the message is the reason, in words.
     """
     try:
@@ -159,7 +159,7 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
         from_disk: see :func:`read_entry`.
 
     Raises:
-        PassingError: the file system does not answer just now.
+        TransientError: the file system does not answer just now.
         CheckpointError: the first difference, in words.
     """
     manifest = read_manifest(directory)
@@ -177,9 +177,9 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
 
 
 def _unreadable(what: str, error: Exception) -> CheckpointError:
-    passing = isinstance(error, OSError) and error.errno in TRANSIENT
+    transient = isinstance(error, OSError) and error.errno in TRANSIENT
     reason = error.strerror if isinstance(error, OSError) else error
-    return (PassingError if passing else CheckpointError)(f"{what} can't be read: {reason}")
+    return (TransientError if transient else CheckpointError)(f"{what} can't be read: {reason}")
 
 
 def entry_of(size: int, digest: "xxhash.xxh3_128") -> FileEntry:

@@ -20,7 +20,7 @@ from outlast.ranks.collectives import Collectives
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
 
-from .manifest import MANIFEST, Kind, Manifest, PassingError, Sealed, read_manifest, verify, write_manifest
+from .manifest import MANIFEST, Kind, Manifest, Sealed, TransientError, read_manifest, verify, write_manifest
 from .removal import Remover
 from .retention import Removal, Retention, newest_full
 from .space import Space
@@ -106,13 +106,13 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: none verifies; nothing has been moved, since a restart is for the user to decide.
-            PassingError: one can't be read just now; it has not been moved.
+            TransientError: one can't be read just now; it has not been moved.
         """
         sealed = []
         for path in self._directories():
             try:
                 sealed.append(Sealed(path, read_manifest(path)))
-            except PassingError:
+            except TransientError:
                 raise
             except CheckpointError as error:
                 self.quarantine(path, str(error))
@@ -121,7 +121,7 @@ class CheckpointStore:
         for checkpoint in sorted((c for c in sealed if not c.light), key=lambda c: c.step, reverse=True):
             try:
                 verify(checkpoint.path)
-            except PassingError:
+            except TransientError:
                 raise
             except CheckpointError as error:
                 damaged.append((checkpoint.path, str(error)))
@@ -335,7 +335,7 @@ class CheckpointStore:
             return step not in self._verified
         try:
             verify(newest.path, from_disk=True)
-        except PassingError as error:
+        except TransientError as error:
             self._say(f"WARNING: {newest.path.name}: {error}; nothing older is deleted meanwhile")
             return False
         except CheckpointError as error:

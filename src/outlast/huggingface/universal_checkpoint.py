@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from outlast.attempt.attempt import RankAttempt
 
 POLL_S, SAY_S = 1.0, 30.0
-PROBLEMS: dict[str, type[Exception]] = {"refused": ResumeRefusedError, "failed": CheckpointError, "passing": OSError}
+PROBLEMS: dict[str, type[Exception]] = {"refused": ResumeRefusedError, "failed": CheckpointError, "transient": OSError}
 """The kinds of error that rank 0 may meet, the special before the general; all ranks raise the same."""
 SMALL_FILE = 2_000
 """Bytes of a tensor's file beyond the tensor itself, rounded up."""

@@ -18,7 +18,7 @@ from outlast.files import write_atomically
 
 from .submission import Submission
 
-MANIFEST = "sweep.json"
+SWEEP_MANIFEST = "sweep.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Cell:
 
 
 @dataclass(kw_only=True)
-class Manifest:
+class SweepManifest:
     """The contents of `sweep.json`."""
 
     name: str
@@ -46,19 +46,19 @@ class Manifest:
     submissions: list[Submission] = field(default_factory=list)
 
     def write(self, sweep: Path) -> None:
-        write_atomically(sweep / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+        write_atomically(sweep / SWEEP_MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def read_manifest(sweep: Path) -> Manifest:
+def read_sweep_manifest(sweep: Path) -> SweepManifest:
     """The manifest of the sweep in `sweep`.
 
     Raises:
         OutlastError: it is missing or damaged.
     """
     try:
-        values: dict[str, Any] = json.loads((sweep / MANIFEST).read_text())
+        values: dict[str, Any] = json.loads((sweep / SWEEP_MANIFEST).read_text())
         cells = [Cell(**cell) for cell in values.pop("cells")]
         submissions = [Submission(**submission) for submission in values.pop("submissions")]
-        return Manifest(**values, cells=cells, submissions=submissions)
+        return SweepManifest(**values, cells=cells, submissions=submissions)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutlastError(f"{sweep / MANIFEST} can't be read: {error}") from None
+        raise OutlastError(f"{sweep / SWEEP_MANIFEST} can't be read: {error}") from None

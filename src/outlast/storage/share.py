@@ -14,7 +14,7 @@ from outlast.files import bytes_used
 from outlast.rundir.attempts import finished
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
-from outlast.rundir.sweep import MANIFEST, read_manifest
+from outlast.rundir.sweep import SWEEP_MANIFEST, read_sweep_manifest
 
 
 class Share:
@@ -32,10 +32,10 @@ class Share:
     def __call__(self) -> int:
         total = self._storage.sweep_budget_bytes
         sweep = self._run.path.parent
-        if total is None or not (sweep / MANIFEST).is_file():
+        if total is None or not (sweep / SWEEP_MANIFEST).is_file():
             return self._storage.budget_bytes
         try:
-            names = [cell.directory for cell in read_manifest(sweep).cells]
+            names = [cell.directory for cell in read_sweep_manifest(sweep).cells]
         except OutlastError:  # a shared file system that does not answer just now
             return 0 if self._last is None else self._last
         for name in names:
