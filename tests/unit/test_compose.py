@@ -54,8 +54,8 @@ def test_composing_twice_gives_the_same_and_leaves_nothing(tmp_path: Path, monke
 @pytest.mark.parametrize("text", ["experiment=demo", "+experiment=demo", "experiment=[demo]"])
 def test_an_experiment_is_a_whole_run(text: str) -> None:
     config = compose([text])
-    assert (config.run.name, config.checkpoint.steps, config.trainer["max_steps"]) == ("demo", 30, 90)
-    assert config.trainer["eval_steps"] == 30
+    assert (config.run.name, config.checkpoint.steps, config.trainer["max_steps"]) == ("demo", 20, 60)
+    assert config.trainer["eval_steps"] == 20
     assert compose([text, "trainer.max_steps=7", "job=sft"]).trainer["max_steps"] == 7
 
 
