@@ -40,7 +40,7 @@ def test_the_plan_shows_what_the_trainer_will_fill_in() -> None:
     assert (shown["train_micro_batch_size_per_gpu"], shown["gradient_accumulation_steps"]) == (4, 3)
     assert (shown["gradient_clipping"], shown["prescale_gradients"]) == (1.0, True)
     assert shown["bf16"] == {"enabled": "auto"}, "by default whatever the machine has"
-    assert sft.training(found) == {"micro_batch": 4, "accumulation": 3, "deepspeed": shown}
+    assert sft.training(found) == {"micro_batch": 4, "accumulation": 3, "hazards": [], "deepspeed": shown}
 
 
 def test_what_is_given_is_merged_into_it() -> None:
