@@ -12,6 +12,7 @@ import atexit
 import concurrent.futures.thread
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import importlib.util
@@ -44,6 +45,7 @@ def main(path: str) -> None:
         if name != "deepspeed" or importlib.util.find_spec(name):
             importlib.import_module(name)
     subprocess.Popen._execute_child = _start_child  # type: ignore[attr-defined]
+    _warm_up()
     gc.collect()
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -58,6 +60,18 @@ def main(path: str) -> None:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 _serve(connection)
             connection.close()
+
+
+def _warm_up() -> None:
+    """Compute what each process would compute for itself: what transformers knows of models, and the embedded data."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from outlast.jobs.training import python_docs
+
+    get_checkpoint_conversion_mapping("")
+    found = functools.cache(lambda root, read=python_docs._docstrings: tuple(read(root)))
+    python_docs._docstrings = found  # type: ignore[assignment]
+    python_docs.pairs(1)
 
 
 def _serve(connection: socket.socket) -> NoReturn:

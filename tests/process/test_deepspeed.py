@@ -33,7 +33,7 @@ SFT = [
     "trainer.max_length=64",
     "trainer.gradient_accumulation_steps=2",
     "trainer.per_device_train_batch_size=2",
-    "trainer.max_steps=100",
+    "trainer.max_steps=60",
     "trainer.learning_rate=0.02",
 ]
 WITHOUT_EVALUATION = ["trainer.eval_strategy=no", "trainer.load_best_model_at_end=false"]
@@ -46,7 +46,7 @@ def newest(run: RunProbe) -> Path:
 
 @pytest.mark.parametrize(("kind", "peft"), [("zero2", "lora"), ("zero3_offload", "none")])
 def test_preempted_in_mid_step_it_equals_the_run_left_alone(outlast: Start, probe: Probe, kind: str, peft: str) -> None:
-    arguments = [*SFT, *WITHOUT_EVALUATION, TWO, f"parallel={kind}", f"peft={peft}", "checkpoint.every=30"]
+    arguments = [*SFT, *WITHOUT_EVALUATION, TWO, f"parallel={kind}", f"peft={peft}", "checkpoint.every=20"]
     arguments += ["peft.dropout=0.1"] if peft == "lora" else []
     twin = outlast("train", *arguments, "run.name=twin")
     command, run = outlast("train", *arguments, "run.name=r"), probe("r")
@@ -126,7 +126,7 @@ def test_a_rank_that_cannot_write_its_shard_hangs_nobody(outlast: Start, probe: 
 
 
 def test_one_rank(outlast: Start, probe: Probe) -> None:
-    arguments = [*SFT, *WITHOUT_EVALUATION, "parallel=zero1", "peft=lora", "trainer.max_steps=400"]
+    arguments = [*SFT, *WITHOUT_EVALUATION, "parallel=zero1", "peft=lora"]
     command, run = outlast("train", *arguments, "run.name=r", forked=False), probe("r")
     run.reach(4)
     command.signal(signal.SIGUSR1)
