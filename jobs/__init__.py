@@ -1,4 +1,4 @@
-"""Where the accelerators are: one readable file per kind of job.
+"""This room holds what runs on the accelerators: one readable file per kind of job.
 
 A job is a module of this room, `jobs/<name>.py`, that has five functions; `job=<name>` picks it. Two more places know
 it: `conf/job/<name>.yaml` has its `job.name` and the defaults of its `trainer` section, and the type of `job.name` in

@@ -1,4 +1,4 @@
-"""`job=sft`: supervised fine-tuning with TRL's SFTTrainer and PEFT.
+"""Fine-tunes a language model under supervision (`job=sft`), with TRL's SFTTrainer and PEFT.
 
 What is prepared once for all attempts stands in `prepared/` of the run directory: the model built by `model=tiny`, and
 the tokenized, packed data. A resumed attempt reads it and tokenizes nothing.
@@ -37,7 +37,7 @@ def _check_gpus(config: Config) -> None:
 
 
 def footprint(config: Config) -> "Footprint":
-    """What the run will write, in bytes, estimated without training libraries' models being allocated.
+    """Estimate the bytes that the run will write; no model is allocated.
 
     Raises:
         Exception: the model's configuration or tokenizer can't be read.
@@ -48,7 +48,7 @@ def footprint(config: Config) -> "Footprint":
 
 
 def training(config: Config) -> dict[str, Any]:
-    """What the plan says of the training: rows a forward pass, accumulation, and DeepSpeed's whole configuration."""
+    """Describe the training for the plan: rows of a forward pass, accumulation, DeepSpeed's configuration, hazards."""
     trainer = trainer_arguments.with_defaults(config)
     values = {
         "micro_batch": trainer["per_device_train_batch_size"],
@@ -59,14 +59,14 @@ def training(config: Config) -> dict[str, Any]:
 
 
 def changes(config: Config) -> list[tuple[str, Config]]:
-    """What could be changed so that less is written: as it would be typed, and the configuration with it."""
+    """List what would make the run write less: each change as it would be typed, and the configuration with it."""
     from .estimate import footprint
 
     return footprint.changes(config)
 
 
 def main(run: "Run", config: Config) -> None:
-    """Train, from where the run stands, to its end; all ranks."""
+    """Train, from where the run stands, to its end; every rank calls it."""
     from trl import SFTTrainer
 
     extra = deepspeed.prepare(config) if config.parallel.zero_stage else {}
@@ -102,7 +102,7 @@ def main(run: "Run", config: Config) -> None:
 
 
 def _first(run: "Run", load: Any) -> Any:
-    """What rank 0 finds decides for all: a rank that came later must not find what rank 0 has just written."""
+    """Load on every rank if rank 0 finds something: a late rank must not find what rank 0 has written since."""
     found = load() if run.rank == 0 else None
     if not run.collectives.from_rank_0(found is not None):
         return None

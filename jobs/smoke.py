@@ -1,4 +1,4 @@
-"""`job=smoke`: a training loop of one's own, on accelerate, with the same life cycle as `job=sft`.
+"""Runs a hand-written accelerate loop (`job=smoke`) with the same life cycle as `job=sft`.
 
 A small regression with dropout, so that a resume which is not exact shows in the weights. It starts in about three
 seconds and stands in for a real job in tests and drills; `trainer.step_s` makes its steps as long as you like.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SmokeTrainer(Section):
-    """What `trainer.*` may be for this job."""
+    """The keys that `trainer.*` may have for this job."""
 
     max_steps: int = 200
     per_device_train_batch_size: int = 8
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
 
 
 def footprint(config: Config) -> "Footprint":
-    """What the run will write, in bytes: what `accelerator.save_state` and `save_model` make of a model this small."""
+    """Estimate the bytes that `accelerator.save_state` and `save_model` write of a model this small."""
     from outlast.storage.budget import Footprint
 
     settings = section("trainer", SmokeTrainer, config.trainer)
@@ -54,7 +54,7 @@ def footprint(config: Config) -> "Footprint":
 
 
 def training(config: Config) -> dict[str, Any]:
-    """What the plan says of the training: rows a forward pass, and accumulation."""
+    """Describe the training for the plan: rows of a forward pass, and accumulation."""
     settings = section("trainer", SmokeTrainer, config.trainer)
     return {
         "micro_batch": settings.per_device_train_batch_size,
@@ -63,12 +63,12 @@ def training(config: Config) -> dict[str, Any]:
 
 
 def changes(config: Config) -> list[tuple[str, Config]]:
-    """What could be changed so that less is written: nothing that matters."""
+    """List what would make the run write less: nothing that matters."""
     return []
 
 
 def main(run: "Run", config: Config) -> None:
-    """Train, from where the run stands, to its end; all ranks."""
+    """Train, from where the run stands, to its end; every rank calls it."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -122,7 +122,7 @@ def main(run: "Run", config: Config) -> None:
 
 
 def _batch(index: int, run: "Run", settings: SmokeTrainer) -> list[int]:
-    """Rows of micro-batch `index` for this rank: a function of the step alone, so that resuming needs no data state.
+    """Return this rank's rows of micro-batch `index`: they follow from the step, so no data state is saved.
 
     The global batch is cut in order, so the rows of a step are the same for any number of ranks.
     """

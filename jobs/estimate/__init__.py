@@ -1,1 +1,1 @@
-"""How many bytes a run will write."""
+"""Estimates how many bytes a run will write."""

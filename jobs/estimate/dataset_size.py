@@ -1,4 +1,4 @@
-"""How much data a run has, estimated before anything is tokenized: rows, tokens, optimizer steps."""
+"""Estimates how much data a run has, before anything is tokenized: rows, tokens, optimizer steps."""
 
 import json
 import math
@@ -14,27 +14,27 @@ from outlast.config.model import TinyModel
 PAIR_BYTES = 345
 """Mean size of a pair of `data=python_docs` (measured: 341, over 3000 of them)."""
 BYTES_PER_TOKEN = 3.0
-"""Of a pretrained tokenizer that can't be asked; English text has 4 to 5, code 3."""
+"""Taken for a pretrained tokenizer that can't be asked; English text has 4 to 5 bytes per token, code 3."""
 PER_ROW = 8
-"""Tokens that a template adds to a row, about."""
+"""About as many tokens are added to a row by a template."""
 SAMPLE = 200
 """Rows that are tokenized to see how many tokens a byte makes."""
 BYTES_OF_TOKEN = 12
-"""What a prepared token takes: 4 bytes of input and 8 of label (the Arrow types that TRL 1.16 makes)."""
+"""Bytes of a prepared token: 4 bytes of input and 8 of label (the Arrow types that TRL 1.16 makes)."""
 BYTES_OF_ROW = 16
-"""What a prepared row takes beside: offsets of its lists, lengths of the sequences in it."""
+"""Bytes of a prepared row beside its tokens: offsets of its lists, lengths of the sequences in it."""
 
 
 @dataclass(frozen=True)
 class DatasetSize:
-    """Of training and evaluation data together."""
+    """The size of the training and evaluation data together."""
 
     rows: int
     tokens: int
 
 
 def estimate(config: Config, tokenizer: Any = None) -> DatasetSize | None:
-    """Rows and tokens of the data, or None if they can't be known: a dataset that is on the hub.
+    """Estimate the rows and tokens of the data; None for a dataset on the hub, which can't be known.
 
     Args:
         tokenizer: of a pretrained model; the first rows of a file are tokenized with it.
@@ -63,13 +63,13 @@ def estimate(config: Config, tokenizer: Any = None) -> DatasetSize | None:
 
 
 def prepared_bytes(config: Config, found: DatasetSize) -> int:
-    """What the tokenized data takes in `prepared/`."""
+    """Return the bytes that the tokenized data takes in `prepared/`."""
     rows = math.ceil(found.tokens / _length(config)) if config.trainer.get("packing") else found.rows
     return found.tokens * BYTES_OF_TOKEN + (found.rows + rows) * BYTES_OF_ROW + 3_000
 
 
 def optimizer_steps(config: Config, found: DatasetSize | None) -> int | None:
-    """Optimizer steps of the whole run, or None if they can't be known."""
+    """Return the optimizer steps of the whole run, or None if they can't be known."""
     trainer = config.trainer
     if (most := trainer.get("max_steps", -1)) > 0:
         return int(most)
@@ -99,7 +99,7 @@ def _head(path: Path) -> list[str]:
 
 
 def _texts(lines: list[str]) -> list[str]:
-    """The strings that are trained on; `data.check` has seen that the lines can be read."""
+    """Return the strings that are trained on; `data.check` has seen that the lines can be read."""
     texts: list[str] = []
     for row in map(json.loads, lines):
         messages = row.get("messages") or []

@@ -1,4 +1,4 @@
-"""Sizes of the files of a checkpoint, without making them and without the memory for what they hold.
+"""Computes the sizes of a checkpoint's files, without making them and without the memory for what they hold.
 
 Nothing here knows how an optimizer lays out its state. The libraries' own code runs, on fake tensors (a shape and a
 type, no memory), and what it would write is counted. Formulas are left where that is impossible: optimizers that only
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 DEEPSPEED_SCRIPTS = 41_100
 """`zero_to_fp32.py` and `zero_to_torch.py`, which DeepSpeed 0.19 copies into each checkpoint, and `latest`."""
 DEEPSPEED_HEADER = 2_000
-"""Its configuration and counters, in each of its files."""
+"""Bytes of DeepSpeed's configuration and counters, in each of its files."""
 
 BLOCK, SMALLEST_8BIT = 256, 4096
 STATES_8BIT = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}
 
 
 class _Counter:
-    """A file that keeps its length alone."""
+    """A file that keeps nothing but its length."""
 
     def __init__(self) -> None:
         self.size = self._position = 0
@@ -58,14 +58,14 @@ class _Counter:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What libraries have to say about each other while a plan is made is not for the user."""
+    """Hide from the user the libraries' warnings about each other while a plan is made."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def torch_file(value: Any) -> int:
-    """Size of the file that `torch.save(value, file)` makes; `value` may hold fake tensors.
+    """Return the size of the file that `torch.save(value, file)` makes; `value` may hold fake tensors.
 
     About 8 bytes per tensor too much: a fake tensor's device is pickled anew each time.
     """
@@ -79,7 +79,7 @@ def torch_file(value: Any) -> int:
 
 
 def safetensors_file(tensors: "Mapping[str, torch.Tensor]") -> int:
-    """Size of a safetensors file: 8 bytes, a JSON header padded to 8, the data.
+    """Return the size of a safetensors file: 8 bytes, a JSON header padded to 8, the data.
 
     Source: the format's definition in the README of huggingface/safetensors; `checkpoint/writer.py` writes it.
     """
@@ -96,7 +96,7 @@ def safetensors_file(tensors: "Mapping[str, torch.Tensor]") -> int:
 
 
 def written(*writes: Callable[[Path], Any]) -> int:
-    """Bytes of the small files that are really written, into a directory that is gone afterwards."""
+    """Write small files into a temporary directory, and return their bytes."""
     with tempfile.TemporaryDirectory(prefix="outlast-plan-") as directory, quiet():
         for write in writes:
             write(Path(directory))
@@ -104,7 +104,10 @@ def written(*writes: Callable[[Path], Any]) -> int:
 
 
 def random_states(gpus: int) -> int:
-    """One rank's `rng_state*.pth`: Python, NumPy, torch on the CPU, and 16 bytes for each GPU that the rank sees."""
+    """Return the size of one rank's `rng_state*.pth`.
+
+    It holds Python's state, NumPy's, torch's on the CPU, and 16 bytes for each GPU that the rank sees.
+    """
     import numpy as np
     import torch
 
@@ -119,7 +122,7 @@ def random_states(gpus: int) -> int:
 
 
 def stepped(groups: "Groups", cls: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a torch optimizer that has made a step, in fake tensors: its `state_dict()`.
+    """Return, in fake tensors, the `state_dict()` of a torch optimizer that has made a step.
 
     Raises:
         Exception: whatever it raises if it can't step without a GPU.
@@ -137,7 +140,7 @@ def stepped(groups: "Groups", cls: Any, arguments: Mapping[str, Any]) -> dict[st
 
 
 def optimizer_8bit(name: str, groups: "Groups") -> int:
-    """Bytes of an 8-bit state of bitsandbytes, which steps on a GPU alone.
+    """Return the bytes of an 8-bit state of bitsandbytes, which steps on a GPU alone.
 
     For each state one byte per element and a 4-byte constant per block of 256; parameters of fewer than 4096 elements
     keep 4 bytes per element. Source: `Optimizer2State.init_state` of bitsandbytes 0.50; not measured here. The Trainer
@@ -160,7 +163,7 @@ def zero_files(
     stage: int,
     ranks: int,
 ) -> tuple[int, int]:
-    """Bytes that DeepSpeed writes with ZeRO, over all ranks: (optimizer, its own copy of the weights).
+    """Return the bytes that DeepSpeed writes with ZeRO, over all ranks: (optimizer, its own copy of the weights).
 
     Each rank keeps a shard of what is trained: a 32-bit master copy, and the optimizer's state of it in 32 bits, flat,
     whatever type the weights have. With stages 1 and 2 each group is flattened and cut into equal parts of an even
@@ -199,7 +202,7 @@ def zero_files(
 
 
 def numel(shape: tuple[int, ...]) -> int:
-    """Elements of a tensor."""
+    """Return the number of elements of a tensor."""
     count = 1
     for size in shape:
         count *= size

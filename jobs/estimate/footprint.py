@@ -1,4 +1,4 @@
-"""The bytes that a run of a Hugging Face Trainer will write, estimated before anything runs.
+"""Estimates, before anything runs, the bytes that a run of a Hugging Face Trainer will write.
 
 The model is built on the meta device, its adapters applied by PEFT there: parameters are counted exactly, in no memory.
 What is made of them stands in `file_sizes.py`; `benchmarks/footprint.py` compares the estimate with real bytes.
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     import torch
 
 LOG_ENTRY, EVAL_ENTRY, STATE = 340, 420, 900
-"""An entry of `trainer_state.json` for a logged step and for an evaluation, and the rest of it (TRL 1.16)."""
+"""Bytes of an entry of `trainer_state.json` for a logged step and for an evaluation, and of its rest (TRL 1.16)."""
 MANIFEST, MANIFEST_FILE = 900, 130
-"""A manifest, and an entry in it."""
+"""Bytes of a manifest without entries, and of an entry."""
 DEEPSPEED_ARGUMENTS = 1_100
-"""What its configuration adds to `training_args.bin`."""
+"""Bytes that DeepSpeed's configuration adds to `training_args.bin`."""
 SHARD = 50_000_000_000
 """Above this, transformers cuts weights into several files (`save_pretrained`, `max_shard_size`)."""
 LINE, RECORDS = 300, 131_072
-"""A line of a log or of the ledger, and the records of a run beside these, with a log's first lines."""
+"""Bytes of a line of a log or of the ledger, and of all other records of a run."""
 TOKENIZER_TOKEN = 72
 """Bytes of `tokenizer.json` per token of `model=tiny`, above the first 300 (measured: 62 to 72, growing)."""
 
 
 def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
-    """Bytes by part of a run of `job=sft` whose configuration has been checked.
+    """Estimate the bytes of a run of `job=sft`, part by part; its configuration has been checked.
 
     Args:
         zero_stage: of DeepSpeed's ZeRO, 0 without DeepSpeed; left out, it is that of `parallel`. With stage 3 the
@@ -91,7 +91,7 @@ def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
 
 
 def changes(config: Config) -> list[tuple[str, Config]]:
-    """What could be changed so that less is written, as it would be typed, the least intrusive first."""
+    """List what would make the run write less, as it would be typed, the least intrusive change first."""
     found: list[tuple[str, Config]] = []
     optimizer = config.trainer.get("optim", "adamw_torch_fused")
     if isinstance(config.model, PretrainedModel) and config.model.dtype in ("auto", "float32"):
@@ -114,7 +114,7 @@ def changes(config: Config) -> list[tuple[str, Config]]:
 
 @dataclass(frozen=True)
 class _Key:
-    """What weights and optimizer depend on: the cells of a sweep often share it."""
+    """The values that weights and optimizer depend on; the cells of a sweep often share them."""
 
     text: str
     config: Config = field(compare=False)
@@ -130,7 +130,7 @@ def _key(config: Config) -> _Key:
 def _learned(
     key: _Key, zero_stage: int, half: "torch.dtype | None", ranks: int
 ) -> tuple[int, int, int, tuple[str, ...]]:
-    """Bytes of the weights as saved, of the optimizer's state, of DeepSpeed's copy; and notes."""
+    """Return the bytes of the saved weights, of the optimizer's state, of DeepSpeed's copy; and notes."""
     found = parameters.collect(key.config, zero_stage, half)
     size = file_sizes.safetensors_file(found.saved)
     if size > SHARD:
@@ -155,7 +155,7 @@ def _learned(
 
 
 def _half(config: Config) -> "torch.dtype | None":
-    """The type that DeepSpeed gives the module: that of mixed precision, or none."""
+    """Return the type that DeepSpeed gives the module: that of mixed precision, or none."""
     import torch
 
     trainer = config.trainer
@@ -169,7 +169,7 @@ def _half(config: Config) -> "torch.dtype | None":
 
 
 def _arguments(config: Config) -> Any:
-    """The Trainer's arguments, made without a GPU and without a process group."""
+    """Make the Trainer's arguments without a GPU and without a process group."""
     import torch
     from trl import SFTConfig
 
@@ -194,7 +194,7 @@ def _schedule_bytes(args: Any) -> int:
 
 
 def _entries(config: Config, total: int | None) -> tuple[int, int]:
-    """Log lines and evaluations of the whole run."""
+    """Return how many log lines and evaluations the whole run makes."""
     trainer, steps = config.trainer, total or 10_000
     every = trainer.get("logging_steps", 10)
     logged = steps / every if every >= 1 else 1 / every
@@ -209,7 +209,7 @@ def _entries(config: Config, total: int | None) -> tuple[int, int]:
 
 @lru_cache(maxsize=4)
 def _tokenizer(path: str, trust: bool) -> tuple[Any, int]:
-    """Of a pretrained model, and its bytes."""
+    """Load the tokenizer of a pretrained model; return it and its bytes."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
@@ -217,7 +217,7 @@ def _tokenizer(path: str, trust: bool) -> tuple[Any, int]:
 
 
 def _tiny_tokenizer_bytes(config: Config, run: RunDirectory) -> int:
-    """Of the tokenizer of a tiny model, which may not exist yet."""
+    """Return the bytes of a tiny model's tokenizer, which may not exist yet."""
     made = run.prepared / "model" / "tokenizer.json"
     if made.is_file():
         return made.stat().st_size + 700
@@ -227,7 +227,7 @@ def _tiny_tokenizer_bytes(config: Config, run: RunDirectory) -> int:
 
 @lru_cache(maxsize=16)
 def _describing_bytes(key: _Key) -> int:
-    """Configuration and generation configuration of the model, or configuration and card of the adapter."""
+    """Return the bytes of what describes the model (its two configurations), or the adapter (configuration, card)."""
     from peft import get_peft_model
 
     model, adapter = parameters.base_model(key.config), models.peft_config(key.config)
@@ -246,7 +246,7 @@ def _tiny_bytes(config: Config) -> int:
 
 @contextmanager
 def _no_logging() -> Iterator[None]:
-    """Nothing that libraries log while a plan is made."""
+    """Drop what libraries log while a plan is made."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What a run trains and saves, as tensors on the meta device: names, shapes and types, and no memory.
+"""Collects what a run trains and saves, as meta tensors: they have names, shapes and types, and take no memory.
 
 The model's own code and PEFT's make them, so that they are counted exactly, tied weights once.
 """
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is trained and what is saved, in meta tensors."""
+    """The tensors that are trained and those that are saved, on the meta device."""
 
     model: Any
     saved: "dict[str, torch.Tensor]"
-    """As the finished model has them, by name."""
+    """The tensors that are saved, by the name that the finished model has for them."""
     groups: "Groups"
-    """Of the trainable parameters, as the Trainer groups them: with weight decay, and without."""
+    """The trainable parameters, as the Trainer groups them: with weight decay, and without."""
     embeddings: int
-    """Elements of trainable embeddings."""
+    """The number of elements of trainable embeddings."""
     module: "dict[str, torch.Tensor]"
-    """What DeepSpeed writes of the weights: the state as the module has it, without what is frozen."""
+    """The tensors of which DeepSpeed writes a copy: the module's state without what is frozen."""
 
 
 def collect(config: Config, zero_stage: int, half: "torch.dtype | None") -> Parameters:
-    """What the run trains and saves.
+    """Collect what the run trains and saves.
 
     Args:
         zero_stage: of DeepSpeed's ZeRO; 0 without DeepSpeed.
@@ -71,13 +71,13 @@ def collect(config: Config, zero_stage: int, half: "torch.dtype | None") -> Para
 
 
 def _untied(state: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    """Each tensor once: a tied weight is saved under its first name."""
+    """Return each tensor once: a tied weight is saved under its first name."""
     seen: set[int] = set()
     return {name: t for name, t in state.items() if not (id(t) in seen or seen.add(id(t)))}  # type: ignore[func-returns-value]
 
 
 def base_model(config: Config) -> Any:
-    """The model without its adapter, without memory."""
+    """Build the model on the meta device, without its adapter."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -89,7 +89,7 @@ def base_model(config: Config) -> Any:
 
 
 def _model_config(config: Config) -> Any:
-    """The model's configuration, with the type that its weights will have."""
+    """Return the model's configuration, with the type that its weights will have."""
     from transformers import AutoConfig
 
     match config.model:
@@ -105,7 +105,7 @@ def _model_config(config: Config) -> Any:
 
 
 def _first_dtype(directory: Path) -> str:
-    """What transformers takes for `dtype: auto` where the configuration names none: the first weight's."""
+    """Return what `dtype: auto` means where the model's configuration names no type: that of the first weight."""
     from safetensors import safe_open
 
     for path in sorted(directory.glob("*.safetensors"))[:1]:

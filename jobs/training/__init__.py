@@ -1,1 +1,1 @@
-"""What the kinds of job share: models, data, trainer arguments, DeepSpeed."""
+"""Holds what the kinds of job share: models, data, trainer arguments, DeepSpeed."""

@@ -1,4 +1,4 @@
-"""The data of a run as raw `datasets.Dataset`s, checked before anything trains on them.
+"""Reads the data of a run as raw `datasets.Dataset`s, and checks it before anything trains on it.
 
 A row has one of three forms, the same in all rows; other keys are dropped:
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CHECKED_LINES = 1000
-"""Lines of each file that a plan reads."""
+"""A plan reads as many lines of each file."""
 
 
 def check(config: Config) -> None:
-    """Refuse data that can be seen to be wrong without training libraries: what a plan does on the login node.
+    """Refuse data that can be seen to be wrong without training libraries, as a plan does on the login node.
 
     Raises:
         ConfigError: it names the file, the line, what is wrong and what is valid.
@@ -44,7 +44,7 @@ def check(config: Config) -> None:
 
 
 def load(config: Config) -> "tuple[Dataset, Dataset | None]":
-    """The raw training data, and the evaluation data if the configuration has any.
+    """Load the raw training data, and the evaluation data if the configuration has any.
 
     Raises:
         ConfigError: a file, a line or a column that is refused.
@@ -62,7 +62,7 @@ def load(config: Config) -> "tuple[Dataset, Dataset | None]":
 
 
 def texts(dataset: "Dataset") -> Iterator[str]:
-    """Every string of a raw dataset, in order: what a tokenizer is trained on."""
+    """Yield every string of a raw dataset, in order, to train a tokenizer on."""
     for row in dataset:
         for value in row.values():
             if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, derived from the run's; and what its ranks need before anything else is set up.
+"""Derives DeepSpeed's configuration from the run's, and prepares a rank for DeepSpeed.
 
 What other keys of the configuration say is not said again: batch sizes, clipping and precision come from `trainer`, the
 stage from `parallel=`. `parallel.deepspeed.*` adds to that, and may not contradict it.
@@ -26,7 +26,7 @@ SHARED_MEMORY = "deepspeed_shm_comm"
 """A C++ extension for inference on CPUs."""
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 UNNAMED = {"comet", "comms_logger", "compile", "csv_monitor", "flops_profiler", "sparse_gradients", "timers", "wandb"}
-"""Keys for which DeepSpeed has no constant."""
+"""Keys of DeepSpeed's configuration for which it has no constant."""
 SHAPE = "outlast spreads a run over ranks in one way only: data parallel"
 RESERVED = {
     "optimizer": "use trainer.optim, trainer.learning_rate, trainer.weight_decay",
@@ -42,7 +42,7 @@ RESERVED = {
 
 
 def check(config: Config) -> None:
-    """Refuse, before anything is submitted, what DeepSpeed would not take or what is said elsewhere (ConfigError)."""
+    """Refuse, before anything is submitted, what DeepSpeed would not take or other keys contradict (ConfigError)."""
     parallel = config.parallel
     if not isinstance(parallel, Zero):
         return
@@ -61,7 +61,7 @@ def check(config: Config) -> None:
 
 
 def configuration(config: Config) -> dict[str, Any]:
-    """What DeepSpeed gets. The Trainer fills in "auto" from its arguments.
+    """Return the configuration that DeepSpeed gets. The Trainer fills in "auto" from its arguments.
 
     DeepSpeed's own Adam for CPUs, which it would demand for offloading, is another extension to compile, and would
     ignore `trainer.optim`: it is off unless `parallel.deepspeed.zero_force_ds_cpu_optimizer=true`.
@@ -91,7 +91,7 @@ def configuration(config: Config) -> dict[str, Any]:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """The same with what the Trainer will fill in, as far as the run's configuration says it: for the plan."""
+    """Return, for the plan, the same with what the Trainer will fill in, as far as the run's configuration says it."""
     parallel, found = config.parallel, configuration(config)
     assert isinstance(parallel, Zero)
     for key, _, value in _said(config, parallel):
@@ -102,7 +102,7 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def prepare(config: Config) -> dict[str, Any]:
-    """Set up the process group for DeepSpeed, on this machine; all ranks, before anything else asks for one.
+    """Set up the process group for DeepSpeed. Every rank calls it, before anything else asks for a group.
 
     Returns:
         Arguments of `SFTConfig`.
@@ -141,7 +141,7 @@ def _check_precision(config: Config) -> None:
 
 
 def _said(config: Config, parallel: Zero) -> Iterator[tuple[str, str, Any]]:
-    """What DeepSpeed's configuration would say again: its key, the key that decides, and the value."""
+    """Yield what DeepSpeed's configuration would repeat: its key, the key that decides, and the value."""
     trainer = trainer_arguments.with_defaults(config)
     micro, steps = trainer["per_device_train_batch_size"], trainer["gradient_accumulation_steps"]
     yield "train_micro_batch_size_per_gpu", "trainer.per_device_train_batch_size", micro
@@ -174,7 +174,7 @@ def _check_said_twice(config: Config, parallel: Zero) -> None:
 
 
 def _check_by_deepspeed(parallel: Zero) -> None:
-    """DeepSpeed ignores a key that it does not know, or fails when the ranks are up."""
+    """Check the keys here, as DeepSpeed ignores one that it does not know, or fails when the ranks are up."""
     from pydantic import ValidationError
 
     with redirect_stdout(StringIO()):  # it logs there, and a plan is printed there
@@ -209,7 +209,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _place(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
-    """The section that a dotted key is in, and its name there."""
+    """Return the section that a dotted key is in, and its name there."""
     *path, last = dotted.split(".")
     for key in path:
         tree = tree.get(key, {})
@@ -217,7 +217,7 @@ def _place(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
 
 
 def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """`more` over `base`, section by section."""
+    """Merge `more` over `base`, section by section."""
     merged = dict(base)
     for key, value in more.items():
         inner = base.get(key)

@@ -1,4 +1,4 @@
-"""JSON Lines files, read line by line: what is refused is named by file, line number and reason."""
+"""Reads JSON Lines files line by line; a refusal names the file, the line's number and the reason."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ VALID = (
 
 
 def rows(key: str, path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one file, each reduced to the keys of its form.
+    """Yield the rows of one file, each reduced to the keys of its form.
 
     UTF-8, with or without a byte order mark; blank lines are skipped.
 
@@ -46,7 +46,7 @@ def rows(key: str, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], str]:
-    """The row of one line, and what is wrong with it (nothing: an empty string)."""
+    """Return the row of one line, and what is wrong with it (nothing: an empty string)."""
     try:
         row = json.loads(line.decode("utf-8").strip())
         if rb"\u" in line:
@@ -88,7 +88,7 @@ def _chat_problem(messages: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in JSON's own words."""
+    """Say what a JSON value is, in JSON's own words."""
     if isinstance(value, bool) or value is None:
         return "null" if value is None else "a boolean"
     names = {int: "a number", float: "a number", str: "a string", dict: "an object"}
@@ -96,7 +96,7 @@ def _kind(value: Any) -> str:
 
 
 def form_of(keys: Iterable[str]) -> tuple[str, ...]:
-    """The form that these keys (of a row) or columns (of a dataset) have; empty if none."""
+    """Return the form that these keys (of a row) or columns (of a dataset) have; empty if none."""
     present = set(keys)
     return next((form for form in FORMS if present.issuperset(form)), ())
 

@@ -1,4 +1,4 @@
-"""The model and the tokenizer of a run: a tiny one made here, or a pretrained one."""
+"""Makes or loads the model and the tokenizer of a run: a tiny one made here, or a pretrained one."""
 
 import os
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def prepare_tiny(config: Config, texts: Iterable[str], directory: Path) -> None:
-    """Write the model and the tokenizer of `model=tiny` into `directory` (a staged one, to be whole).
+    """Write the model and the tokenizer of `model=tiny` into `directory` (a staged one, so that it is published whole).
 
     The same configuration and texts give the same bytes. The model's vocabulary is `model.vocab_size`, so that its
     size in bytes follows from the configuration; the tokenizer's is smaller where the texts are few.
@@ -49,7 +49,7 @@ def prepare_tiny(config: Config, texts: Iterable[str], directory: Path) -> None:
 
 
 def tiny_config(tiny: TinyModel, **tokens: int | None) -> Any:
-    """The `LlamaConfig` of `model=tiny`.
+    """Return the `LlamaConfig` of `model=tiny`.
 
     Args:
         tokens: ids of special tokens; what they are changes no size.
@@ -73,7 +73,7 @@ def tiny_config(tiny: TinyModel, **tokens: int | None) -> Any:
 
 
 def _train_tokenizer(texts: Iterable[str], tiny: TinyModel) -> Any:
-    """A byte-level BPE tokenizer: no text is unknown to it."""
+    """Train a byte-level BPE tokenizer, to which no text is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -99,7 +99,7 @@ def _train_tokenizer(texts: Iterable[str], tiny: TinyModel) -> Any:
 
 
 def load(config: Config, directory: Path) -> tuple[Any, Any]:
-    """The model, on the CPU, and its tokenizer, which has a pad token.
+    """Load the model, on the CPU, and its tokenizer, which has a pad token.
 
     Args:
         directory: where `prepare_tiny` made the tiny model; not looked at for a pretrained one.
@@ -137,7 +137,7 @@ def check(config: Config) -> None:
 
 
 def _check_path(path: str) -> None:
-    """Refuse what is meant as a directory and is none; anything else may be a name on the hub."""
+    """Refuse a path that looks like a directory and is none; anything else may be a name on the hub."""
     if not path.startswith(("/", "./", "../", "~")) and path.count("/") < 2:
         return
     directory = Path(path).expanduser()
@@ -156,7 +156,7 @@ def _reason(error: Exception) -> str:
 
 
 def peft_config(config: Config) -> "LoraConfig | None":
-    """The adapter to train, or None for full fine-tuning."""
+    """Return the adapter to train, or None for full fine-tuning."""
     if not isinstance(config.peft, Lora):
         return None
     from peft import LoraConfig

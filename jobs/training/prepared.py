@@ -1,4 +1,4 @@
-"""What is prepared once and read by every later attempt: the tokenized and packed datasets of an `SFTTrainer`.
+"""Keeps the tokenized and packed datasets of an `SFTTrainer`, which every later attempt reads.
 
 A directory is published by one rename of a staging directory whose files are flushed, so it is complete or absent.
 The trainer of a later attempt is built from what is read here and must not prepare it again (see :func:`reuse`);
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMNS = ("input_ids", "labels", "seq_lengths")
-"""What TRL's collator reads of a prepared row; the raw text is left behind."""
+"""The columns of a prepared row that TRL's collator reads; the raw text is left behind."""
 
 
 def save(directory: Path, train: "Dataset", evaluation: "Dataset | None") -> None:
-    """Keep the prepared datasets of a trainer: `trainer.train_dataset` and `trainer.eval_dataset`. Rank 0 alone."""
+    """Keep a trainer's prepared datasets, `trainer.train_dataset` and `trainer.eval_dataset`; rank 0 alone calls it."""
     splits = {"train": train} | ({} if evaluation is None else {"eval": evaluation})
     with staged_directory(directory) as staging:
         for name, split in splits.items():
@@ -29,7 +29,7 @@ def save(directory: Path, train: "Dataset", evaluation: "Dataset | None") -> Non
 
 
 def load(directory: Path) -> "tuple[Dataset, Dataset | None] | None":
-    """The prepared datasets, memory-mapped, or None if they are not there or can't be read: prepare them again.
+    """Load the prepared datasets, memory-mapped; None if they are missing or can't be read, so must be prepared again.
 
     With several ranks, let one of them decide and the others follow: a trainer that prepares waits for all ranks.
     """

@@ -1,4 +1,4 @@
-"""Prompt/completion pairs from the documentation that every Python carries: its topics and its docstrings.
+"""Makes prompt/completion pairs from the documentation that every Python carries: its topics and its docstrings.
 
 Real text with real structure, on any machine and without a network. The modules are read, never imported.
 """
@@ -15,15 +15,15 @@ from pathlib import Path
 from outlast.errors import OutlastError
 
 SHORTEST, LONGEST = 20, 2000
-"""Characters of a completion."""
+"""The number of characters that a completion may have."""
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data"}
 SKIPPED |= {"site-packages", "dist-packages", "__pycache__"}
-"""Directories whose sources are not documentation of the library, or not the library."""
+"""Directories that don't belong to the library, or don't document it."""
 
 
 def pairs(max_pairs: int, source: Path | None = None) -> list[dict[str, str]]:
-    """Up to `max_pairs` pairs of `prompt` and `completion`, sorted by prompt, without duplicates.
+    """Return up to `max_pairs` pairs of `prompt` and `completion`, sorted by prompt, without duplicates.
 
     The same Python gives the same pairs. When there are more than `max_pairs`, the choice is spread over the whole
     library by a hash. A prompt ends in a newline, so that no token spans the boundary to its completion.
@@ -57,7 +57,7 @@ def _missing(path: Path) -> OutlastError:
 
 
 def _topics(root: Path) -> Iterator[tuple[str, str]]:
-    """What `help("TOPIC")` shows, cut into parts at paragraphs."""
+    """Yield what `help("TOPIC")` shows, cut into parts at paragraphs."""
     path = root / "pydoc_data" / "topics.py"
     try:
         tree = ast.parse(path.read_bytes())
@@ -73,7 +73,7 @@ def _topics(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _parts(text: str) -> list[str]:
-    """Whole paragraphs, put together to at most `LONGEST` characters; a longer paragraph is cut off."""
+    """Join whole paragraphs into parts of at most `LONGEST` characters; a longer paragraph is cut off."""
     parts = [""]
     for paragraph in text.split("\n\n"):
         whole = f"{parts[-1]}\n\n{paragraph}" if parts[-1] else paragraph
@@ -117,7 +117,7 @@ def _of(
 
 
 def _definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Classes and functions, also those that are defined under an `if` or a `try`."""
+    """Yield classes and functions, also those that are defined under an `if` or a `try`."""
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield node

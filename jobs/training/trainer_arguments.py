@@ -1,4 +1,4 @@
-"""The `trainer` section of `job=sft`: checked against the installed TRL, and made into its `SFTConfig`.
+"""Checks the `trainer` section of `job=sft` against the installed TRL, and makes its `SFTConfig`.
 
 A run must come back bit for bit, so what would break that is refused here, with the reason or the key to use instead.
 Each refusal marked "measured" was seen to change the weights after a resume (transformers 5.23, CPU).
@@ -58,7 +58,7 @@ POSITIVE = (*BATCH, "num_train_epochs", "save_total_limit", "max_length")
 
 
 def with_defaults(config: Config) -> dict[str, Any]:
-    """`config.trainer`, and for what it leaves out the defaults of the installed `SFTConfig`."""
+    """Return `config.trainer`, and for what it leaves out the defaults of the installed `SFTConfig`."""
     from trl import SFTConfig
 
     return {f.name: f.default for f in fields(SFTConfig)} | config.trainer
@@ -101,7 +101,7 @@ def check(config: Config) -> None:
 
 
 def hazards(config: Config) -> list[str]:
-    """What is accepted, but is most likely a mistake: words for the user."""
+    """Name, in words for the user, what is accepted but is most likely a mistake."""
     trainer = with_defaults(config)
     usual, largest = ADAPTERS if isinstance(config.peft, Lora) else ALL_WEIGHTS
     rate, adam = trainer["learning_rate"], "adam" in str(trainer["optim"])
@@ -113,7 +113,7 @@ def hazards(config: Config) -> list[str]:
 
 
 def sft_config(config: Config, output_dir: Path, **extra: Any) -> Any:
-    """The `SFTConfig` of a checked configuration, on this machine.
+    """Make the `SFTConfig` of a checked configuration, on this machine.
 
     Args:
         output_dir: where transformers may write.
@@ -128,7 +128,7 @@ def sft_config(config: Config, output_dir: Path, **extra: Any) -> Any:
 
 
 def as_arguments(config: Config, output_dir: Path, *, cuda: bool, bf16: bool) -> dict[str, Any]:
-    """The arguments of `SFTConfig`, on a machine with or without these."""
+    """Return the arguments of `SFTConfig` for a machine with or without a GPU (`cuda`) and bfloat16 (`bf16`)."""
     values = {"report_to": "none", "run_name": config.run.name, **config.trainer}
     # transformers 5 renamed these; the old names work but warn, and lose against the new ones.
     values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing", True))
@@ -154,7 +154,7 @@ def as_arguments(config: Config, output_dir: Path, *, cuda: bool, bf16: bool) ->
 
 
 def _converted(key: str, value: Any, hint: Any, choices: list[Any] | None) -> Any:
-    """The value as the type that `SFTConfig` declares: numbers may come as text, whole numbers stay whole."""
+    """Convert a value to the type that `SFTConfig` declares: numbers may come as text, whole numbers stay whole."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     enums = [part for part in parts if isinstance(part, type) and issubclass(part, Enum)]
     valid = [member.value for enum in enums for member in enum] or choices
