@@ -1,16 +1,26 @@
-# make demo: set up, then watch a fine-tuning job be preempted and come back.  make test: set up, then all tests.
+# make demo: set up, then watch a fine-tuning job be preempted and come back.  make unit: checks and unit tests.  make test: all.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PATHS := src launcher jobs tests conf slurm
 
-.PHONY: demo test check setup slurm clean
+TWO_AT_A_TIME := $(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
+.PHONY: demo test unit check setup slurm clean
 
 demo: $(BIN)/.ready
 	@$(BIN)/python tests/demo.py
 
+# Two tests at a time; then, one by one, those that measure time or share the devcluster.
 test: check slurm
-	$(BIN)/pytest
+	@failed=; \
+	$(TWO_AT_A_TIME) -m "not alone and not slurm" || failed=1; \
+	$(BIN)/pytest -m "alone or slurm" || failed=1; \
+	test -z "$$failed" || { echo "make test: failed, see above"; exit 1; }
+
+# The checks and the unit tests.
+unit: check
+	$(TWO_AT_A_TIME) tests/unit tests/golden
 
 check: $(BIN)/.ready
 	$(BIN)/ruff format --check .

@@ -14,6 +14,8 @@ import pytest
 from ..conftest import SMOKE, Command, RunProbe, wait_for
 from ..forked import Forked
 
+pytestmark = pytest.mark.alone
+
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
 
