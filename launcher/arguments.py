@@ -19,6 +19,11 @@ class _CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         namespace, unknown = super().parse_known_args(args, namespace)
+        for several in ("overrides", "runs"):  # argparse takes those before an option only, or those behind it
+            if hasattr(namespace, several):
+                words = [word for word in unknown if not word.startswith("-")]
+                setattr(namespace, several, [*getattr(namespace, several), *words])
+                unknown = [word for word in unknown if word not in words]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown

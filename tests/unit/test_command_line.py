@@ -25,6 +25,13 @@ def test_a_flag_that_a_command_does_not_have_is_answered_with_the_usage_of_that_
     assert said.endswith(f"outlast {command}: error: unrecognized arguments: --foo\n")
 
 
+def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
+    found = parser().parse_args(["train", "seed=1", "--config-dir", "my", "data=jsonl", "--wait", "job=sft"])
+    assert found.overrides == ["seed=1", "data=jsonl", "job=sft"]
+    assert found.wait
+    assert parser().parse_args(["cancel", "a", "--yes", "b"]).runs == ["a", "b"]
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         parser().parse_args(["--version"])
