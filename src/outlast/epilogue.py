@@ -21,7 +21,7 @@ from .preemption.policy import describe
 from .processes import SIGNALS
 from .rundir.attempts import Attempt, attempt_of, attempts, finished
 from .rundir.directory import RunDirectory, RunLock, cancelled_after
-from .rundir.ledger import KILLED, Event, Ledger
+from .rundir.ledger import KILLED, AttemptNumber, Event, Ledger, Recorder
 from .rundir.submission import Submission, new_token, submission_lock
 from .slurm.actions import requeue_job
 from .slurm.environment import SlurmJob, current_job, slurm_conf
@@ -73,7 +73,8 @@ def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, co
     events = ledger.read()
     number = attempt_of(events, (job.job_id, job.restart_count))
     attempt = next((a for a in attempts(events) if a.number == number), Attempt(number))
-    outcome = Outcome.of(run, number, limits, _say)
+    the_attempt = AttemptNumber(number)
+    outcome = Outcome(run, the_attempt, limits, Recorder(ledger, the_attempt, _say), _say)
     if attempt.requeued is not None:
         return Exit.RESUME_ME
     if events and events[-1]["event"] == "gave_up":

@@ -34,7 +34,7 @@ def last(run: RunDirectory, event: str) -> dict[str, Any]:
 
 
 def test_there_is_none(run: RunDirectory) -> None:
-    assert end_previous_attempt(run, 1, SlurmJob("7", 0, "n0"), LIMITS, print)
+    assert end_previous_attempt(run, 1, SlurmJob("7", 0, "n0"), LIMITS, print) is None
     assert Ledger(run.ledger).read() == []
 
 
@@ -42,7 +42,7 @@ def test_there_is_none(run: RunDirectory) -> None:
 def test_slurm_says_why_it_has_started_the_job_again(run: RunDirectory, slurm: Slurm, state: str, cause: str) -> None:
     start(run, 1, "7", 0)
     slurm.says("sacct", f"{state}\nRUNNING\n")
-    assert end_previous_attempt(run, 2, SlurmJob("7", 1, "n2"), LIMITS, print)
+    assert end_previous_attempt(run, 2, SlurmJob("7", 1, "n2"), LIMITS, print) is None
     assert (last(run, "attempt_ended")["cause"], last(run, "attempt_ended")["attempt"]) == (cause, 1)
     assert (last(run, "requeued")["by"], last(run, "requeued")["attempt"]) == ("slurm", 1)
 
@@ -57,24 +57,23 @@ def test_its_nodes_say_it_where_there_is_no_sacct(run: RunDirectory, slurm: Slur
 
 def test_restarts_by_slurm_count_like_any_other(run: RunDirectory, slurm: Slurm) -> None:
     slurm.says("sacct", "NODE_FAIL\n" * 9)
-    may_go_on = []
+    reasons = []
     for attempt in range(2, 6):
         start(run, attempt - 1, "7", attempt - 2)
-        may_go_on.append(end_previous_attempt(run, attempt, SlurmJob("7", attempt - 1, "n0"), LIMITS, print))
-    assert may_go_on == [True, True, True, False]
-    assert last(run, "gave_up")["attempt"] == 4
+        reasons.append(end_previous_attempt(run, attempt, SlurmJob("7", attempt - 1, "n0"), LIMITS, print))
+    assert reasons[:3] == [None] * 3
+    assert "no progress" in str(reasons[3])
 
 
 def test_a_run_that_had_failed_is_not_run_because_slurm_requeues_failed_jobs(run: RunDirectory, slurm: Slurm) -> None:
     start(run, 1, "7", 0, cause="failed", error="ConfigError: no", refused=True)
-    assert not end_previous_attempt(run, 2, SlurmJob("7", 1, "n0"), LIMITS, print)
-    assert "ConfigError: no" in last(run, "gave_up")["reason"]
+    assert "ConfigError: no" in str(end_previous_attempt(run, 2, SlurmJob("7", 1, "n0"), LIMITS, print))
 
 
 def test_another_job_is_a_user_s_doing(run: RunDirectory, slurm: Slurm) -> None:
     start(run, 1, "7", 0)
     slurm.says("sacct", "OUT_OF_MEMORY\n")
-    assert end_previous_attempt(run, 2, SlurmJob("8", 0, "n0"), LIMITS, print)
+    assert end_previous_attempt(run, 2, SlurmJob("8", 0, "n0"), LIMITS, print) is None
     assert last(run, "attempt_ended")["cause"] == "out_of_memory"
     assert not [event for event in Ledger(run.ledger).read() if event["event"] == "requeued"]
 
@@ -83,11 +82,22 @@ def test_what_the_one_before_saw_to_is_left_alone(run: RunDirectory, slurm: Slur
     start(run, 1, "7", 0, cause="preempted")
     Ledger(run.ledger).append("requeued", 1, cause="preempted", job_id="7")
     before = Ledger(run.ledger).read()
-    assert end_previous_attempt(run, 2, SlurmJob("7", 1, "n0"), LIMITS, print)
+    assert end_previous_attempt(run, 2, SlurmJob("7", 1, "n0"), LIMITS, print) is None
     assert Ledger(run.ledger).read() == before
 
 
 def test_without_slurm_it_was_killed(run: RunDirectory) -> None:
     start(run, 1, None, 0)
-    assert end_previous_attempt(run, 2, None, LIMITS, print)
+    assert end_previous_attempt(run, 2, None, LIMITS, print) is None
     assert (last(run, "attempt_ended")["cause"], last(run, "attempt_ended")["detail"]) == ("failed", "killed")
+
+
+def test_a_full_disk_is_said_as_it_is(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(run, 1, None, 0)
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("outlast.rundir.ledger.os.write", full)
+    with pytest.raises(OSError, match="No space left"):
+        end_previous_attempt(run, 2, None, LIMITS, print)

@@ -234,7 +234,7 @@ def test_a_refused_requeue_is_not_noted_as_one(slurm: Slurm, rank: Rank) -> None
 def test_a_job_cancelled_during_its_save_is_not_brought_back(slurm: Slurm, rank: Rank, ending: str) -> None:
     slurm.says("scontrol", PREEMPTED)
     rank.cause.ask_why()
-    assert rank.cause.cause() == "preempted"
+    assert rank.cause.cause("TERM") == "preempted"
     slurm.says("scontrol", ending)
     assert rank.shutdown.requeue(5) == 75
     assert rank.names == ["attempt_ended"]

@@ -134,9 +134,11 @@ class RankAttempt:
         )
         self._agreement = agreement
         self._leave_in_startup = LeaveInStartup(identity, self._shutdown, self._outcome, self.store)
+        guard.notify(on_startup=self._leave_in_startup, on_signal=self.steps.on_signal)
         if self.rank == 0:
             self._open()
-        guard.notify(on_startup=self._leave_in_startup, on_signal=self.steps.on_signal)
+        if guard.requested is not None:
+            self._leave_in_startup(guard.requested)  # it came before there was an attempt to leave
 
     @property
     def rank(self) -> int:
@@ -187,7 +189,9 @@ class RankAttempt:
     def _open(self) -> None:
         """Write down that the attempt starts, after seeing to the one before it (rank 0)."""
         job = self._identity.job
-        if not end_previous_attempt(self.directory, self.attempt, job, self._preemption, self.say):
+        reason = end_previous_attempt(self.directory, self.attempt, job, self._preemption, self.say)
+        if reason is not None:
+            self._outcome.gave_up(reason)
             raise SystemExit(int(Exit.GAVE_UP))
         self.store.sweep()
         hosts = hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
@@ -219,7 +223,7 @@ class RankAttempt:
         return self._newest
 
     def _connect(self) -> None:
-        """From here on ranks can ask for things, and are watched. All ranks call it together; again has no effect."""
+        """Connect the ranks, so that they can ask for a stop and watch each other. All call it together."""
         self._channel.connect(self.collectives, self._watchdog.receive, self._watchdog.tick)
 
     def _on_stop_asked(self, name: str) -> None:
@@ -324,7 +328,7 @@ class RankAttempt:
         if self.rank == 0:
             first = attempts(self._ledger.read())[0].started
             seconds = time.time() - (first["time"] if first else self._started)
-            self._outcome.ended("finished", step=step)
+            self._outcome.finished(step)
             self.update_progress(phase="done", step=step, force=True)
             self.record("finished", step=step, seconds=seconds)  # the very last: who finds it has nothing to clear up
             if self._recorder.waiting:

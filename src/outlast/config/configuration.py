@@ -86,7 +86,7 @@ class Config(Section):
         return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
 
     def _compared(self) -> dict[str, Any]:
-        """The identity without the number of ranks, which a run adapts to (`world_size.py`)."""
+        """The identity without the number of ranks, which a run adapts to (`ranks/layout.py`)."""
         identity = self.identity()
         parallel = dict(identity["parallel"])
         del parallel["nodes"], parallel["ranks_per_node"]
@@ -143,8 +143,8 @@ def load(path: Path) -> Config:
     saving = tree.get("checkpoint") if isinstance(tree, dict) else None
     if isinstance(saving, dict):  # runs frozen before `every` said it all
         steps, minutes = saving.pop("every_steps", None), saving.pop("every_minutes", None)
-        if saving.get("every") == "auto" and (steps or minutes):
-            saving["every"] = steps or f"{minutes}min"
+        if saving.get("every", "auto") == "auto" and (steps or minutes):
+            saving["every"] = steps or f"{minutes:f}min"
     return build(tree)
 
 

@@ -86,7 +86,7 @@ class StopCause:
         """Whether what Slurm said explains the signal. It does not if somebody, or `srun`, has sent it on purpose."""
         return self._view is not None and self._by_slurm() is not None
 
-    def cause(self) -> Cause:
+    def cause(self, signal: str | None) -> Cause:
         """Why this attempt stops, by what Slurm said; without an answer, by what the signal alone can tell."""
         if self._job is None:
             return "preempted"
@@ -94,17 +94,17 @@ class StopCause:
             return "cancelled"
         self.ask_why()
         if self._view is None:
-            return "time_limit" if self._guard.requested == CLOCK else "preempted"
+            return "time_limit" if signal == CLOCK else "preempted"
         # a signal that was sent on purpose means that the nodes are wanted
-        return self._by_slurm() or ("time_limit" if self._guard.requested == CLOCK else "preempted")
+        return self._by_slurm() or ("time_limit" if signal == CLOCK else "preempted")
 
-    def cause_after_saving(self) -> Cause:
+    def cause_after_saving(self, signal: str | None) -> Cause:
         """The cause, now that all is saved: a preempted job may have been cancelled meanwhile, and must stay so.
 
         A job that was in its grace period and is completing before the end of it, without being back in the queue,
         was cancelled. With `PreemptMode=CANCEL` it looks the same after the end, and must then be requeued.
         """
-        cause, first = self.cause(), self._view
+        cause, first = self.cause(signal), self._view
         if self._job is None or cause != "preempted":
             return cause
         try:
@@ -126,7 +126,7 @@ class StopCause:
         asked_at, view = self._guard.requested_at or time.time(), self._view
         if self._job is None or self._guard.requested == CLOCK:
             return self.end_time
-        if view and view.is_ending:  # then its end is when that began
+        if view and view.is_ending:  # while a job is ending, its end time is when the ending began
             wait_s = self.notice.kill_wait_s if self.notice else None
             return None if wait_s is None else asked_at + wait_s
         if view and self.is_explained:

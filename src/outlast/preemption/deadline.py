@@ -182,5 +182,5 @@ class TimeLimit:
         end = self._cause.end_time
         if end is None:
             return None
-        longest_s = max(end - self._started, 0.0) / 2  # a job shorter than its lead time shall train, too
+        longest_s = max(end - self._started, 0.0) / 2  # a job shorter than its lead time must still get to train
         return end - min(self._planner.lead_s, longest_s)

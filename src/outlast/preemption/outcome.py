@@ -9,7 +9,7 @@ from typing import Any
 from outlast.config.preemption import PreemptionSection
 from outlast.rundir.attempts import last_step
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import AttemptNumber, Cause, Event, Ledger, Numbered, Record, Recorder
+from outlast.rundir.ledger import AttemptNumber, Cause, Event, Ledger, Numbered, Record
 
 from .policy import Decision, decide
 
@@ -41,8 +41,11 @@ class Outcome:
     @classmethod
     def of(cls, run: RunDirectory, number: int, limits: PreemptionSection, say: Callable[[str], None]) -> "Outcome":
         """The outcome of attempt `number`, for a process that is none of its ranks."""
-        attempt = AttemptNumber(number)
-        return cls(run, attempt, limits, Recorder(Ledger(run.ledger), attempt, say), say)
+
+        def record(event: str, **values: Any) -> None:
+            Ledger(run.ledger).append(event, number, **values)
+
+        return cls(run, AttemptNumber(number), limits, record, say)
 
     def ended(
         self,
@@ -50,6 +53,7 @@ class Outcome:
         *,
         step: int | None = None,
         before: Sequence[tuple[str, dict[str, Any]]] = (),
+        speaks: bool = True,
         **values: Any,
     ) -> bool:
         """Write how the attempt ended, unless somebody has. A full disk must not hide what went wrong.
@@ -57,6 +61,7 @@ class Outcome:
         Args:
             step: the last step; looked up (:func:`last_step`) if the caller did not make it itself.
             before: lines that go with it, as event and fields.
+            speaks: whether the lines wait if the disk is full; of several ranks, one may have them wait.
             values: more fields: `detail` or `error` in words, `rank`, `refused`.
 
         Returns:
@@ -67,9 +72,14 @@ class Outcome:
         try:
             return self._ledger.append_first("attempt_ended", number, before=before, **fields)
         except OSError:
-            for name, more in [*before, ("attempt_ended", fields)]:
-                self._record(name, **more)  # they wait
+            if speaks:
+                for name, more in [*before, ("attempt_ended", fields)]:
+                    self._record(name, **more)  # they wait
             return True
+
+    def finished(self, step: int) -> None:
+        """Write that the attempt ended by finishing the run, whatever was written of it before."""
+        self._record("attempt_ended", cause="finished", step=step)
 
     def follow(self, cause: Cause, start_next: Next | None) -> Decision:
         """Do what the policy says of an attempt that ended with `cause`.

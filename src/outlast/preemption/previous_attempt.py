@@ -15,34 +15,33 @@ from .policy import decide
 
 def end_previous_attempt(
     run: RunDirectory, number: int, job: SlurmJob | None, limits: PreemptionSection, say: Callable[[str], None]
-) -> bool:
+) -> str | None:
     """Write down how the attempt before attempt `number` ended and why this one follows (rank 0).
 
     Slurm starts a job again by itself when a node has failed, or when it was preempted and did not requeue itself:
     this is where that meets the requeue policy.
 
     Returns:
-        Whether this attempt may go on. The policy is asked only of a restart that was Slurm's own.
+        Why this attempt must not go on, or None. The policy is asked only of a restart that was Slurm's own.
     """
     ledger = Ledger(run.ledger)
     before = [attempt for attempt in attempts(ledger.read()) if attempt.number < number]
     if not before:
-        return True
+        return None
     last = before[-1]
     outcome = Outcome.of(run, last.number, limits, say)
     if last.ended is None:
         outcome.ended(_cause(last, job), detail=KILLED)
     if job is None or last.requeued is not None or not _same_job(last, job):
-        return True
+        return None
     events = ledger.read()
     cause: Cause = next(a for a in attempts(events) if a.number == last.number).ended["cause"]  # type: ignore[index]
     decision = decide(cause, events, limits)
-    if decision.action in ("give_up", "fail"):  # ours would not be a restart
-        outcome.gave_up(decision.reason)
-        return False
+    if decision.action in ("give_up", "fail"):  # only reached when Slurm itself has restarted the job
+        return decision.reason
     if decision.action in ("again", "stop"):  # whoever brings a cancelled job back means it
         outcome.requeued(cause, job_id=job.job_id, by="slurm")
-    return True
+    return None
 
 
 def _same_job(last: Attempt, job: SlurmJob) -> bool:

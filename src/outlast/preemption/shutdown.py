@@ -66,7 +66,7 @@ class Shutdown:
         """When it came, Unix seconds."""
 
     def stand_in(self, lost: list[Lost]) -> None:
-        """Speak for all ranks from here on, because `lost` can't, or keep the others from going on."""
+        """Act for all ranks from here on: those in `lost` are gone, or are blocking the others."""
         self._lost, self._speaks = lost, True
 
     def announce(self, signal: str, step: int, **more: bool) -> None:
@@ -107,15 +107,15 @@ class Shutdown:
     def requeue(self, step: int) -> Exit:
         """Write why the attempt ended and, by the policy, have Slurm start the next one.
 
-        Once: a requeue makes Slurm end the other ranks, and what this rank then raises ends here a second time. If that
-        was some time ago (a save that needed longer), the next start is brought forward anew.
+        It acts once. The requeue makes Slurm end the other ranks, and the error that this rank then raises may bring it
+        here again. If the requeue was over a second ago (a slow save went on), the start time is set again.
 
         Returns:
             The exit code for all ranks.
         """
         with self._requeueing:
             if self._code is None:
-                cause = self._cause.cause_after_saving()
+                cause = self._cause.cause_after_saving(self.signal)
                 self._end(cause, step=step, **({"detail": "; ".join(map(str, self._lost))} if self._lost else {}))
                 self._code = self._follow(cause, step) if self.ended_it else Exit.RESUME_ME
             elif self._requeued_at is not None and time.monotonic() - self._requeued_at > 1.0:
@@ -177,7 +177,7 @@ class Shutdown:
 
     def _end(self, cause: Cause, **values: Any) -> None:
         stragglers = [("straggler", asdict(one)) for one in self._lost]
-        self.ended_it = self._outcome.ended(cause, before=stragglers, **values)
+        self.ended_it = self._outcome.ended(cause, before=stragglers, speaks=self._speaks, **values)
 
     def _follow(self, cause: Cause, step: int) -> Exit:
         """Do what the policy says of an attempt that this rank has noted as ended."""

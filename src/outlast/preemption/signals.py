@@ -81,16 +81,13 @@ class PreemptionGuard:
             self.requested = name
 
     def notify(self, *, on_startup: Callable[[str], None], on_signal: Callable[[], None]) -> None:
-        """Call these in the guard's thread when a signal comes. One that has come before counts.
+        """Call these in the guard's thread when a signal comes from here on.
 
         Args:
             on_startup: called with the signal's name before :meth:`end_startup`; expected to end the process.
             on_signal: called at the first signal, to prepare what the loop will need: tell the ranks, ask Slurm why.
         """
-        with self._startup_lock:
-            self._on_startup, self._on_signal = on_startup, on_signal
-            if self.requested is not None:
-                on_startup(self.requested)
+        self._on_startup, self._on_signal = on_startup, on_signal
 
     def end_startup(self) -> None:
         """From here on the loop looks at `requested`; a signal no longer ends the process by itself."""
@@ -101,7 +98,7 @@ class PreemptionGuard:
         if os.getpid() == self._pid:
             self.request(signal.Signals(number).name.removeprefix("SIG"))
             if number == signal.SIGINT:
-                # Not `requested` decides which is the first: the watching thread may have noted it before this runs.
+                # Counted here: `requested` can't tell which is the first, the watching thread may have set it already.
                 self._interrupts += 1
                 if self._interrupts > 1:
                     raise KeyboardInterrupt

@@ -29,7 +29,7 @@ class LeaveInStartup:
             step = max((checkpoint.step for checkpoint in self._store.sealed()), default=0)
             if self._identity.world_size > 1 and self._shutdown.left_to_epilogue():
                 self._shutdown.announce(name, step, unexplained=True)
-                exit_at_once(Exit.DONE)  # all ranks do: another code, then, is that of one that has died
+                exit_at_once(Exit.DONE)  # every rank does, so any other code comes from a rank that has died
             self._shutdown.announce(name, step)
             exit_at_once(self._shutdown.requeue(step))
         threading.Thread(target=self._follow, name="outlast-follow-rank-0", daemon=True).start()

@@ -86,10 +86,11 @@ def attempt_of(events: list[Event], job: tuple[str, int] | None) -> int:
 def last_step(run: RunDirectory, number: int) -> int:
     """The last step of attempt `number`, from its lines and the progress file, which may be some steps ahead.
 
-    An attempt that ended before it had made or loaded a step is where it would have begun: at the furthest saved step.
+    An attempt that ended before it had made or loaded a step is where it would have begun: at the last saved step.
     """
     known, now = attempts(Ledger(run.ledger).read()), read(run)
     steps = [attempt.last_step for attempt in known if attempt.number == number]
     if now is not None and now.attempt == number:
         steps.append(now.step)
-    return max(steps, default=0) or max((attempt.saved_step for attempt in known), default=0)
+    saved = [attempt.saved_step for attempt in known if attempt.number < number and attempt.saved_step]
+    return max(steps, default=0) or (saved[-1] if saved else 0)
