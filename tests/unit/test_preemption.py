@@ -113,6 +113,22 @@ print(select.select([read], [], [], 3.0)[0] == [read] and os.read(read, 1))  # i
     assert out == "b''"
 
 
+def test_a_data_loaders_worker_holds_the_signals_back_from_its_first_instruction() -> None:
+    out = run("""
+import torch.utils.data as data
+guard = PreemptionGuard(); guard.install(); guard.end_startup()
+class Numbers(data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, i): return i
+def blocked(worker): masks.put(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+import multiprocessing
+masks = multiprocessing.SimpleQueue()
+loader = data.DataLoader(Numbers(), num_workers=1, worker_init_fn=blocked)
+print([int(batch) for batch in loader], masks.get(), signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+""")
+    assert out == "[0, 1] True False"
+
+
 def test_in_start_up_the_callback_runs_also_while_the_main_thread_is_in_a_c_call() -> None:
     out = run("""
 import threading

@@ -10,6 +10,7 @@ flag yet, that thread is what lets the job leave.
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -136,7 +137,20 @@ def _after_fork_in_child() -> None:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if not _is_data_loaders():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _is_data_loaders() -> bool:
+    """Whether torch's `DataLoader` has just forked this process.
+
+    Such a worker keeps the signals blocked from its first instruction, not only from `shield_worker` on: one that dies
+    from TERM in between fails the step that the main process would have saved.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__") != "torch.utils.data.dataloader":
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == "torch.utils.data.dataloader"
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
