@@ -110,7 +110,8 @@ def _become(
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _seed()
+        if argv[0] != OUTLAST:  # the launcher knows nothing of either
+            _set_up_libraries()
         gc.freeze()
         concurrent.futures.thread._threads_queues.clear()  # of threads that were not forked with this one
         sys.orig_argv = list(argv)
@@ -199,13 +200,15 @@ def _close_files(streams: dict[int, int], kept: set[int]) -> None:
     )
 
 
-def _seed() -> None:
+def _set_up_libraries() -> None:
     """Give the libraries what they would have set up on import, from the process's own surroundings."""
     import numpy
     import torch
 
     numpy.random.seed()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0)))
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
+    if threads != torch.get_num_threads():  # a call that changes nothing would start a thread
+        torch.set_num_threads(threads)
 
 
 def _show(argv: list[str], env: dict[str, str]) -> None:
