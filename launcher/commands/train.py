@@ -13,7 +13,7 @@ from outlast.errors import Exit
 from outlast.rundir.attempts import finished
 from outlast.rundir.ledger import Ledger
 
-from ..execution.sweep import NOT_AGAIN, Outcome, submit_sweep
+from ..execution.sweep import NOT_AGAIN, SweepSubmission, submit_sweep
 from ..execution.wait import wait
 from ..planning.compose import compose
 from ..planning.plan import Plan, check_run_directory, plan_run
@@ -110,7 +110,7 @@ def _to_the_end(sweep: SweepPlan, console: Console) -> list[Result]:
     return [result(row, cell.combination.overrides) for row, cell in zip(rows, sweep.cells, strict=True)]
 
 
-def _describe(sweep: SweepPlan, outcome: Outcome, console: Console) -> None:
+def _describe(sweep: SweepPlan, outcome: SweepSubmission, console: Console) -> None:
     for job in outcome.jobs:
         console.print(f"submitted job array {job.job_id}, {len(job.indices or ())} cells")
     if not outcome.jobs:

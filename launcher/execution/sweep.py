@@ -29,7 +29,7 @@ WRITERS = 16
 
 
 @dataclass
-class Outcome:
+class SweepSubmission:
     """What a submission did: names of cells."""
 
     submitted: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Outcome:
     """What was submitted now."""
 
 
-def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> Outcome:
+def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
     """Submit the cells that are not done or queued, as one job array.
 
     It becomes several where it has more tasks than Slurm allows, or where cells differ in what they ask of Slurm.
@@ -55,7 +55,7 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> Outcome:
     with submission_lock(sweep.directory) as lock:
         check_cells(sweep)
         manifest = merged(sweep)
-        outcome = Outcome(before=_states(sweep))
+        outcome = SweepSubmission(before=_states(sweep))
         left = {State.QUEUED, State.FINISHED, *(() if reopen else NOT_AGAIN)}
         todo = [cell for cell in sweep.cells if outcome.before[cell.name] not in left]
         if not todo:

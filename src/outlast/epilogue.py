@@ -27,7 +27,7 @@ from .slurm.actions import requeue_job
 from .slurm.environment import SlurmJob, current_job, slurm_conf
 from .slurm.submit import submit_recorded
 from .slurm.view import JobView, ran_out_of_memory, show_job
-from .which_run import target_arguments, target_of
+from .which_run import run_named_by, target_arguments
 
 SCRIPT = "job.sbatch"
 """The batch script as it was submitted, in the run directory."""
@@ -206,7 +206,7 @@ def _command() -> int:
     parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's")
     arguments = parser.parse_args()
     try:
-        return follow_up(target_of(arguments), arguments.exit_code)
+        return follow_up(run_named_by(arguments), arguments.exit_code)
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return arguments.exit_code or error.exit_code

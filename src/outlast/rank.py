@@ -22,7 +22,7 @@ from .run import Run
 from .rundir.attempts import finished
 from .rundir.ledger import Ledger
 from .slurm.environment import current_job
-from .which_run import target_arguments, target_of
+from .which_run import run_named_by, target_arguments
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
     guard.install()
     die_with(agent.AGENT_ENV, signal.SIGKILL)  # it would not be waited for: better the last checkpoint than an orphan
     die_with(PARENT_ENV, signal.SIGTERM)
-    run_directory = target_of(arguments)
+    run_directory = run_named_by(arguments)
     config = load(run_directory.config)
     os.environ.setdefault("OMP_NUM_THREADS", str(config.parallel.cpus_per_rank))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -83,7 +83,7 @@ def _command() -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the guard is in place
         arguments = target_arguments("outlast.rank").parse_args()
         if agent.AGENT_ENV not in os.environ:
-            config = load(target_of(arguments).config)
+            config = load(run_named_by(arguments).config)
             if config.parallel.launch == "accelerate":
                 die_with(PARENT_ENV, signal.SIGTERM)
                 os.environ.pop(PARENT_ENV, None)

@@ -18,7 +18,7 @@ def target_arguments(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def target_of(arguments: argparse.Namespace) -> RunDirectory:
+def run_named_by(arguments: argparse.Namespace) -> RunDirectory:
     """The run that :func:`target_arguments` name.
 
     Raises:

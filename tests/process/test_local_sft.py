@@ -84,7 +84,8 @@ def test_five_preemptions_at_random_moments(outlast: Start, probe: Probe, twin: 
 
 
 def test_tokenized_once(outlast: Start, probe: Probe) -> None:
-    command, run = outlast("train", *SFT, "trainer.max_steps=50", "run.name=r", forked=False), probe("r")
+    arguments = [*SFT, "trainer.max_steps=50", "trainer.eval_strategy=no", "trainer.load_best_model_at_end=false"]
+    command, run = outlast("train", *arguments, "run.name=r", forked=False), probe("r")
     run.reach(3)
     command.signal(signal.SIGUSR1)
     assert command.wait() == 0, command.output
@@ -93,16 +94,30 @@ def test_tokenized_once(outlast: Start, probe: Probe) -> None:
     assert "Tokenizing" not in second
 
 
-def test_workers_of_the_data_loader_are_signalled_too(outlast: Start, probe: Probe) -> None:
-    arguments = [*SFT, "trainer.max_steps=60", "trainer.dataloader_num_workers=2", "trainer.eval_strategy=no"]
-    arguments += ["trainer.load_best_model_at_end=false"]
-    left_alone = outlast("train", *arguments, "run.name=twin")
-    assert left_alone.wait() == 0, left_alone.output
-    command, run = outlast("train", *arguments, "run.name=r"), probe("r")
-    run.reach(5)
-    rank = command.ranks()[0]
+ONE_EPOCH = [
+    *SFT,
+    "data.eval_fraction=0.05",
+    "trainer.max_steps=80",
+    "trainer.dataloader_num_workers=2",
+    "trainer.eval_strategy=no",
+    "trainer.load_best_model_at_end=false",
+]
+"""With the same two workers from the first step to the last: at an epoch's end there may be other ones."""
+
+
+def workers_of(rank: psutil.Process) -> list[psutil.Process]:
     workers = [child for child in rank.children() if "outlast.rank" in child.cmdline()]
     assert len(workers) == 2
+    return workers
+
+
+def test_workers_of_the_data_loader_are_signalled_too(outlast: Start, probe: Probe) -> None:
+    left_alone = outlast("train", *ONE_EPOCH, "run.name=twin")
+    assert left_alone.wait() == 0, left_alone.output
+    command, run = outlast("train", *ONE_EPOCH, "run.name=r"), probe("r")
+    run.reach(5)
+    rank = command.ranks()[0]
+    workers = workers_of(rank)
     for process in [*workers, rank]:
         process.send_signal(signal.SIGTERM)
     assert command.wait() == 0, command.output
@@ -114,10 +129,9 @@ def test_workers_of_the_data_loader_are_signalled_too(outlast: Start, probe: Pro
 
 
 def test_a_worker_alone_is_signalled(outlast: Start, probe: Probe) -> None:
-    arguments = [*SFT, "trainer.max_steps=60", "trainer.dataloader_num_workers=2", "trainer.eval_strategy=no"]
-    command, run = outlast("train", *arguments, "trainer.load_best_model_at_end=false", "run.name=r"), probe("r")
+    command, run = outlast("train", *ONE_EPOCH, "run.name=r"), probe("r")
     run.reach(5)
-    for worker in command.ranks()[0].children():
+    for worker in workers_of(command.ranks()[0]):
         worker.send_signal(signal.SIGUSR1)
     assert command.wait() == 0, command.output
     assert run.causes() == ["finished"], "a worker's signal is not the run's"

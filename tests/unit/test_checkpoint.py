@@ -116,7 +116,7 @@ def test_what_a_killed_attempt_left_is_swept(harness: Harness) -> None:
     (harness.run.path / ".progress.json.1.tmp").touch()
     harness.save(10)
     (harness.store.path(10) / ".manifest.json.1.tmp").touch()
-    harness.store.sweep()
+    harness.store.clean_up()
     assert sorted(p.name for p in harness.run.path.rglob("*")) == [
         "checkpoint-10", "checkpoints", "logs", "manifest.json", "model.safetensors", "optimizer.pt"
     ]  # fmt: skip
@@ -257,7 +257,7 @@ def test_an_interrupted_deletion_is_finished(harness: Harness, monkeypatch: pyte
     monkeypatch.undo()
     assert harness.steps() == [20]
     assert harness.store.path(10).is_dir()
-    harness.store.sweep()
+    harness.store.clean_up()
     assert not harness.store.path(10).exists()
     assert not harness.run.quarantine.exists()
 
@@ -290,7 +290,7 @@ def test_a_symbolic_link_is_no_checkpoint_and_nothing_is_deleted_through_one(tmp
     assert newest is not None
     assert newest.step == 10
     harness.store.make_space(kind=Kind.EMERGENCY)
-    harness.store.sweep()
+    harness.store.clean_up()
     assert elsewhere.steps() == [99]
     other = RunDirectory(tmp_path / "other")
     other.path.mkdir()

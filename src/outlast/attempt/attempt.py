@@ -193,7 +193,7 @@ class RankAttempt:
         if reason is not None:
             self._outcome.gave_up(reason)
             raise SystemExit(int(Exit.GAVE_UP))
-        self.store.sweep()
+        self.store.clean_up()
         hosts = hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
         self.record(
             "attempt_started",

@@ -1,11 +1,11 @@
 """How many checkpoints the byte budget has room for: by the plan's estimate, then by what a save really took."""
 
-import json
 from collections.abc import Callable
 
 from outlast.checkpoint.manifest import Sealed
 from outlast.checkpoint.store import CheckpointStore
 from outlast.config.storage import StorageSection
+from outlast.files import read_json
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
 from outlast.storage.budget import Footprint, gb, verdict
@@ -85,6 +85,6 @@ class CheckpointLimit:
 def planned_footprint(run: RunDirectory) -> Footprint | None:
     """What the plan expects the run to take; None for a run without a plan."""
     try:
-        return Footprint.from_dict(json.loads(run.plan.read_text())["storage"]["parts"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Footprint.from_dict((read_json(run.plan) or {})["storage"]["parts"])
+    except (ValueError, KeyError, TypeError):
         return None

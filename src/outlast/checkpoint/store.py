@@ -86,7 +86,7 @@ class CheckpointStore:
                 and entry.is_dir(follow_symlinks=False)
             ]
 
-    def sweep(self) -> None:
+    def clean_up(self) -> None:
         """Remove what an earlier attempt left half-written or half-deleted (rank 0, before anything is saved)."""
         self._remover.remove_tree(self._run.staging)
         self._remover.recover()
@@ -105,7 +105,7 @@ class CheckpointStore:
             restart: if there are checkpoints but none verifies, quarantine them all and return None.
 
         Raises:
-            CheckpointError: none verifies; nothing has been moved, since a restart is for the user to decide.
+            CheckpointError: none verifies; no sealed one has been moved, since a restart is for the user to decide.
             TransientError: one can't be read just now; it has not been moved.
         """
         sealed = []

@@ -86,12 +86,12 @@ class Conversion:
         self._loading.close()
         self._trainer.model_wrapped._config.load_universal_checkpoint = False  # the best has its own shards
         if self._run.rank == 0:
-            self._run.store.sweep()
+            self._run.store.clean_up()
 
     def _outcome(self) -> tuple[str, str] | None:
         if self._problem is None:
             return None
-        self._run.store.sweep()
+        self._run.store.clean_up()
         return next(name for name, kind in PROBLEMS.items() if isinstance(self._problem, kind)), str(self._problem)
 
     def _try(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from outlast.errors import ConfigError, RunBusyError
+from outlast.files import read_json
 
 LOCK_FD_ENV = "OUTLAST_LOCK_FD"
 """Tells a rank the file descriptor of the run lock that its launcher holds."""
@@ -149,11 +150,8 @@ class RunLock:
             self.fd = None
 
     def _holder(self) -> dict[str, Any]:
-        try:
-            holder = json.loads(self._path.read_text())
-            return holder if isinstance(holder, dict) else {}
-        except (OSError, ValueError):
-            return {}
+        holder = read_json(self._path)
+        return holder if isinstance(holder, dict) else {}
 
 
 def _try_flock(fd: int) -> bool:
@@ -175,6 +173,6 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 def cancelled_after(run: Path, moment: float) -> bool:
     """Whether a user has cancelled the run in directory `run` since `moment` (Unix seconds)."""
     try:
-        return float(json.loads((run / "cancelled.json").read_text())["time"]) > moment
-    except (OSError, ValueError, KeyError, TypeError):
+        return float((read_json(run / "cancelled.json") or {})["time"]) > moment
+    except (KeyError, TypeError, ValueError):
         return False

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from outlast.files import write_atomically
+from outlast.files import read_json, write_atomically
 
 from .directory import RunDirectory
 
@@ -74,8 +74,7 @@ class ProgressWriter:
 
 def read(run: RunDirectory) -> Progress | None:
     """The last progress written, or None if there is none that can be read."""
-    try:
-        values = json.loads(run.progress.read_text())
-        return Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
-    except (OSError, ValueError, TypeError):
+    values = read_json(run.progress)
+    if not isinstance(values, dict):
         return None
+    return Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
