@@ -281,7 +281,7 @@ def test_a_job_whose_source_was_broken_meanwhile_goes_on_with_the_code_that_was_
     for source in ("jobs/smoke.py", "run.py", "epilogue.py", "slurm/view.py", "shell/prologue.sh"):
         with open(checkout / "outlast" / source, "a") as file:
             file.write("\n)\n")
-    broken = [sys.executable, "-P", "-c", "import outlast"]
+    broken = [sys.executable, "-P", "-c", "import outlast.run"]
     done = subprocess.run(broken, env={"PYTHONPATH": str(checkout)}, capture_output=True, text=True, timeout=60)
     assert "SyntaxError" in done.stderr
     wait_for(lambda: run.events("finished"), "the end")
