@@ -13,7 +13,7 @@ from outlast.config.preemption import PreemptionSection
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
 from outlast.preemption.outcome import Outcome
-from outlast.preemption.policy import decide
+from outlast.preemption.policy import decide, since_submission, taken_in_startup
 from outlast.preemption.shutdown import ELASTIC_ENV, EPILOGUE_ENV, Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.ranks.identity import Identity
@@ -29,13 +29,18 @@ Events = list[dict[str, Any]]
 LIMITS = PreemptionSection(max_requeues=10, max_crashes=1)
 
 
-def ledger(*steps: int, cause: str = "preempted", submitted_at: int = 1) -> Events:
-    """One attempt for each saved step, requeued but for the last, and but for that before attempt `submitted_at`."""
+def ledger(*steps: int, cause: str = "preempted", submitted_at: int = 1, trained: int = 2) -> Events:
+    """One attempt for each saved step, requeued but for the last, and but for that before attempt `submitted_at`.
+
+    Each was `trained` steps further than it had saved.
+    """
     events: Events = []
     for number, step in enumerate(steps, 1):
         events.append({"time": 0.0, "attempt": number, "event": "attempt_started"})
         events.append({"time": 0.0, "attempt": number, "event": "checkpoint", "step": step, "kind": "emergency"})
-        events.append({"time": 0.0, "attempt": number, "event": "attempt_ended", "cause": cause, "step": step})
+        events.append(
+            {"time": 0.0, "attempt": number, "event": "attempt_ended", "cause": cause, "step": step + trained}
+        )
         if number < len(steps) and number + 1 != submitted_at:
             events.append({"time": 0.0, "attempt": number, "event": "requeued", "cause": cause})
     return events
@@ -58,6 +63,33 @@ def test_no_progress_in_three_restarts() -> None:
     assert (decision.action, decision.exit_code) == ("give_up", 93)
     assert "no progress in 3 restarts: none saved a step after 5" in decision.reason
     assert decide("preempted", ledger(5, 5, 5, 6), LIMITS).action == "again"
+
+
+def test_progress_is_counted_from_where_an_attempt_started() -> None:
+    """The newest checkpoints were lost: what is saved after that is progress, though it was saved before."""
+    events = ledger(418, 140, 168, 197)
+    events.insert(4, {"time": 0.0, "attempt": 2, "event": "resumed", "step": 112})
+    assert decide("preempted", events, LIMITS).action == "again"
+    crashes = ledger(418, 140, cause="failed")
+    crashes.insert(4, {"time": 0.0, "attempt": 2, "event": "resumed", "step": 112})
+    assert decide("failed", crashes, LIMITS).action == "again"
+
+
+def test_who_is_taken_away_in_start_up_has_not_failed() -> None:
+    events = ledger(5, 5, 5, 5, 5, 5, trained=0)
+    assert decide("preempted", events, LIMITS).action == "again"
+    warning = taken_in_startup(since_submission(events))
+    assert warning is not None
+    assert warning.startswith("the last 3 attempts were taken away before they had made a step, after 0 s at most")
+    assert "preemption.max_requeues bounds" in warning
+    assert taken_in_startup(since_submission(ledger(5, 5, 5))) is None
+    assert decide("preempted", events, PreemptionSection(max_requeues=5)).action == "give_up"
+    # a time limit that start-up alone uses up would be used up again
+    assert decide("time_limit", ledger(5, 5, 5, 5, cause="time_limit", trained=0), LIMITS).action == "give_up"
+    # and those that were taken away early do not hide those that had time
+    mixed = ledger(5, 5, 5, 5, 5)
+    mixed[-1]["step"] = 5
+    assert decide("preempted", mixed, LIMITS).action == "give_up"
 
 
 def test_who_submits_again_is_given_all_the_patience_there_is() -> None:
