@@ -14,13 +14,13 @@ from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
 from outlast.preemption.outcome import Outcome
 from outlast.preemption.policy import decide, since_submission, taken_in_startup
-from outlast.preemption.shutdown import ELASTIC_ENV, EPILOGUE_ENV, Shutdown
+from outlast.preemption.shutdown import ELASTIC_ENV, Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.ranks.identity import Identity
 from outlast.ranks.lost import Lost, LostRankError
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Recorder
-from outlast.slurm.environment import SlurmJob
+from outlast.slurm.environment import BATCH_JOB_ENV, SlurmJob, in_own_batch_script
 from outlast.slurm.view import JobView
 
 from .conftest import Slurm
@@ -195,6 +195,11 @@ class Rank:
         return [event["event"] for event in self.events]
 
 
+def in_batch_script_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", BATCH_JOB_ENV):
+        monkeypatch.setenv(name, JOB.job_id)
+
+
 @pytest.fixture
 def rank(tmp_path: Path) -> Rank:
     return Rank(tmp_path)
@@ -209,6 +214,33 @@ def test_of_ranks_that_end_an_attempt_at_once_one_requeues(slurm: Slurm, rank: R
     assert rank.names == ["attempt_ended", "requeued"]
     assert len(slurm.calls("scontrol requeue")) == 1
     assert sum(one.ended_it for one in ranks) == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "own"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7"}, False),  # an salloc, a notebook
+        ({BATCH_JOB_ENV: ""}, False),  # the prologue, outside Slurm
+        ({"SLURM_JOB_ID": "8", BATCH_JOB_ENV: "7"}, False),  # submitted from inside one of ours
+        ({"SLURM_JOB_ID": "7", BATCH_JOB_ENV: "7"}, True),
+    ],
+)
+def test_which_job_is_the_runs_own(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], own: bool) -> None:
+    for name in ("SLURM_JOB_ID", BATCH_JOB_ENV):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert in_own_batch_script() is own
+
+
+def test_ctrl_c_never_brings_a_job_back(slurm: Slurm, rank: Rank) -> None:
+    slurm.says("scontrol", PREEMPTED)
+    rank.guard.request("INT")
+    rank.shutdown.announce("INT", 5)
+    assert rank.shutdown.requeue(5) == 75
+    assert [event["cause"] for event in rank.events if event["event"] == "attempt_ended"] == ["cancelled"]
+    assert not slurm.calls("scontrol requeue")
 
 
 def test_a_rank_that_does_not_speak_for_all_writes_nothing(slurm: Slurm, tmp_path: Path) -> None:
@@ -293,14 +325,14 @@ def test_what_outlast_cancel_marked_is_cancelled_whatever_slurm_says(slurm: Slur
 def test_who_finds_out_what_a_signal_meant(slurm: Slurm, rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm.says("scontrol", RUNNING)
     assert not rank.shutdown.left_to_epilogue()  # there is no batch script that would
-    monkeypatch.setenv(EPILOGUE_ENV, "1")
+    in_batch_script_of_ours(monkeypatch)
     assert rank.shutdown.left_to_epilogue()
 
 
 def test_a_preemption_is_never_left_to_the_batch_script(
     slurm: Slurm, rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(EPILOGUE_ENV, "1")
+    in_batch_script_of_ours(monkeypatch)
     slurm.says("scontrol", PREEMPTED)
     assert not rank.shutdown.left_to_epilogue()
     rank.shutdown.announce("TERM", 5)
@@ -311,7 +343,7 @@ def test_a_preemption_is_never_left_to_the_batch_script(
 def test_a_connection_that_breaks_because_a_peer_has_died_is_not_the_cause(
     slurm: Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, signalled: bool
 ) -> None:
-    monkeypatch.setenv(EPILOGUE_ENV, "1")
+    in_batch_script_of_ours(monkeypatch)
     monkeypatch.setattr("outlast.preemption.shutdown.ECHO_S", 0.5)
     slurm.says("scontrol", RUNNING)
     rank = Rank(tmp_path, rank=number, world_size=2)
