@@ -21,7 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from outlast.checkpoint.compatibility import dataset_digest, trainable_digest
 from outlast.checkpoint.manifest import Sealed, read_manifest
-from outlast.errors import CheckpointError, ConfigError
+from outlast.errors import CheckpointError
 from outlast.processes import shield_worker
 from outlast.storage.budget import gb
 
@@ -29,6 +29,7 @@ from . import random_state
 from .accumulation import Accumulation
 from .deepspeed import load_weights, loading_shards, saving_shards
 from .frozen_weights import frozen_weights, shortened
+from .inexact import refuse_inexact
 from .resharding import adapt, seed_rank
 from .universal_checkpoint import Conversion, needs_conversion
 
@@ -93,9 +94,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self._accumulation = Accumulation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
 
         args = trainer.args
-        if args.save_only_model:
-            valid = "valid: false; a checkpoint without the optimizer's state would silently restart it"
-            raise ConfigError("save_only_model", True, valid)
+        refuse_inexact(args)
         args.output_dir = str(run.directory.checkpoints)
         run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
         self._save_checkpoint, self._evaluate = trainer._save_checkpoint, trainer.evaluate
