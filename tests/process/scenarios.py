@@ -1,7 +1,7 @@
 """Trainings of many kinds, each a few steps of a tiny model, struck where it is told to.
 
-Arguments: scenario, run directory, file for what came of it, strike (`12:USR1`: the twelfth event of a callback in this
-attempt; empty: left alone).
+Arguments: scenario, run directory, file for what came of it, strike (`any:12:USR1`: the twelfth event of a callback in
+this attempt; `on_evaluate:2:KILL`; empty: left alone).
 """
 
 import json
@@ -46,15 +46,17 @@ def scenario(make: Callable[[], Trainer]) -> Callable[[], Trainer]:
 
 
 class Strike(TrainerCallback):
-    """Counts the events of this attempt, and raises a signal at one of them."""
+    """Counts the events of this attempt, and raises a signal at one of them: `NAME:NUMBER:SIGNAL`, `any` counts all."""
 
     def __init__(self, at: str) -> None:
-        number, _, name = at.partition(":")
-        self.number, self.signal, self.count = int(number or 0), name, 0
+        self.name, number, self.signal = at.split(":") if at else ("", "-1", "")
+        self.left, self.count = int(number), 0
 
-    def hit(self, *_: Any, **__: Any) -> None:
+    def hit(self, name: str) -> None:
         self.count += 1
-        if self.count == self.number:
+        self.left -= self.name in (name, "any")
+        if self.left == 0:
+            self.left = -1
             os.kill(os.getpid(), getattr(signal, f"SIG{self.signal}"))
 
 
@@ -62,7 +64,7 @@ for _event in (
     *("on_epoch_begin", "on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_substep_end", "on_step_end"),
     *("on_log", "on_prediction_step", "on_evaluate", "on_save", "on_epoch_end", "on_train_end"),
 ):
-    setattr(Strike, _event, Strike.hit)
+    setattr(Strike, _event, lambda self, *_, name=_event, **__: self.hit(name))
 
 
 def gpt2(**config: Any) -> GPT2LMHeadModel:

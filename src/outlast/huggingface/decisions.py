@@ -6,6 +6,7 @@ then goes on at the place in the data that the epoch recorded in the state says,
 early.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,9 @@ class Decisions(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._stored: dict[str, Any] = {}
         self._history: list[dict[str, float]] = []
         self._stop_asked = self._epoch_stop_asked = False
-        self._skip_epoch = self._finished = False
+        self._finished = False
+        self._last_ended = -1
+        """The last epoch that is over; one that the Trainer would go on with is skipped."""
         self._max_steps = self._batches_of_epoch = 0
         self.random_state: dict[str, Any] | None = None
         """The random state after what a resumed attempt has made up for; None if there was nothing."""
@@ -90,7 +93,10 @@ class Decisions(TrainerCallback, ExportableState):  # type: ignore[misc]
     def init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Replace `Trainer._init_training_state`: epochs done, and batches done of the epoch under way."""
         epochs, batches = self._init_state(*args, **kwargs)
-        epoch, accumulation = float(self._trainer.state.epoch), self._trainer.args.gradient_accumulation_steps
+        state, accumulation = self._trainer.state, self._trainer.args.gradient_accumulation_steps
+        epoch = float(state.epoch)
+        if self._max_steps <= state.global_step < state.max_steps:  # it has been given more steps since
+            self._epoch_ended = epoch.is_integer()
         if not self._stored or epoch.is_integer():
             return (epochs, batches) if not self._stored else (int(epoch), 0)
         if self._epoch_ended or self._epoch_stop_asked:
@@ -107,8 +113,7 @@ class Decisions(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Replace `Trainer._run_epoch`: nothing is left of an epoch that was ended, or of training."""
         if self._finished:
             self._trainer.control.should_training_stop = True
-        elif self._skip_epoch:
-            self._skip_epoch = False
+        elif kwargs["epoch"] <= self._last_ended:
             self._trainer._load_rng_state(kwargs["resume_from_checkpoint"])
         else:
             self._run_epoch(**kwargs)
@@ -128,8 +133,8 @@ class Decisions(TrainerCallback, ExportableState):  # type: ignore[misc]
         control.should_epoch_stop |= self._epoch_stop_asked
         if pending or (self._is_over() and not self._epoch_ended):
             self._make_up(checkpoint, pending)
-        if control.should_epoch_stop and not self._epoch_stop_asked:
-            self._skip_epoch = True  # decided just now: the Trainer has computed already where it goes on
+        if self._epoch_ended:  # perhaps just now: the Trainer has computed already where it goes on
+            self._last_ended = math.ceil(trainer.state.epoch) - 1
         # A Trainer that is resumed at its last step would take one more.
         self._finished = trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
 
