@@ -46,11 +46,17 @@ def scenario(make: Callable[[], Trainer]) -> Callable[[], Trainer]:
 
 
 class Strike(TrainerCallback):
-    """Counts the events of this attempt, and raises a signal at one of them: `NAME:NUMBER:SIGNAL`, `any` counts all."""
+    """Counts the events of this attempt, and raises a signal at one of them: `NAME:NUMBER:SIGNAL`, `any` counts all.
 
-    def __init__(self, at: str) -> None:
-        self.name, number, self.signal = at.split(":") if at else ("", "-1", "")
+    `NAME:NUMBER:SIGNAL:fits` and `...:short` also say whether there is time for what is under way, which without Slurm
+    nobody knows.
+    """
+
+    def __init__(self, at: str, run: outlast.Run) -> None:
+        self.name, number, self.signal, *time = at.split(":") if at else ("", "-1", "")
         self.left, self.count = int(number), 0
+        if time:
+            run.steps.time_for = lambda *_: time == ["fits"]
 
     def hit(self, name: str) -> None:
         self.count += 1
@@ -486,7 +492,7 @@ def main(name: str, directory: str, result: str, strike: str) -> None:
     OUTPUT = str(run.directory.checkpoints)
     set_seed(1)
     made = SCENARIOS[name]()
-    struck = Strike(strike)
+    struck = Strike(strike, run)
     made.add_callback(struck)
     run.train(made)
     state = made.state

@@ -85,6 +85,7 @@ START, ASKS = "early_stopping_on_one_of_two_from_the_start", "a_callback_asks_fo
         pytest.param(ASKS, ["on_prediction_step:7:USR1", "on_step_end:8:KILL"], id="evaluating after such a step"),
         pytest.param(ASKS, ["on_step_end:13:USR1"], id="a step with which a callback stops training"),
         pytest.param("grpo_buffered", ["on_step_end:5:USR1"], id="between two uses of what was generated"),
+        pytest.param("rloo_buffered", ["on_substep_end:2:USR1:short"], id="in a step that is left"),
     ],
 )
 def test_decisions_do_not_die_with_the_process(tmp_path: Path, name: str, strikes: list[str], right: Right) -> None:
@@ -95,6 +96,18 @@ def test_decisions_do_not_die_with_the_process(tmp_path: Path, name: str, strike
     code, output = attempt(name, run)
     assert code == 0, output
     check(run, right(name))
+
+
+def test_a_stop_decided_while_leaving_holds(tmp_path: Path, right: Right) -> None:
+    """The evaluation under way is finished, because there is time; it makes early stopping decide to stop."""
+    run, batches = RunProbe(tmp_path / "r"), 5
+    last = right(START)[0]["steps"] // 2 * batches + 1
+    code, output = attempt(START, run, f"on_prediction_step:{last}:USR1:fits")
+    assert code == 75, output
+    assert run.events("attempt_ended")[-1]["step"] == right(START)[0]["steps"]
+    code, output = attempt(START, run)
+    assert code == 0, output
+    check(run, right(START))
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("refused")])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from outlast.attempt.values import NotPlainError, decode, encode, same
+from outlast.errors import ConfigError
 
 PROCESS = {"_last_loaded_step"}
 """Attributes that say what this process has done, not the run: which weights it has handed to a generating server."""
@@ -33,9 +34,19 @@ class OwnState:
         self._began: dict[str, Any] = {}
         self._models: dict[str, list[int]] = {}
         self._unknown: set[str] = set()
+        self._at_step_end: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """Note the attributes as they are now: training begins."""
+        """Note the attributes as they are now: training begins.
+
+        Raises:
+            ConfigError: a reference model follows the trained one, and each rank holds a part of it only.
+        """
+        follows = getattr(getattr(self._owner, "args", None), "sync_ref_model", False)
+        for name, model in self._other_models():
+            if follows and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+                valid = f"valid with ZeRO 3: false; {name}, which each rank holds a part of, can't be saved"
+                raise ConfigError("sync_ref_model", True, valid)
         self._began = self.values()
         self._models = {name: _bits(model) for name, model in self._other_models()}
         self._unknown = {name for name, _ in self._candidates()} - set(self._began)
@@ -63,6 +74,17 @@ class OwnState:
             for name, model in self._other_models():
                 if name in models:
                     model.load_state_dict(models[name])
+
+    def keep(self) -> None:
+        """Keep the values of now: a step has ended."""
+        self._at_step_end = self.values()
+
+    def go_back(self) -> bool:
+        """Set the values to those that were kept last; False if a model has changed, which can't go back."""
+        if any(_bits(model) != self._models.get(name) for name, model in self._other_models()):
+            return False
+        self.restore(self._at_step_end)
+        return True
 
     def changed(self) -> dict[str, Any]:
         """The values, encoded, that are no longer those that training began with."""

@@ -84,10 +84,10 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.conversion: Conversion | None = None
         self.save_at_epoch_end = False
         self._looked_for_frozen = self._looked_for_lost = False
-        self._accumulation = Accumulation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
+        self._own = OwnState(trainer)
+        self._accumulation = Accumulation(run, trainer, self._own, lambda: self.save(trainer.model_wrapped, None))
         self._evaluation = Evaluation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
         self._decisions = Decisions(run, trainer, self._evaluation, self.determine_best)
-        self._own = OwnState(trainer)
 
         args = trainer.args
         refuse_inexact(args)
