@@ -133,10 +133,10 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.run.progress.now.total_steps = state.max_steps
         self._point_at_best(state)
+        self._own.begin()
         self.run.begin(state.global_step)
         if self.conversion is not None:
             self.conversion.drop()
-        self._own.begin()
         if self.checkpoint is not None:
             self._own.load(self.checkpoint.path, self.run.rank, self.checkpoint.manifest.world_size)
             self._decisions.complete(str(self.checkpoint.path), self.checkpoint.manifest.pending_evaluation)
