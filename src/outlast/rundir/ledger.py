@@ -35,6 +35,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "checkpoint_failed": ("step", "kind", "reason"),
     "measured": ("bytes", "save_total_limit", "off"),
     "frozen_weights": ("bytes", "tensors"),
+    "not_saved": ("objects",),
     "quarantined": ("checkpoint", "reason"),
     "deleted": ("checkpoint", "reason"),
     "delete_failed": ("checkpoint", "reason"),
