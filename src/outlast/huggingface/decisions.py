@@ -45,7 +45,7 @@ class Decisions(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._stored: dict[str, Any] = {}
         self._history: list[dict[str, float]] = []
         self._stop_asked = self._epoch_stop_asked = False
-        self._finished = False
+        self._finished, self._training = False, True
         self._last_ended = -1
         """The last epoch that is over; one that the Trainer would go on with is skipped."""
         self._max_steps = self._batches_of_epoch = 0
@@ -59,7 +59,7 @@ class Decisions(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint, as of any callback with a state."""
-        return {"args": {}, "attributes": {"epoch_ended": self._epoch_ended}}
+        return {"args": {}, "attributes": {"epoch_ended": self._epoch_ended, "training": self._trainer.model.training}}
 
     # Callbacks --------------------------------------------------------------------------------------------------
 
@@ -82,6 +82,8 @@ class Decisions(TrainerCallback, ExportableState):  # type: ignore[misc]
         mine = self._stored.get("Decisions", {}).get("attributes", {})
         self._epoch_ended = mine.get("epoch_ended", float(state.epoch).is_integer())
         self._max_steps = state.max_steps
+        # After an evaluation a model is in evaluation mode; some trainers generate text with it before the next step.
+        self._training = mine.get("training", self._trainer.model.training)
         self.refresh()
 
     def refresh(self) -> None:
@@ -128,6 +130,7 @@ class Decisions(TrainerCallback, ExportableState):  # type: ignore[misc]
         """
         trainer, control = self._trainer, self._trainer.control
         self._restore_callbacks()
+        trainer.model_wrapped.train(self._training)
         trainer.args.eval_on_start = False  # it was made before the first step
         control.should_training_stop |= self._stop_asked
         control.should_epoch_stop |= self._epoch_stop_asked

@@ -56,6 +56,9 @@ INEXACT = {
 }
 """The rules, by the argument's name; after a dot, the name inside a mapping."""
 
+INEXACT_ADAPTERS = {"ADALORA": "which shrinks in training: a resumed run could not load it (measured)"}
+"""Kinds of PEFT adapters that can't be resumed, each with the reason."""
+
 
 def refuse_inexact(arguments: Any, prefix: str = "") -> None:
     """Refuse arguments with which a resumed run would not be the same run.
@@ -71,6 +74,19 @@ def refuse_inexact(arguments: Any, prefix: str = "") -> None:
         found, value = _value(arguments, key.split("."))
         if found and rule.applies_to(value):
             raise ConfigError(f"{prefix}{key}", getattr(value, "value", value), f"valid: {rule.valid}")
+
+
+def refuse_adapters(model: Any) -> None:
+    """Refuse adapters that a checkpoint of the Trainer does not bring back.
+
+    Raises:
+        ConfigError: names the kind of the adapter.
+    """
+    adapters = getattr(model, "peft_config", None)
+    for config in adapters.values() if isinstance(adapters, Mapping) else ():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind in INEXACT_ADAPTERS:
+            raise ConfigError("peft_type", kind, f"valid: any but {kind}, {INEXACT_ADAPTERS[kind]}")
 
 
 def _value(arguments: Any, path: list[str]) -> tuple[bool, Any]:

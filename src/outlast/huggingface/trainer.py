@@ -31,7 +31,7 @@ from .decisions import Decisions
 from .deepspeed import load_weights, loading_shards, saving_shards
 from .evaluation import Evaluation
 from .frozen_weights import frozen_weights, shortened
-from .inexact import refuse_inexact
+from .inexact import refuse_adapters, refuse_inexact
 from .own_state import OwnState
 from .resharding import adapt, seed_rank
 from .universal_checkpoint import Conversion, needs_conversion
@@ -91,6 +91,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
 
         args = trainer.args
         refuse_inexact(args)
+        refuse_adapters(trainer.model)
         args.output_dir = str(run.directory.checkpoints)
         run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
         self._save_checkpoint = trainer._save_checkpoint
