@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,16 @@ class Strike(TrainerCallback):
 
     def __init__(self, at: str, run: outlast.Run) -> None:
         self.name, number, self.signal, *time = at.split(":") if at else ("", "-1", "")
-        self.left, self.count = int(number), 0
+        self.attempt = threading.local()  # nothing that a run would keep: each attempt counts anew
+        self.attempt.left, self.attempt.count = int(number), 0
         if time:
             run.steps.time_for = lambda *_: time == ["fits"]
 
     def hit(self, name: str) -> None:
-        self.count += 1
-        self.left -= self.name in (name, "any")
-        if self.left == 0:
-            self.left = -1
+        self.attempt.count += 1
+        self.attempt.left -= self.name in (name, "any")
+        if self.attempt.left == 0:
+            self.attempt.left = -1
             os.kill(os.getpid(), getattr(signal, f"SIG{self.signal}"))
 
 
@@ -503,7 +505,7 @@ def main(name: str, directory: str, result: str, strike: str) -> None:
         if any(key.startswith(("eval_", "probe_")) for key in entry)
     ]
     found = {"steps": state.global_step, "epoch": state.epoch, "best": [state.best_global_step, state.best_metric]}
-    Path(result).write_text(json.dumps({**found, "evaluations": evaluations, "events": struck.count}))
+    Path(result).write_text(json.dumps({**found, "evaluations": evaluations, "events": struck.attempt.count}))
 
 
 if __name__ == "__main__":
