@@ -280,13 +280,21 @@ def a_callback_evaluates_by_itself() -> Trainer:
 
 
 class Curriculum(Trainer):  # type: ignore[misc]
-    """Counts what it has seen, weighs the loss by it, and keeps an average of the weights that it pulls towards."""
+    """Counts what it has seen, weighs the loss by it, and keeps an average of the weights that it pulls towards.
+
+    Before a step it uses the model as it is: after an evaluation without dropout, else with it.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.seen, self.recent = 0, [0.0]
+        self.seen, self.recent, self.before = 0, [0.0], 0.0
         self.average = gpt2()
         self.average.load_state_dict(self.model.state_dict())
+
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+        with torch.no_grad():
+            self.before = model(**inputs).loss.item()
+        return super().training_step(model, inputs, *args)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -297,7 +305,7 @@ class Curriculum(Trainer):  # type: ignore[misc]
                 ((a - b.detach()) ** 2).sum()
                 for a, b in zip(model.parameters(), self.average.parameters(), strict=True)
             )
-            loss = loss * (1 + 0.1 * self.seen) / (1 + sum(self.recent)) + 0.1 * pull
+            loss = loss * (1 + 0.1 * self.seen) / (1 + sum(self.recent) + self.before) + 0.1 * pull
             for mean, now in zip(self.average.parameters(), model.parameters(), strict=True):
                 mean.data.mul_(0.5).add_(now.data, alpha=0.5)
         return (loss, outputs) if return_outputs else loss
@@ -486,6 +494,14 @@ def rloo_buffered() -> Trainer:
 @scenario
 def refused_group_by_length() -> Trainer:
     return trainer(**STEPS, train_sampling_strategy="group_by_length")
+
+
+@scenario
+def refused_adalora() -> Trainer:
+    from peft import AdaLoraConfig, get_peft_model
+
+    config = AdaLoraConfig(init_r=4, target_r=2, tinit=2, tfinal=2, total_step=9, target_modules=["c_attn"])
+    return trainer(model=get_peft_model(gpt2(), config), **STEPS)
 
 
 def main(name: str, directory: str, result: str, strike: str) -> None:

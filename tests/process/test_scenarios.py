@@ -85,6 +85,7 @@ START, ASKS = "early_stopping_on_one_of_two_from_the_start", "a_callback_asks_fo
         pytest.param(ASKS, ["on_prediction_step:7:USR1", "on_step_end:8:KILL"], id="evaluating after such a step"),
         pytest.param(ASKS, ["on_step_end:13:USR1"], id="a step with which a callback stops training"),
         pytest.param("grpo_buffered", ["on_step_end:5:USR1"], id="between two uses of what was generated"),
+        pytest.param("a_subclass_with_state", ["on_save:1:KILL"], id="with the model in evaluation mode"),
         pytest.param("rloo_buffered", ["on_substep_end:2:USR1:short"], id="in a step that is left"),
     ],
 )
@@ -115,6 +116,6 @@ def test_what_can_not_come_back_exactly_is_refused_at_the_start(tmp_path: Path, 
     run = RunProbe(tmp_path / "r")
     code, output = attempt(name, run)
     assert code != 0
-    assert "is refused; valid: " in output
+    assert "is refused; valid: " in output, output
     assert run.events("attempt_ended")[-1]["refused"]
     assert not run.events("checkpoint")
