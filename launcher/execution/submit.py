@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from outlast.config.cluster import SlurmCluster
-from outlast.config.configuration import Config
-from outlast.errors import SlurmError
+from outlast.config.configuration import Config, load
+from outlast.errors import ConfigError, SlurmError
 from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.submission import Submission, new_token, submission_lock
@@ -57,7 +57,8 @@ def submit(plan: Plan) -> SubmittedJob:
     """Submit the run, or find it in the queue.
 
     Raises:
-        ConfigError: the directory holds another run, or the code can't be frozen.
+        ConfigError: the directory holds another run, the code can't be frozen, or the job in the queue has other
+            values.
         SlurmError: Slurm does not answer, or refuses the job.
     """
     use_cluster(plan.config)
@@ -67,6 +68,7 @@ def submit(plan: Plan) -> SubmittedJob:
     with submission_lock(run.path) as lock:
         job_id, state = in_queue([run]).get(run.path, ("", None))
         if state is not None and state.active:
+            check_same(plan, job_id)
             return SubmittedJob(job_id, str(target.log).replace("%j", job_id), again=True)
         freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
         take_code(plan.config, target)
@@ -85,6 +87,20 @@ def submit(plan: Plan) -> SubmittedJob:
         )
     assert done.job_id is not None
     return SubmittedJob(done.job_id, done.log)
+
+
+def check_same(plan: Plan, job_id: str) -> None:
+    """See that a job in the queue does what is asked for now.
+
+    Raises:
+        ConfigError: it was submitted with other values.
+    """
+    changes = plan.config.all_differences(load(plan.directory.config))
+    if changes:
+        text = "; ".join(f"{key} is {its!r} there, not {mine!r}" for key, (mine, its) in changes.items())
+        way = f"stop it first: outlast cancel {plan.directory.path.name}, then the same command"
+        first = next(iter(changes))
+        raise ConfigError(first, changes[first][0], f"no effect: job {job_id} is in the queue already: {text}; {way}")
 
 
 def take_code(config: Config, target: Target) -> None:

@@ -8,11 +8,12 @@ import pytest
 from outlast.config.configuration import build, dump
 from outlast.errors import ConfigError, SlurmError
 from outlast.launcher.commands import resume
-from outlast.launcher.execution.submit import use_cluster
+from outlast.launcher.execution.submit import check_same, use_cluster
+from outlast.launcher.planning.plan import Plan
 from outlast.launcher.planning.resume import changed
 from outlast.launcher.runs.queue import Answer
 from outlast.launcher.runs.standing import collect
-from outlast.rundir.directory import RunDirectory
+from outlast.rundir.directory import RunDirectory, RunLock
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.submission import Submission
 
@@ -111,3 +112,26 @@ def test_a_finished_run_is_left_alone(run: RunDirectory, capsys: pytest.CaptureF
     Ledger(run.ledger).append("finished", 1, step=3, seconds=1.0)
     assert resume.main(["r"], run.path.parent) == 0
     assert capsys.readouterr().out == "r has finished already\n"
+
+
+def test_overrides_without_effect_are_refused(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger(run.ledger)
+    ledger.append("attempt_started", 1, job_id=None, restart_count=0, hosts=["a"], world_size=1, versions={})
+    lock = RunLock(run)
+    lock.acquire("a test")
+    with pytest.raises(ConfigError, match=r"no effect: r is running already; stop it first: outlast cancel r"):
+        resume.main(["r", "storage.budget_gb=9"], run.path.parent)
+    with pytest.raises(ConfigError, match=r"learning_rate.*it decides the weights"):
+        resume.main(["r", "trainer.learning_rate=0.5"], run.path.parent)
+    lock.release()
+    ledger.append("finished", 1, step=3, seconds=1.0)
+    with pytest.raises(ConfigError, match=r"no effect: r has finished already; another run can go on from its model"):
+        resume.main(["r", "storage.budget_gb=9"], run.path.parent)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_job_in_the_queue_keeps_what_it_was_submitted_with(run: RunDirectory) -> None:
+    plan = Plan(changed(run, ["parallel.ranks_per_node=2"]), {}, None, {}, {}, {}, {})
+    with pytest.raises(ConfigError, match=r"no effect: job 7 is in the queue already: parallel.ranks_per_node is 1"):
+        check_same(plan, "7")
+    check_same(Plan(changed(run, []), {}, None, {}, {}, {}, {}), "7")

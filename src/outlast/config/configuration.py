@@ -81,9 +81,11 @@ class Config(Section):
 
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Dotted keys that decide the weights and differ: `{key: (mine, other's)}`."""
-        mine, theirs = _flat(self._compared()), _flat(other._compared())
-        keys = [*mine, *(key for key in theirs if key not in mine)]
-        return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
+        return _differences(self._compared(), other._compared())
+
+    def all_differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
+        """The same of all keys, but for the place of the run, which may have been moved."""
+        return _differences(self.as_dict() | {"run": {}}, other.as_dict() | {"run": {}})
 
     def _compared(self) -> dict[str, Any]:
         """The identity without the number of ranks, which a run adapts to (`ranks/layout.py`)."""
@@ -91,6 +93,12 @@ class Config(Section):
         parallel = dict(identity["parallel"])
         del parallel["nodes"], parallel["ranks_per_node"]
         return identity | {"parallel": parallel}
+
+
+def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    mine, theirs = _flat(mine), _flat(theirs)
+    keys = [*mine, *(key for key in theirs if key not in mine)]
+    return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
