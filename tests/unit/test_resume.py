@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.config.configuration import build, dump
+from outlast.config.configuration import build, dump, load
 from outlast.errors import ConfigError, SlurmError
 from outlast.launcher.commands import resume
 from outlast.launcher.execution.submit import check_same, use_cluster
@@ -69,6 +69,48 @@ def test_a_run_is_where_its_directory_is(run: RunDirectory) -> None:
 def test_what_may_not_change_is_refused_with_the_reason(run: RunDirectory, override: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         changed(run, [override])
+
+
+SFT = {"max_steps": 40, "lr_scheduler_type": "constant", "logging_steps": 5, "learning_rate": 1e-3}
+
+
+def test_what_does_not_decide_the_weights_may_change(run: RunDirectory) -> None:
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    run.config.write_text(dump(build({"job": {"name": "sft"}, "trainer": SFT | batch})))
+    overrides = ["logging_steps=1", "report_to=none", "per_device_eval_batch_size=2", "dataloader_num_workers=2"]
+    overrides += ["eval_steps=7", "gradient_checkpointing=true", "max_steps=90"]
+    overrides += ["per_device_train_batch_size=2", "gradient_accumulation_steps=4"]
+    config = changed(run, [f"trainer.{text}" for text in overrides])
+    assert config.trainer["max_steps"] == 90
+    assert (config.trainer["logging_steps"], config.trainer["per_device_train_batch_size"]) == (1, 2)
+    assert config.differences(load(run.config)) == {}
+    with pytest.raises(ConfigError, match=r"refused; the rows of a step decide the weights; valid: 8, however"):
+        changed(run, ["trainer.per_device_train_batch_size=2"])
+    for key in ("learning_rate=1", "metric_for_best_model=eval_entropy", "weight_decay=0.1", "optim=adafactor"):
+        with pytest.raises(ConfigError, match="it decides the weights"):
+            changed(run, [f"trainer.{key}"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reason"),
+    [
+        (
+            {"lr_scheduler_type": "cosine"},
+            r"with trainer\.lr_scheduler_type=cosine the rate of each step depends on it",
+        ),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, r"warmup_steps=0\.1 is a share of it"),
+    ],
+)
+def test_a_run_is_as_long_as_its_schedule_unless_that_has_no_end(
+    run: RunDirectory, schedule: dict[str, object], reason: str
+) -> None:
+    run.config.write_text(dump(build({"job": {"name": "sft"}, "trainer": SFT | schedule})))
+    for key in ("max_steps=90", "num_train_epochs=9"):
+        with pytest.raises(ConfigError, match=reason):
+            changed(run, [f"trainer.{key}"])
+    run.config.write_text(dump(build({"job": {"name": "sft"}, "trainer": SFT | schedule | {"warmup_steps": 5}})))
+    if schedule["lr_scheduler_type"] != "cosine":
+        assert changed(run, ["trainer.max_steps=90"]).trainer["max_steps"] == 90
 
 
 def test_what_exists_is_a_name_even_with_an_equals_sign(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from .preemption import PreemptionSection
 from .run import JobSection, RunSection
 from .section import Number, Section, declared, require, section
 from .storage import StorageSection
+from .trainer_keys import deciding
 
 IDENTITY = ("seed", "job", "model", "data", "peft", "parallel", "trainer")
 """Sections that decide the weights: a run directory belongs to one value of them."""
@@ -81,7 +82,8 @@ class Config(Section):
 
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Dotted keys that decide the weights and differ: `{key: (mine, other's)}`."""
-        return _differences(self._compared(), other._compared())
+        mine, theirs = (one._compared() | {"trainer": deciding(one.trainer)} for one in (self, other))
+        return _differences(mine, theirs)
 
     def all_differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """The same of all keys, but for the place of the run, which may have been moved."""
