@@ -185,9 +185,11 @@ def _read_split(data: HubData, split: str, note: Callable[[str], None]) -> "Data
             dataset = datasets.load_dataset(path, data.name, split=split, revision=data.revision)
     except Exception as error:  # the hub's client, its HTTP library and every file format raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        hint = "Check the name and the split; without a network, give a local directory or use data=jsonl."
+        if isinstance(error, PermissionError):
+            hint = "Set HF_HOME to a directory that you may write to: the dataset is cached there."
         raise OutlastError(
-            f"data.path: split {split!r} of {data.path!r} can't be loaded: {type(error).__name__}: {reason}. "
-            "Check the name and the split; without a network, give a local directory or use data=jsonl."
+            f"data.path: split {split!r} of {data.path!r} can't be loaded: {type(error).__name__}: {reason}. {hint}"
         ) from error
     form = form_of(dataset.column_names)
     if not form:

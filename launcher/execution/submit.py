@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.submission import Submission, new_token, submission_lock
 from outlast.slurm.environment import slurm_conf
+from outlast.slurm.refusal import refusal_of
 from outlast.slurm.submit import submit_recorded
 
 from ..devcluster import cluster as devcluster
@@ -59,11 +61,13 @@ def submit(plan: Plan) -> SubmittedJob:
     Raises:
         ConfigError: the directory holds another run, the code can't be frozen, or the job in the queue has other
             values.
-        SlurmError: Slurm does not answer, or refuses the job.
+        ConfigError: Slurm refuses the job; of a run that was not there before, nothing is left.
+        SlurmError: Slurm does not answer.
     """
     use_cluster(plan.config)
     run, target = plan.directory, target_of(plan.config)
     record = run.path / "submitted.json"
+    fresh = not run.config.exists() and not run.ledger.exists()
     make_run_directory(run)
     with submission_lock(run.path) as lock:
         job_id, state = in_queue([run]).get(run.path, ("", None))
@@ -73,18 +77,31 @@ def submit(plan: Plan) -> SubmittedJob:
         freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
         take_code(plan.config, target)
         write_atomically(run.path / SCRIPT, batch_script(plan.config, target))
-        done = submit_recorded(
-            Submission(
-                token=new_token(),
-                cluster=plan.config.cluster.kind,
-                slurm_conf=slurm_conf(),
-                log=str(target.log),
-            ),
-            run.path / SCRIPT,
-            [],
-            lock,
-            lambda entry: write_atomically(record, json.dumps(asdict(entry))),
-        )
+        before = record.read_text() if record.exists() else None
+        try:
+            done = submit_recorded(
+                Submission(
+                    token=new_token(),
+                    cluster=plan.config.cluster.kind,
+                    slurm_conf=slurm_conf(),
+                    log=str(target.log),
+                ),
+                run.path / SCRIPT,
+                [],
+                lock,
+                lambda entry: write_atomically(record, json.dumps(asdict(entry))),
+            )
+        except SlurmError as error:
+            refusal = refusal_of(error, plan.config.flat())
+            if refusal is None:
+                raise
+            if fresh:  # nothing is left that would look like a run
+                shutil.rmtree(run.path, ignore_errors=True)
+            elif before is not None:
+                write_atomically(record, before)
+            else:
+                record.unlink(missing_ok=True)
+            raise refusal from None
     assert done.job_id is not None
     return SubmittedJob(done.job_id, done.log)
 

@@ -80,6 +80,10 @@ class Config(Section):
         """Plain values, in the order of the sections: what `config.yaml` holds."""
         return asdict(self)
 
+    def flat(self) -> dict[str, Any]:
+        """All values by dotted key."""
+        return _flat(self.as_dict())
+
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Dotted keys that decide the weights and differ: `{key: (mine, other's)}`."""
         mine, theirs = (one._compared() | {"trainer": deciding(one.trainer)} for one in (self, other))
