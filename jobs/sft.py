@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from outlast.config.cluster import LocalCluster
 from outlast.config.configuration import Config
 from outlast.config.model import TinyModel
-from outlast.errors import ConfigError, OutlastError
+from outlast.errors import ConfigError, OutlastError, ResumeRefusedError
 from outlast.files import staged_directory
 
-from .training import data, deepspeed, models, prepared, trainer_arguments
+from .training import chat, data, deepspeed, left_out, models, prepared, source, trainer_arguments
 
 if TYPE_CHECKING:
     from outlast import Run
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Refuse, before anything starts, what this job would not accept (ConfigError)."""
+    data.check(config)  # first: it imports nothing heavy
     models.check(config)
     trainer_arguments.check(config)
     _check_gpus(config)
     deepspeed.check(config)
-    data.check(config)
+    source.check(config, source.digests(config))
+    if (tokenizer := models.known_tokenizer(config)) is not None:
+        chat.check_plan(config, tokenizer)
 
 
 def _check_gpus(config: Config) -> None:
@@ -53,7 +56,7 @@ def training(config: Config) -> dict[str, Any]:
     values = {
         "micro_batch": trainer["per_device_train_batch_size"],
         "accumulation": trainer["gradient_accumulation_steps"],
-        "hazards": trainer_arguments.hazards(config),
+        "hazards": [*trainer_arguments.hazards(config), *data.notes(config), *left_out.foreseen(config)],
     }
     return values | ({"deepspeed": deepspeed.resolved(config)} if config.parallel.zero_stage else {})
 
@@ -74,10 +77,13 @@ def main(run: "Run", config: Config) -> None:
     base = run.directory.prepared / "model"
     tokenized = run.directory.prepared / "data"
 
+    made_of, notes = _notice_changed_data(run, config), list[str]()
+    train: Any
+    evaluation: Any
     train, evaluation = _first(run, lambda: prepared.load(tokenized)) or (None, None)
     raw = train is None
     if raw:
-        train, evaluation = data.load(config)
+        train, evaluation = data.load(config, notes.append)
         if isinstance(config.model, TinyModel) and run.rank == 0 and not base.is_dir():
             run.say("building the model and its tokenizer")
             texts = data.texts(train)
@@ -88,17 +94,53 @@ def main(run: "Run", config: Config) -> None:
         prepared.reuse(args)
 
     model, tokenizer = models.load(config, base)
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluation if args.eval_strategy != "no" else None,
-        processing_class=tokenizer,
-        peft_config=models.peft_config(config),
-    )
-    if raw and run.rank == 0:
-        prepared.save(tokenized, trainer.train_dataset, trainer.eval_dataset)
+    splits = {"train": train} | ({} if evaluation is None or args.eval_strategy == "no" else {"eval": evaluation})
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=splits.get("eval"),
+            processing_class=tokenizer,
+            peft_config=models.peft_config(config),
+        )
+    except Exception:
+        chat.check(config, tokenizer, chat.all_rows(config))  # if it was a row, this names it
+        raise
+    if raw:
+        made = {"train": trainer.train_dataset} | ({"eval": trainer.eval_dataset} if "eval" in splits else {})
+        notes += left_out.notes(config, args, splits, made)
+        _say(run, len(train), notes)
+        if run.rank == 0:
+            prepared.save(tokenized, trainer.train_dataset, trainer.eval_dataset)
+            source.keep(run.directory, made_of)
     run.train(trainer)
+
+
+def _notice_changed_data(run: "Run", config: Config) -> dict[str, str]:
+    """Refuse or forget what was prepared from files that have changed; return their digests.
+
+    Raises:
+        ResumeRefusedError: they have changed since a checkpoint was made.
+    """
+
+    def look() -> dict[str, str]:
+        found = source.digests(config)
+        source.check(config, found)
+        if source.clear_changed(run.directory, found):
+            run.say("WARNING: the data has changed since it was prepared: it is prepared anew")
+        return found
+
+    found: dict[str, str] = run.collectives.on_rank_0(look, ResumeRefusedError)
+    run.describe(source=found or None)
+    return found
+
+
+def _say(run: "Run", rows: int, notes: list[str]) -> None:
+    """Write down what of the data is trained on."""
+    run.record("data", rows=rows, notes=notes)
+    for note in notes:
+        run.say(f"WARNING: {note}")
 
 
 def _first(run: "Run", load: Any) -> Any:

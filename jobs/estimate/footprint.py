@@ -228,15 +228,10 @@ def _tiny_tokenizer_bytes(config: Config, run: RunDirectory) -> int:
 @lru_cache(maxsize=16)
 def _describing_bytes(key: _Key) -> int:
     """Return the bytes of what describes the model (its two configurations), or the adapter (configuration, card)."""
-    from peft import get_peft_model
-
     model, adapter = parameters.base_model(key.config), models.peft_config(key.config)
     if adapter is None:
         return file_sizes.written(model.config.save_pretrained, model.generation_config.save_pretrained)
-    import torch
-
-    with torch.device("meta"):
-        adapted = get_peft_model(model, adapter)
+    adapted = parameters.adapted(model, adapter)
     return file_sizes.written(adapted.create_or_update_model_card, adapter.save_pretrained)
 
 

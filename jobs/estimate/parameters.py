@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.config.configuration import Config
 from outlast.config.model import PretrainedModel, TinyModel
+from outlast.errors import ConfigError
 
 from ..training import models
 
@@ -48,11 +49,10 @@ def collect(config: Config, zero_stage: int, half: "torch.dtype | None") -> Para
     if adapter is None:
         saved = module = _untied(model.state_dict(keep_vars=True))
     else:
-        from peft import get_peft_model, get_peft_model_state_dict
+        from peft import get_peft_model_state_dict
 
         # As TRL does it: with stage 3 adapters have the type of the model, else PEFT makes half precision 32-bit.
-        with torch.device("meta"):
-            model = get_peft_model(model, adapter, autocast_adapter_dtype=zero_stage != 3)
+        model = adapted(model, adapter, autocast_adapter_dtype=zero_stage != 3)
         saved = get_peft_model_state_dict(model)
         module = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if half is not None:
@@ -68,6 +68,25 @@ def collect(config: Config, zero_stage: int, half: "torch.dtype | None") -> Para
         embeddings=sum(p.numel() for _, p in trained if id(p) in embeddings),
         module=module,
     )
+
+
+def adapted(model: Any, adapter: Any, **options: Any) -> Any:
+    """Add the adapters, on the meta device.
+
+    Raises:
+        ConfigError: PEFT refuses them: there are no such modules.
+    """
+    import torch
+    from peft import get_peft_model
+
+    try:
+        with torch.device("meta"):
+            return get_peft_model(model, adapter, **options)
+    except ValueError as error:
+        key = "target_modules" if "target" in str(error).lower() else "modules_to_save"
+        kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")})
+        valid = f"PEFT says: {' '.join(str(error).split())} Modules with weights: {', '.join(kinds)}"
+        raise ConfigError(f"peft.{key}", getattr(adapter, key), valid) from None
 
 
 def _untied(state: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":

@@ -7,6 +7,9 @@ from typing import Any
 
 from outlast.errors import ConfigError
 
+from .other_formats import conversion, other_format
+from .unused import Unused
+
 FORMS: tuple[tuple[str, ...], ...] = (("prompt", "completion"), ("messages",), ("text",))
 """Keys of the forms. A row that has the keys of several is read as the first of them."""
 
@@ -16,36 +19,42 @@ VALID = (
 )
 
 
-def rows(key: str, path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one file, each reduced to the keys of its form.
+def rows(key: str, path: Path, unused: Unused | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of one file, each with its line's number, and reduced to the keys of its form.
 
     UTF-8, with or without a byte order mark; blank lines are skipped.
+
+    Args:
+        unused: counts what is left out.
 
     Raises:
         ConfigError: `key` with the file, the line's number, what is wrong, and what is valid.
     """
     form: tuple[str, ...] | None = None
+    unused = Unused() if unused is None else unused
     try:
         with open(path, "rb") as file:  # by bytes: a line ends at \n and nowhere else, and bad UTF-8 has a line number
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
+                    if hint := other_format(line, path):
+                        raise ConfigError(key, str(path), hint)
                 if not line.strip():
                     continue
-                row, problem = _parse(line)
+                row, problem = _parse(line, unused)
                 if not problem and form not in (None, form_of(row)):
                     problem = f"it has {named(form_of(row))}, but the lines before have {named(form)}"
                 if problem:
                     raise ConfigError(key, f"{path}, line {number}", f"{problem}; {VALID}")
                 form = form_of(row)
-                yield row
+                yield number, row
     except OSError as error:
         raise ConfigError(key, str(path), f"it can't be read: {error.strerror}") from None
     if form is None:
         raise ConfigError(key, str(path), f"the file is empty; {VALID}")
 
 
-def _parse(line: bytes) -> tuple[dict[str, Any], str]:
+def _parse(line: bytes, unused: Unused) -> tuple[dict[str, Any], str]:
     """Return the row of one line, and what is wrong with it (nothing: an empty string)."""
     try:
         row = json.loads(line.decode("utf-8").strip())
@@ -64,7 +73,9 @@ def _parse(line: bytes) -> tuple[dict[str, Any], str]:
     form = form_of(row)
     if not form:
         keys = ", ".join(map(repr, row)) or "no keys"
-        return {}, f"it has {keys}, which is none of the forms"
+        return {}, f"it has {keys}, which is none of the forms{conversion(row)}"
+    if problem := unused.judge(row, form):
+        return {}, problem
     for name in form:
         if name == "messages":
             if problem := _chat_problem(row[name]):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,22 @@ def load(config: Config, directory: Path) -> tuple[Any, Any]:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def known_tokenizer(config: Config) -> Any | None:
+    """Load the tokenizer of a pretrained model for a plan; None for a tiny model, and if it can't be loaded here."""
+    chosen = config.model
+    return _tokenizer(str(chosen.path), chosen.trust_remote_code) if isinstance(chosen, PretrainedModel) else None
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(path: str, trust: bool) -> Any | None:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except Exception:  # the plan says so when it estimates what the run will write
+        return None
 
 
 def check(config: Config) -> None:

@@ -19,6 +19,8 @@ from outlast.config.model import Lora, PretrainedModel
 from outlast.errors import ConfigError
 from outlast.huggingface.inexact import refuse_inexact
 
+from . import buildable
+
 HUB = "outlast trains without the hub; push the run's final/ directory when it has finished"
 SAVES = "outlast saves; use checkpoint.every"
 RANKS = "outlast sets up the ranks; choose with parallel="
@@ -83,10 +85,11 @@ def check(config: Config) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dry(**arguments)
+            made = dry(**arguments)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         named = {key: value for key, value in config.trainer.items() if key in str(error)}
         raise ConfigError("trainer", named or config.trainer, f"SFTConfig says: {error}") from None
+    buildable.check(made)
 
 
 def hazards(config: Config) -> list[str]:

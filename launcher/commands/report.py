@@ -102,6 +102,7 @@ def summarize(run: RunDirectory) -> Summary:
             {"checkpoint": e["checkpoint"], "reason": e["reason"]} for e in events if e["event"] == "quarantined"
         ],
         "deleted": sum(event["event"] == "deleted" for event in events),
+        "data_notes": next((e["notes"] for e in reversed(events) if e["event"] == "data"), []),
         "bytes_used": bytes_used(run.path),
         "bytes_peak": _peak(run, saved),
         "budget_bytes": budget_of(settings),
@@ -164,6 +165,8 @@ def render(summary: Summary, console: Console) -> None:
     for cells in rows:
         table.add_row(*(Text(cells[name]) for name in shown))
     console.print(table, highlight=False)
+    for note in summary["data_notes"]:
+        console.print(Text(note, style="yellow"))
     for bad in summary["quarantined"]:
         console.print(Text(f"quarantined {bad['checkpoint']}: {bad['reason']}", style="yellow"))
 

@@ -44,8 +44,12 @@ def main(arguments: Sequence[str], root: Path) -> int:
     for row in rows:
         if row.note is not None:
             raise SlurmError(f"{row.note}. Whether {row.name} is in the queue can't be known: nothing was submitted.")
+    for row in rows:
+        changed(row.directory, overrides)  # refused whatever the run is doing
     plans = {row.name: plan_of(row, overrides) for row in rows if _left_alone(row) is None}
-    _print_left_alone(rows)
+    if overrides and not plans:
+        _refuse_without_effect(rows, overrides)
+    _print_left_alone(rows, "; the overrides have no effect there" if overrides else "")
     cells: dict[Path, list[Plan]] = defaultdict(list)
     for name, plan in plans.items():
         if not isinstance(plan.config.cluster, SlurmCluster):
@@ -109,14 +113,30 @@ def _left_alone(row: RunStatus) -> str | None:
     return None
 
 
-def _print_left_alone(rows: list[RunStatus]) -> None:
+def _refuse_without_effect(rows: list[RunStatus], overrides: Sequence[str]) -> None:
+    """Refuse overrides that no run would heed.
+
+    Raises:
+        ConfigError: with what each run is doing, and the way out.
+    """
+    first = rows[0]
+    if first.state == State.FINISHED:
+        way = "another run can go on from its model: outlast train model=pretrained model.path=RUN/final run.name=…"
+    else:
+        way = f"stop it first: outlast cancel {first.name}, then the same command"
+    reason = f"no effect: {first.name} {_left_alone(first)}"
+    more = f", and {len(rows) - 1} more are left alone" if len(rows) > 1 else ""
+    raise ConfigError("override", " ".join(overrides), f"{reason}{more}; {way}")
+
+
+def _print_left_alone(rows: list[RunStatus], no_effect: str) -> None:
     alone = [(row.name, reason) for row in rows if (reason := _left_alone(row)) is not None]
     if len(alone) <= LISTED:
         for name, reason in alone:
-            print(f"{name} {reason}")
+            print(f"{name} {reason}{no_effect}")
     else:
         for reason, count in Counter(reason.partition(" (")[0] for _, reason in alone).items():
-            print(f"{count} of {len(rows)}: {reason}")
+            print(f"{count} of {len(rows)}: {reason}{no_effect}")
 
 
 def _submit_cells(directory: Path, plans: list[Plan]) -> None:

@@ -1,21 +1,35 @@
 """`outlast status`: what the runs under a root are doing, one row a run."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from outlast.errors import ConfigError, Exit
 
-from ..runs.find import runs_named, runs_under
+from ..runs.find import runs_named, runs_under, unreadable_under
 from ..runs.standing import RunStatus, collect
 from ..runs.state import State
+
+SHOWN = 10
+"""Names of directories that can't be read, at most."""
 
 
 def main(
     names: Sequence[str], root: Path, *, states: Sequence[State] | None, watch_s: float | None, as_json: bool
 ) -> int:
-    """`outlast status`."""
+    """`outlast status`.
+
+    Raises:
+        ConfigError: there is no such root or run.
+    """
     from ..display import status_table
+
+    if root != Path("runs") and not root.is_dir():
+        raise ConfigError("--root", str(root), "valid: a directory that holds runs; there is none of that name")
+    if not names and (closed := unreadable_under(root)):
+        shown = ", ".join(path.name for path in closed[:SHOWN]) + (" …" if len(closed) > SHOWN else "")
+        print(f"left out, for want of permission to read: {shown}", file=sys.stderr)
 
     def rows() -> list[RunStatus]:
         found = collect(runs_named(names, root) if names else runs_under(root))

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from outlast.config.configuration import load
 from outlast.errors import Exit
 from outlast.rundir.attempts import finished
 from outlast.rundir.ledger import Ledger
@@ -33,6 +34,8 @@ def train(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, a
     _warn(plan.hazards, console)
     if done := finished(Ledger(run.ledger).read()):
         console.print(f"{run.path} has finished already, at step {done['step']}; its model is in {run.final}")
+        if changes := plan.config.all_differences(load(run.config)):
+            console.print("no effect on a run that has finished: " + ", ".join(changes))
     elif plan.config.cluster.kind == "local":
         from ..execution import local
 
@@ -118,6 +121,9 @@ def _describe(sweep: SweepPlan, outcome: SweepSubmission, console: Console) -> N
     for state, text in ((State.QUEUED, "in the queue already"), (State.FINISHED, "finished already")):
         if count := sum(one == state for one in outcome.before.values()):
             console.print(f"  {count} {text}")
+    if outcome.unchanged:
+        keys = ", ".join(dict.fromkeys(key for changes in outcome.unchanged.values() for key in changes))
+        console.print(f"  no effect on {len(outcome.unchanged)} of them, which keep what they have: {keys}")
     name, root = shlex.quote(sweep.name), shlex.quote(str(sweep.root))
     for state in NOT_AGAIN:
         if names := [name for name, one in outcome.before.items() if one == state]:

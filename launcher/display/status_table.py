@@ -17,7 +17,9 @@ from .progress import duration, size
 HEADERS = ("run", "state", "metric", "step", "left", "saved", "attempts", "bytes (peak) of budget")
 """In the order of what is asked first: a terminal that is too narrow for all leaves the last ones out."""
 REASON = 40
-"""Characters of a reason, at most."""
+"""Characters of a reason in the table of a terminal, at most; what fails has its whole reason under it."""
+WHOLE = 5
+"""Reasons that are shown in full, at most."""
 COLOURS: dict[State, str] = {
     State.NOT_STARTED: "dim",
     State.QUEUED: "cyan",
@@ -90,7 +92,7 @@ def lines(rows: list[RunStatus], width: int | None) -> Iterable[Text]:
     """
     if not rows:
         return [Text("no runs here")]
-    cells = {row.path: _cells(row) for row in rows}
+    cells = {row.path: _cells(row, None if width is None else REASON) for row in rows}
     widths = [max(map(cell_len, column)) for column in zip(HEADERS, *cells.values(), strict=True)]
     while width is not None and len(widths) > 3 and sum(widths) + 2 * (len(widths) - 1) > width:
         widths.pop()
@@ -107,7 +109,7 @@ def _padded(cells: Iterable[str], widths: list[int]) -> str:
     return "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=False)).rstrip()
 
 
-def _cells(row: RunStatus) -> list[str]:
+def _cells(row: RunStatus, longest: int | None) -> list[str]:
     saved = "" if row.checkpoint_step is None else f"{row.checkpoint_step}"
     if row.checkpoint_age_s is not None:
         saved += f", {duration(row.checkpoint_age_s)} ago"
@@ -119,7 +121,7 @@ def _cells(row: RunStatus) -> list[str]:
     state = row.state.replace("_", " ")
     return [
         f"  {row.name.rpartition('/')[2]}" if row.sweep else row.name,
-        f"{state} ({row.reason[:REASON]})" if row.reason else state,
+        f"{state} ({_shortened(row.reason, longest)})" if row.reason else state,
         score,
         f"{row.step}/{'?' if row.total_steps is None else row.total_steps}",
         "" if row.eta_s is None else duration(row.eta_s),
@@ -129,7 +131,13 @@ def _cells(row: RunStatus) -> list[str]:
     ]
 
 
+def _shortened(text: str, longest: int | None) -> str:
+    return text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
+
+
 def _below(rows: list[RunStatus]) -> list[Text]:
     found = [Text(note, style="yellow") for note in sorted({row.note for row in rows if row.note})]
     states = {row.state for row in rows}
+    long = [row for row in rows if row.state == State.FAILED and len(row.reason or "") > REASON]
+    found += [Text(f"{row.name}: {row.reason}", style="red") for row in long[:WHOLE]]
     return found + [Text(HINTS[state], style="dim") for state in State if state in HINTS and state in states]

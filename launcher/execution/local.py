@@ -184,6 +184,10 @@ class Launcher:
         if stuck and why:
             bar.note(f"{why[-1]}, so the attempt was ended; its logs: {self.run.log(number, 0).parent}")
             return
+        refused = [e["error"] for e in own if e["event"] == "attempt_ended" and e.get("refused") and "error" in e]
+        if code == Exit.REFUSED and refused:
+            bar.note(f"refused: {refused[-1].partition(': ')[2]}")
+            return
         failed = next((i for i, process in enumerate(self.ranks) if process.returncode == code), 0)
         who, log = f"rank {failed}", self._log(number, failed)
         if self.agent:
@@ -194,8 +198,11 @@ class Launcher:
         lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         bar.note("\n".join([f"{who} {how}; the end of {log}:", *(f"    {line}" for line in lines)]))
-        if code != Exit.REFUSED:
-            bar.note("The same command again resumes from the newest checkpoint.")
+        saved = max((a.saved_step for a in attempts(self.ledger.read())), default=0)
+        if code != Exit.REFUSED and saved:
+            bar.note(f"The same command again resumes from step {saved}.")
+        elif code != Exit.REFUSED:
+            bar.note("No step was saved: the same command begins again, and fails again unless the cause is gone.")
 
 
 @contextmanager

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from outlast.config.cluster import SlurmCluster
-from outlast.config.configuration import Config
-from outlast.errors import SlurmError
+from outlast.config.configuration import Config, load
+from outlast.errors import ConfigError, SlurmError
 from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.submission import Submission, new_token, submission_lock
 from outlast.slurm.environment import slurm_conf
+from outlast.slurm.refusal import refusal_of
 from outlast.slurm.submit import submit_recorded
 
 from ..devcluster import cluster as devcluster
@@ -57,34 +59,65 @@ def submit(plan: Plan) -> SubmittedJob:
     """Submit the run, or find it in the queue.
 
     Raises:
-        ConfigError: the directory holds another run, or the code can't be frozen.
-        SlurmError: Slurm does not answer, or refuses the job.
+        ConfigError: the directory holds another run, the code can't be frozen, or the job in the queue has other
+            values.
+        ConfigError: Slurm refuses the job; of a run that was not there before, nothing is left.
+        SlurmError: Slurm does not answer.
     """
     use_cluster(plan.config)
     run, target = plan.directory, target_of(plan.config)
     record = run.path / "submitted.json"
+    fresh = not run.config.exists() and not run.ledger.exists()
     make_run_directory(run)
     with submission_lock(run.path) as lock:
         job_id, state = in_queue([run]).get(run.path, ("", None))
         if state is not None and state.active:
+            check_same(plan, job_id)
             return SubmittedJob(job_id, str(target.log).replace("%j", job_id), again=True)
         freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
         take_code(plan.config, target)
         write_atomically(run.path / SCRIPT, batch_script(plan.config, target))
-        done = submit_recorded(
-            Submission(
-                token=new_token(),
-                cluster=plan.config.cluster.kind,
-                slurm_conf=slurm_conf(),
-                log=str(target.log),
-            ),
-            run.path / SCRIPT,
-            [],
-            lock,
-            lambda entry: write_atomically(record, json.dumps(asdict(entry))),
-        )
+        before = record.read_text() if record.exists() else None
+        try:
+            done = submit_recorded(
+                Submission(
+                    token=new_token(),
+                    cluster=plan.config.cluster.kind,
+                    slurm_conf=slurm_conf(),
+                    log=str(target.log),
+                ),
+                run.path / SCRIPT,
+                [],
+                lock,
+                lambda entry: write_atomically(record, json.dumps(asdict(entry))),
+            )
+        except SlurmError as error:
+            refusal = refusal_of(error, plan.config.flat())
+            if refusal is None:
+                raise
+            if fresh:  # nothing is left that would look like a run
+                shutil.rmtree(run.path, ignore_errors=True)
+            elif before is not None:
+                write_atomically(record, before)
+            else:
+                record.unlink(missing_ok=True)
+            raise refusal from None
     assert done.job_id is not None
     return SubmittedJob(done.job_id, done.log)
+
+
+def check_same(plan: Plan, job_id: str) -> None:
+    """See that a job in the queue does what is asked for now.
+
+    Raises:
+        ConfigError: it was submitted with other values.
+    """
+    changes = plan.config.all_differences(load(plan.directory.config))
+    if changes:
+        text = "; ".join(f"{key} is {its!r} there, not {mine!r}" for key, (mine, its) in changes.items())
+        way = f"stop it first: outlast cancel {plan.directory.path.name}, then the same command"
+        first = next(iter(changes))
+        raise ConfigError(first, changes[first][0], f"no effect: job {job_id} is in the queue already: {text}; {way}")
 
 
 def take_code(config: Config, target: Target) -> None:

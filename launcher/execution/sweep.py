@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from outlast.config.configuration import load
 from outlast.errors import ConfigError
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
@@ -37,6 +38,8 @@ class SweepSubmission:
     """Of every cell before: the state in which it was left alone, None if it was to be submitted."""
     jobs: list[Submission] = field(default_factory=list)
     """What was submitted now."""
+    unchanged: dict[str, list[str]] = field(default_factory=dict)
+    """Of cells that are in the queue or done: keys that were asked for now and are other values there."""
 
 
 def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
@@ -58,6 +61,11 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
         outcome = SweepSubmission(before=_states(sweep))
         left = {State.QUEUED, State.FINISHED, *(() if reopen else NOT_AGAIN)}
         todo = [cell for cell in sweep.cells if outcome.before[cell.name] not in left]
+        for cell in sweep.cells:
+            frozen = cell.plan.directory.config
+            stays = outcome.before[cell.name] in left and frozen.is_file()
+            if stays and (changes := cell.plan.config.all_differences(load(frozen))):
+                outcome.unchanged[cell.name] = list(changes)
         if not todo:
             return outcome
         found = arrays.arrays_of(todo, manifest)

@@ -19,7 +19,7 @@ from outlast.processes import python_module_command
 
 OWNED = (
     "requeue", "no-requeue", "open-mode", "signal", "output", "error", "nodes", "ntasks-per-node", "cpus-per-task",
-    "array", "comment", "job-name", "time", "parsable", "test-only", "wait",
+    "array", "job-name", "time", "parsable", "test-only", "wait",
 )  # fmt: skip
 """Flags of `sbatch` that outlast sets itself."""
 
@@ -143,6 +143,7 @@ def _header(config: Config, target: Target) -> str:
         ntasks_per_node=1 if agents else parallel.ranks_per_node,
         cpus_per_task=parallel.cpus_per_rank * (parallel.ranks_per_node if agents else 1),
         stderr_to_stdout=True,
+        wckey=None,  # submitit's own would be refused where such keys are enforced
         additional_parameters={
             "requeue": True,
             "signal": f"{preemption.signal}@{preemption.lead_s}",

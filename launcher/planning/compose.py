@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from outlast.config.configuration import Config, build
+from outlast.config.configuration import SECTIONS, Config, build
 from outlast.config.data import HubData, JsonlData
+from outlast.config.section import accepts_text, declared
 from outlast.errors import ConfigError
 
 GROUPS = ("job", "model", "data", "peft", "parallel", "cluster", "experiment")
@@ -128,6 +129,7 @@ def _argument(text: str, directories: list[Path]) -> str | None:
     """
     override = parsed(text)
     key, value = override.key_or_group, override.get_value_string() if override.value_type else None
+    text = override.input_line or text
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         raise ConfigError(key, value, "Hydra only composes the configuration here, its own settings have no effect")
     if override.is_sweep_override():
@@ -153,7 +155,7 @@ def _argument(text: str, directories: list[Path]) -> str | None:
 
 @lru_cache(maxsize=4096)
 def parsed(text: str) -> Override:
-    """One override, parsed.
+    """One override, parsed. What a text key is given is text: `run.name=1e5` is no number.
 
     Raises:
         ConfigError: it is none.
@@ -167,7 +169,23 @@ def parsed(text: str) -> Override:
     except HydraException as error:
         hint = f"put special characters in quotes: '{name}=\"{value}\"'"
         raise ConfigError(name, value, f"it does not parse ({_first_line(error)}); {hint}") from None
+    if not equals or override.is_sweep_override():
+        return override
+    if isinstance(override.value(), bool | int | float) and str(override.key_or_group) in _text_keys():
+        override = OverridesParser.create().parse_override(f"{key}={quoted(value.strip())}")
     return override
+
+
+@lru_cache(maxsize=1)
+def _text_keys() -> set[str]:
+    """The keys whose values are text, in whatever option of a group."""
+    return {
+        f"{name}.{key}"
+        for name, kinds in SECTIONS.items()
+        for schema in kinds.values()
+        for key, annotation in declared(schema).items()
+        if key != "kind" and accepts_text(annotation)
+    }
 
 
 def _options(group: str, directories: list[Path]) -> list[str]:

@@ -90,7 +90,7 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
         storage=stored,
         training=_training(config, training),
         checkpoint=_checkpoint(config),
-        hazards=[*hazards, *storage_hazards],
+        hazards=[" ".join(hazard.split()) for hazard in (*hazards, *storage_hazards)],  # a line each
     )
 
 

@@ -1,13 +1,15 @@
-"""The configuration of a run that is resumed with other resources.
+"""The configuration of a run that is resumed with other resources, logging or evaluation.
 
 It starts from the run's own `config.yaml`, so nothing but the overrides given here can differ. What decides the weights
-can't be changed: that would be another run.
+can't be changed: that would be another run. Keys of `trainer` are sorted in `outlast/config/trainer_keys.py`.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from outlast.config.configuration import IDENTITY, Config, build, load
+from outlast.config.trainer_keys import BATCH, FREE, LENGTH, length_refusal, rows_of
 from outlast.errors import ConfigError
 from outlast.rundir.directory import RunDirectory
 
@@ -24,10 +26,14 @@ def changed(run: RunDirectory, overrides: Sequence[str]) -> Config:
         ConfigError: an override of something that decides the weights, or that is no value of a section.
     """
     before = load(run.config)
-    tree = before.as_dict()
+    tree = copy.deepcopy(before.as_dict())
     tree["run"] |= {"name": run.path.name, "root": str(run.path.parent)}
     for text in overrides:
         _set(tree, text)
+    rows, asked = rows_of(before.trainer), rows_of(tree["trainer"])
+    if rows != asked:
+        key = " * ".join(f"trainer.{name}" for name in BATCH)
+        raise ConfigError(key, asked, f"the rows of a step decide the weights; valid: {rows}, however it is split")
     return build(tree)
 
 
@@ -39,7 +45,10 @@ def _set(tree: dict[str, Any], text: str) -> None:
     value = None if override.is_delete() else override.value()
     if override.is_delete() or override.is_sweep_override():
         raise ConfigError(key, text, "valid: one value, key=value")
-    if section in IDENTITY and key not in LAYOUT:
+    if section == "trainer" and rest in LENGTH:
+        if reason := length_refusal(tree["trainer"]):
+            raise ConfigError(key, value, f"it decides the weights: {reason}")
+    elif section in IDENTITY and key not in LAYOUT and not (section == "trainer" and rest in FREE.union(BATCH)):
         raise ConfigError(
             key, value, "it decides the weights, so it would be another run: `outlast train … run.name=…`"
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config
 from outlast.config.run import RunSection
-from outlast.errors import ConfigError, Exit, OutlastError
+from outlast.errors import ConfigError, Exit, OutlastError, ResumeRefusedError
 from outlast.rundir.sweep import SWEEP_MANIFEST, Cell, SweepManifest, read_sweep_manifest
 from outlast.storage.budget import GB, round_up
 
@@ -106,7 +106,7 @@ def plan_sweep(overrides: Sequence[str], *, config_dir: Path | None = None) -> S
         config.run = RunSection(name=combination.name, root=str(root / name))
         try:
             plans[combination.name] = plan_run(config, with_script=False)
-        except ConfigError as error:
+        except (ConfigError, ResumeRefusedError) as error:
             refused[combination.name] = str(error)
     if refused:
         raise _refusal(refused, len(combinations))

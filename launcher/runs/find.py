@@ -1,5 +1,6 @@
 """The runs that a command's arguments name, and the names by which runs are shown."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +12,23 @@ from .submissions import sweep_at
 
 
 def runs_under(root: Path) -> list[RunDirectory]:
-    """The runs under `root`, by name: the run directories in it, and the cells of the sweeps in it."""
+    """The runs under `root`, by name: the run directories in it, and the cells of the sweeps in it.
+
+    What may not be read is left out: see :func:`unreadable_under`.
+    """
     found = []
+    closed = set(unreadable_under(root))
     for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if path in closed:
+            continue
         found += [RunDirectory(path)] if _is_run(path) else cells_of(path)
     return found
+
+
+def unreadable_under(root: Path) -> list[Path]:
+    """Directories under `root` that this user may not look into: others' runs, as a rule."""
+    here = sorted(root.iterdir()) if root.is_dir() else []
+    return [path for path in here if path.is_dir() and not os.access(path, os.R_OK | os.X_OK, effective_ids=True)]
 
 
 def cells_of(directory: Path) -> list[RunDirectory]:

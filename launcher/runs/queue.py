@@ -53,7 +53,7 @@ class Answer:
 
     jobs: dict[JobKey, JobState] = field(default_factory=dict)
     tokens: dict[tuple[str | None, str], str] = field(default_factory=dict)
-    """The job, or the array, that was submitted with a comment, by cluster and comment."""
+    """The job, or the array, that was submitted with a token, by cluster and token (its comment, or the end of it)."""
     silent: dict[str | None, str] = field(default_factory=dict)
     """The clusters that did not answer, with the reason."""
 
@@ -98,7 +98,7 @@ def _squeue(answer: Answer, conf: str | None, owners: str, limit_s: float) -> No
             continue
         answer.jobs[JobKey(conf, job_id)] = JobState(state, None if reason in ("None", "") else reason)
         if comment not in ("", "(null)"):
-            answer.tokens[conf, comment] = whole
+            answer.tokens[conf, comment.rpartition(";")[2]] = whole  # a user's own comment stands before the token
 
 
 def _sacct(answer: Answer, conf: str | None, gone: set[str], limit_s: float) -> None:

@@ -56,7 +56,8 @@ def main(arguments: argparse.Namespace) -> None:
             raise OutlastError(f"job {config.job.name} returned without finishing its run")
         run.collectives.close()
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, OutlastError):  # whose message says all
+            traceback.print_exc()
         code = run.fail(error)
         sys.stderr.flush()
         if guard.requested is not None:

@@ -13,6 +13,7 @@ from outlast.errors import ConfigError
 from outlast.launcher.planning.batch_script import batch_script, target_of
 from outlast.launcher.planning.compose import compose
 from outlast.launcher.planning.sweep import plan_sweep
+from outlast.slurm.submit import with_token
 
 EXPECTED = """#!/bin/bash
 
@@ -29,7 +30,6 @@ EXPECTED = """#!/bin/bash
 #SBATCH --reservation=maintenance
 #SBATCH --signal=USR2@120
 #SBATCH --time=600
-#SBATCH --wckey=submitit
 
 module load cuda
 export OMP_NUM_THREADS=3
@@ -122,7 +122,6 @@ def test_a_percent_sign_in_the_root_is_no_pattern_of_slurm(tmp_path: Path) -> No
     ("override", "said"),
     [
         ("cluster.sbatch.requeue=false", "cluster.sbatch.requeue: .* outlast sets this flag itself"),
-        ("cluster.sbatch.comment=x", "cluster.sbatch.comment: .* outlast sets this flag itself"),
         ("cluster.sbatch.job_name=x", "cluster.sbatch.job_name: .* outlast sets this flag itself"),
         ("cluster.sbatch.licenses=[a,b]", "cluster.sbatch.licenses: .* a text, a number, or true"),
         ("run.root='/tmp/a\\b'", "run.root: .* no backslash"),
@@ -142,3 +141,16 @@ def test_a_flag_that_is_no_flag_is_refused(tmp_path: Path) -> None:
             bad = replace(config, cluster=replace(config.cluster, **values))
             with pytest.raises(ConfigError, match=rf"cluster\.{section}\..*: .* is refused; valid: one line"):
                 batch_script(bad, target_of(bad))
+
+
+def test_a_comment_and_a_wckey_of_the_users_are_kept(tmp_path: Path) -> None:
+    overrides = [*OVERRIDES, "cluster.sbatch.comment='preemption=yes;requeue=true'", "cluster.sbatch.wckey=lab"]
+    config = compose([*overrides, f"run.root={tmp_path}"])
+    text = batch_script(config, target_of(config))
+    assert "#SBATCH --comment='preemption=yes;requeue=true'\n" in text
+    assert "#SBATCH --wckey=lab\n" in text
+    script = tmp_path / "job.sbatch"
+    script.write_text(text)
+    assert with_token(script, "outlast:7") == "preemption=yes;requeue=true;outlast:7"
+    script.write_text("#!/bin/sh\n")
+    assert with_token(script, "outlast:7") == "outlast:7"

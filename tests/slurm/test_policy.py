@@ -107,17 +107,17 @@ def test_a_rank_killed_in_start_up_is_no_preemption(submit: Callable[..., str], 
     assert ended(run)[0]["detail"].startswith("a rank was killed by SIGKILL")
 
 
-def test_what_crashes_again_and_again_has_failed_with_its_reason(
+def test_what_the_program_raises_before_its_first_step_fails_at_once_with_its_reason(
     submit: Callable[..., str], run: RunProbe, cluster: Cluster
 ) -> None:
-    job = submit(*TWO_NODES, "trainer.hidden_size=-1", "preemption.max_crashes=1")
+    job = submit(*TWO_NODES, "trainer.hidden_size=-1")
     cluster.wait_for_state(job, "FAILED", 90)
-    assert run.causes() == ["failed", "failed"]
+    assert run.causes() == ["failed"]
     assert cluster.job(job)["ExitCode"] == "1:0"
-    error = ended(run)[1]["error"]
+    error = ended(run)[0]["error"]
     assert "negative dimension" in error
     log = batch_log(run)
-    assert f"failed: failed ({error}), 2 times in a row without a new checkpoint" in log
+    assert f"failed: failed ({error}), before the first step" in log
     assert "    Traceback (most recent call last):" in log
 
 

@@ -196,3 +196,15 @@ def test_data_without_an_evaluation_split_turns_the_default_evaluation_off(tmp_p
     assert compose(overrides).trainer["load_best_model_at_end"] is False
     assert compose([*overrides, "trainer.eval_strategy=steps"]).trainer["eval_strategy"] == "steps"
     assert compose([*overrides, f"data.eval={file}"]).trainer["eval_strategy"] == "steps"
+
+
+@pytest.mark.parametrize("name", ["12e4567", "1e5", "007", "1_000", "0x10", "nan", "true"])
+def test_what_looks_like_a_number_is_a_name(name: str, tmp_path: Path) -> None:
+    assert compose(["job=smoke", f"run.name={name}"]).run.name == name
+    assert compose(["job=smoke", "cluster=slurm", f"cluster.account={name}"]).cluster.account == name  # type: ignore[union-attr]
+    assert compose(["job=smoke", f'run.name="{name}"']).run.name == name
+
+
+def test_a_number_in_a_file_where_text_is_wanted_has_to_be_quoted() -> None:
+    with pytest.raises(ConfigError, match=r"run\.name: 100000\.0 is refused; .*put it in quotes"):
+        build({"run": {"name": 1e5}})

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -152,6 +154,92 @@ def test_a_malformed_line_is_refused_with_its_number(line: Any, reason: str, wri
         assert 'valid, the same in all lines: {"prompt"' in str(refused.value)
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}
+TURN = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [CALL]}, "message 1 has 'tool_calls', which is not used"),
+        ({"messages": [{**CALL, "content": ""}]}, "message 1 has 'tool_calls', which is not used"),
+        ({"messages": [TURN], "tools": [{"type": "function"}]}, "it has 'tools', which is not used"),
+        ({"messages": [TURN, {**TURN, "weight": 0}]}, "message 2 has 'weight', which is not used: all are trained on"),
+        ({"messages": [{**TURN, "train": False}]}, "message 1 has 'train', which is not used"),
+        ({"messages": [{**TURN, "reasoning_content": "hm"}]}, "message 1 has 'reasoning_content', which is not used"),
+        ({"messages": [TURN], "images": ["a.png"]}, "it has 'images', which is not used: only text"),
+        ({**PAIR, "system": "be kind"}, "it has 'system', which is not used"),
+        ({**PAIR, "weight": 0.5}, "it has 'weight', which is not used"),
+    ],
+)
+def test_what_would_change_a_rows_meaning_is_refused(row: dict[str, Any], reason: str, write: Write) -> None:
+    config = jsonl(write(row))
+    for read in (data.check, data.load):
+        with pytest.raises(ConfigError, match=rf"line 1' is refused; {reason}"):
+            read(config)
+
+
+def test_what_is_left_out_is_counted_and_said(write: Write) -> None:
+    nothing = {"tools": [], "images": None, "weight": 1, "system": ""}
+    turns = [{**TURN, "tool_calls": None, "weight": 1, "name": "x"}]
+    config = jsonl(write({"messages": turns, "id": 3, **nothing}, {"messages": [TURN], "id": 4}, CHAT))
+    data.check(config)
+    said = ["data.train: not used, of 3 rows: 'id' in 2, 'name' of messages in 1"]
+    assert data.notes(config) == said
+    loaded: list[str] = []
+    train, _ = data.load(config, loaded.append)
+    assert loaded == said
+    assert train[0] == {"messages": [TURN]}
+    assert data.notes(jsonl(write({**TEXT, "instruction": "a text is whole"}))) == [
+        "data.train: not used, of 1 rows: 'instruction' in 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (
+            ["[", '{"instruction": "a", "output": "b"}', "]"],
+            r"one JSON array.*: jq -c '\.\[\] \| \{prompt: \(\.instruction",
+        ),
+        (['[{"text": "a"}, {"text": "b"}]'], r"one JSON array; make each element a line: jq -c '\.\[\]' train\.jsonl"),
+        (["{", '"text": "a"', "}"], r"JSON over several lines; write one row a line: jq -c '\.' train\.jsonl"),
+        ([b"\x1f\x8b\x08\x00"], r"it is packed \(gzip\); unpack it: gzip -dk train\.jsonl"),
+        (["PK\x03\x04"], r"it is packed \(a zip archive\); unpack it: unzip train\.jsonl"),
+        (['{"text": "a"}'.encode("utf-16")], r"text in UTF-16; valid: UTF-8 \(iconv"),
+        (['{"conversations": [{"from": "human", "value": "a"}]}'], r"ShareGPT's form; to convert: jq -c '\{messages:"),
+        (['{"instruction": "a", "input": "", "output": "b"}'], r"Alpaca's form; to convert: jq -c '\{prompt:"),
+    ],
+)
+def test_other_formats_are_named_with_how_to_convert_them(lines: list[Any], reason: str, write: Write) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        data.check(jsonl(write(*lines)))
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="there is no jq here")
+@pytest.mark.parametrize(
+    ("lines", "rows"),
+    [
+        (
+            ['[{"instruction": "Add", "input": "1", "output": "2"},', '{"instruction": "Say", "output": "b"}]'],
+            [{"prompt": "Add\n\n1\n", "completion": "2"}, {"prompt": "Say\n", "completion": "b"}],
+        ),
+        (
+            ['{"id": 3, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}'],
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+        ),
+    ],
+)
+def test_the_command_that_converts_does(lines: list[str], rows: list[Any], write: Write, tmp_path: Path) -> None:
+    path = write(*lines, name="source.jsonl")
+    with pytest.raises(ConfigError) as refused:
+        data.check(jsonl(path))
+    command = re.search(r"jq -c '[^']+' \S+ > train\.jsonl", str(refused.value))
+    assert command is not None
+    subprocess.run(["sh", "-c", command[0].replace("FILE", path.name)], cwd=tmp_path, check=True)
+    assert data.load(jsonl(tmp_path / "train.jsonl"))[0].to_list() == rows
+
+
 def test_an_empty_file_is_refused(write: Write) -> None:
     with pytest.raises(ConfigError, match=r"data\.eval: .*eval\.jsonl.*the file is empty"):
         data.check(jsonl(write(TEXT), write("", name="eval.jsonl")))
@@ -172,10 +260,14 @@ def test_a_file_that_is_gone_is_refused(write: Write) -> None:
         data.load(config)
 
 
-def test_a_plan_reads_the_beginning_and_loads_nothing_heavy(write: Write) -> None:
-    data.check(jsonl(write(*[TEXT] * data.CHECKED_LINES, "broken")))
-    with pytest.raises(ConfigError, match="line 1001"):
-        data.load(jsonl(write(*[TEXT] * data.CHECKED_LINES, "broken")))
+def test_a_plan_reads_the_beginning_and_loads_nothing_heavy(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = jsonl(write(*[TEXT] * 1500, "broken"))
+    for read in (data.check, data.load):
+        with pytest.raises(ConfigError, match="line 1501"):
+            read(config)
+    monkeypatch.setattr(data, "CHECKED_BYTES", 1000)
+    data.check(config)
+    assert data.notes(config) == ["data.train: its first 72 rows were checked; the others are when the run starts"]
     program = "import sys, outlast.jobs.training.data; sys.exit(bool({'torch', 'datasets'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -196,6 +288,19 @@ def test_a_saved_dataset_is_loaded_and_other_columns_are_dropped(tmp_path: Path)
     assert evaluation.to_list() == [PAIR]
     with pytest.raises(OutlastError, match="split 'validation' of"):
         data.load(hub(tmp_path / "both", eval_split="validation"))
+
+
+def test_columns_and_messages_of_a_dataset_are_judged_alike(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list([{"messages": [{**TURN, "name": "x"}], "id": 1, "tools": None}]).save_to_disk(str(tmp_path / "a"))
+    said: list[str] = []
+    train, _ = data.load(hub(tmp_path / "a"), said.append)
+    assert train.to_list() == [{"messages": [TURN]}]
+    assert said == ["data.path, split train: not used, of 1 rows: 'id' in 1, 'name' of messages in 1"]
+    Dataset.from_list([{**CHAT, "tools": None}, {**CHAT, "tools": ["t"]}]).save_to_disk(str(tmp_path / "b"))
+    with pytest.raises(ConfigError, match=r"split train, row 2' is refused; it has 'tools', which is not used"):
+        data.load(hub(tmp_path / "b"))
 
 
 def test_a_saved_dataset_without_splits_is_its_train_split(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
 from outlast.preemption.outcome import Outcome
 from outlast.preemption.policy import decide, since_submission, taken_in_startup
+from outlast.preemption.repeats import will_repeat
 from outlast.preemption.shutdown import ELASTIC_ENV, Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.ranks.identity import Identity
@@ -131,6 +132,40 @@ def test_what_outlast_refused_is_not_tried_again() -> None:
     decision = decide("failed", events, LIMITS)
     assert decision.action == "fail"
     assert "the disk is full" in decision.reason
+
+
+def test_what_the_program_raises_before_its_first_step_is_not_tried_again() -> None:
+    events = ledger(5, cause="failed")
+    events[-1] |= {"repeats": True, "error": "KeyError: 'eval_acc'"}
+    decision = decide("failed", events, LIMITS)
+    assert (decision.action, decision.exit_code) == ("fail", 1)
+    assert "KeyError: 'eval_acc'), before the first step" in decision.reason
+
+
+def _raised(error: Exception, on_account_of: Exception | None) -> Exception:
+    error.__cause__ = on_account_of
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "repeats"),
+    [
+        (ValueError("no such column"), True),
+        (KeyError("eval_acc"), True),
+        (ModuleNotFoundError("No module named 'lion'"), True),
+        (ImportError("You need to install `bitsandbytes`"), True),
+        (RuntimeError("The size of tensor a (3) must match b (4)"), True),
+        (ImportError("libcuda.so.1: cannot open shared object file"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("Connection closed by peer"), False),
+        (OSError("Stale file handle"), False),
+        (ConnectionError("the hub"), False),
+        (MemoryError(), False),
+        (_raised(ValueError("can't be loaded"), OSError("Stale file handle")), False),
+    ],
+)
+def test_which_errors_repeat(error: Exception, repeats: bool) -> None:
+    assert will_repeat(error) is repeats
 
 
 NOW = time.time()

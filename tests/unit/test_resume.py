@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from outlast.config.configuration import build, dump
+from outlast.config.configuration import build, dump, load
 from outlast.errors import ConfigError, SlurmError
 from outlast.launcher.commands import resume
-from outlast.launcher.execution.submit import use_cluster
+from outlast.launcher.execution.submit import check_same, use_cluster
+from outlast.launcher.planning.plan import Plan
 from outlast.launcher.planning.resume import changed
 from outlast.launcher.runs.queue import Answer
 from outlast.launcher.runs.standing import collect
-from outlast.rundir.directory import RunDirectory
+from outlast.rundir.directory import RunDirectory, RunLock
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.submission import Submission
 
@@ -70,6 +71,48 @@ def test_what_may_not_change_is_refused_with_the_reason(run: RunDirectory, overr
         changed(run, [override])
 
 
+SFT = {"max_steps": 40, "lr_scheduler_type": "constant", "logging_steps": 5, "learning_rate": 1e-3}
+
+
+def test_what_does_not_decide_the_weights_may_change(run: RunDirectory) -> None:
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    run.config.write_text(dump(build({"job": {"name": "sft"}, "trainer": SFT | batch})))
+    overrides = ["logging_steps=1", "report_to=none", "per_device_eval_batch_size=2", "dataloader_num_workers=2"]
+    overrides += ["eval_steps=7", "gradient_checkpointing=true", "max_steps=90"]
+    overrides += ["per_device_train_batch_size=2", "gradient_accumulation_steps=4"]
+    config = changed(run, [f"trainer.{text}" for text in overrides])
+    assert config.trainer["max_steps"] == 90
+    assert (config.trainer["logging_steps"], config.trainer["per_device_train_batch_size"]) == (1, 2)
+    assert config.differences(load(run.config)) == {}
+    with pytest.raises(ConfigError, match=r"refused; the rows of a step decide the weights; valid: 8, however"):
+        changed(run, ["trainer.per_device_train_batch_size=2"])
+    for key in ("learning_rate=1", "metric_for_best_model=eval_entropy", "weight_decay=0.1", "optim=adafactor"):
+        with pytest.raises(ConfigError, match="it decides the weights"):
+            changed(run, [f"trainer.{key}"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reason"),
+    [
+        (
+            {"lr_scheduler_type": "cosine"},
+            r"with trainer\.lr_scheduler_type=cosine the rate of each step depends on it",
+        ),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, r"warmup_steps=0\.1 is a share of it"),
+    ],
+)
+def test_a_run_is_as_long_as_its_schedule_unless_that_has_no_end(
+    run: RunDirectory, schedule: dict[str, object], reason: str
+) -> None:
+    run.config.write_text(dump(build({"job": {"name": "sft"}, "trainer": SFT | schedule})))
+    for key in ("max_steps=90", "num_train_epochs=9"):
+        with pytest.raises(ConfigError, match=reason):
+            changed(run, [f"trainer.{key}"])
+    run.config.write_text(dump(build({"job": {"name": "sft"}, "trainer": SFT | schedule | {"warmup_steps": 5}})))
+    if schedule["lr_scheduler_type"] != "cosine":
+        assert changed(run, ["trainer.max_steps=90"]).trainer["max_steps"] == 90
+
+
 def test_what_exists_is_a_name_even_with_an_equals_sign(tmp_path: Path) -> None:
     cell = RunDirectory(tmp_path / "s" / "seed=1")
     cell.create()
@@ -111,3 +154,26 @@ def test_a_finished_run_is_left_alone(run: RunDirectory, capsys: pytest.CaptureF
     Ledger(run.ledger).append("finished", 1, step=3, seconds=1.0)
     assert resume.main(["r"], run.path.parent) == 0
     assert capsys.readouterr().out == "r has finished already\n"
+
+
+def test_overrides_without_effect_are_refused(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger(run.ledger)
+    ledger.append("attempt_started", 1, job_id=None, restart_count=0, hosts=["a"], world_size=1, versions={})
+    lock = RunLock(run)
+    lock.acquire("a test")
+    with pytest.raises(ConfigError, match=r"no effect: r is running already; stop it first: outlast cancel r"):
+        resume.main(["r", "storage.budget_gb=9"], run.path.parent)
+    with pytest.raises(ConfigError, match=r"learning_rate.*it decides the weights"):
+        resume.main(["r", "trainer.learning_rate=0.5"], run.path.parent)
+    lock.release()
+    ledger.append("finished", 1, step=3, seconds=1.0)
+    with pytest.raises(ConfigError, match=r"no effect: r has finished already; another run can go on from its model"):
+        resume.main(["r", "storage.budget_gb=9"], run.path.parent)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_job_in_the_queue_keeps_what_it_was_submitted_with(run: RunDirectory) -> None:
+    plan = Plan(changed(run, ["parallel.ranks_per_node=2"]), {}, None, {}, {}, {}, {})
+    with pytest.raises(ConfigError, match=r"no effect: job 7 is in the queue already: parallel.ranks_per_node is 1"):
+        check_same(plan, "7")
+    check_same(Plan(changed(run, []), {}, None, {}, {}, {}, {}), "7")

@@ -1,7 +1,10 @@
 """What `outlast status` asks for, reads and shows."""
 
 import json
+import os
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 from outlast.config.configuration import build, dump
 from outlast.errors import ConfigError
 from outlast.launcher.commands import status
+from outlast.launcher.display import status_table
 from outlast.launcher.runs import queue
 from outlast.launcher.runs.find import run_named, runs_named, runs_under
 from outlast.launcher.runs.queue import Answer, JobKey, JobState
@@ -179,3 +183,46 @@ def test_a_thousand_runs_cost_seconds_of_neither_cpu_nor_reading(make: Make, tmp
     assert time.process_time() - began < 1.5
     assert len(out.splitlines()) == 1001
     assert {row.state for row in rows} == {"queued"}
+
+
+@pytest.fixture
+def shared_root() -> Iterator[Path]:
+    """A root that anybody may read, with a directory that only its owner may; root looks at it as nobody."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for directory in ("closed", "open"):
+            (root / directory).mkdir()
+            (root / directory / "config.yaml").write_text("job: {name: smoke}\n")
+        (root / "closed").chmod(0)
+        root.chmod(0o755)
+        me = os.geteuid()
+        if me == 0:
+            os.seteuid(65534)
+        try:
+            yield root
+        finally:
+            os.seteuid(me)
+            (root / "closed").chmod(0o700)
+
+
+def test_a_colleagues_closed_directory_is_left_out_and_said(
+    shared_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status.main([], shared_root, states=None, watch_s=None, as_json=True) == 0
+    printed = capsys.readouterr()
+    assert [one["name"] for one in json.loads(printed.out)] == ["open"]
+    assert printed.err == "left out, for want of permission to read: closed\n"
+
+
+def test_a_root_that_is_not_there_is_no_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--root: '.*/typo' is refused; valid: a directory that holds runs"):
+        status.main([], tmp_path / "typo", states=None, watch_s=None, as_json=False)
+
+
+def test_a_reason_is_whole_where_there_is_room(make: Make) -> None:
+    reason = "ConfigError: data.train: 'train.jsonl, line 4' is refused; the template refuses it"
+    start(make("r")).append("attempt_ended", 1, cause="failed", step=0, error=reason)
+    [found] = collect([make("r")], ask=lambda wanted, users, clusters: Answer())
+    assert reason in "\n".join(line.plain for line in status_table.lines([found], None))
+    assert "…)" in "\n".join(line.plain for line in status_table.lines([found], 80))
+    assert f"r: {reason}" in [line.plain for line in status_table._below([found])]

@@ -18,6 +18,7 @@ from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner
 from outlast.preemption.outcome import Outcome
 from outlast.preemption.previous_attempt import end_previous_attempt
+from outlast.preemption.repeats import will_repeat
 from outlast.preemption.shutdown import Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.preemption.startup import LeaveInStartup
@@ -342,7 +343,9 @@ class RankAttempt:
     def fail(self, error: BaseException) -> int:
         """Write down that this attempt ended by an exception; returns the exit code."""
         lost = self._watchdog.blame(error)
-        return self._shutdown.fail(LostRankError([lost]) if lost is not None else error, self._agreement.step)
+        repeats = lost is None and not self.steps.made_one and will_repeat(error)
+        cause = LostRankError([lost]) if lost is not None else error
+        return self._shutdown.fail(cause, self._agreement.step, repeats=repeats)
 
     def update_progress(self, *, force: bool = False, **values: Any) -> None:
         """Show where the run is: fields of :class:`Progress` (rank 0 only)."""

@@ -34,6 +34,8 @@ class Steps:
         self._planner, self._shutdown, self._watchdog, self._saver = planner, shutdown, watchdog, saver
         self._time_limit = TimeLimit(cause, planner, time.time())
         self._save_asked = self._save_pending = False
+        self.made_one = False
+        """Whether this attempt has done an optimizer step."""
 
     def on_signal(self) -> None:
         """Tell the other ranks that this process was signalled, at once: in the guard's thread."""
@@ -56,6 +58,7 @@ class Steps:
 
     def done(self, step: int) -> Action:
         """What all ranks do now that `step` optimizer steps are done."""
+        self.made_one = True
         self._planner.reached("step")
         by_step = self._saver.due_by_step(step)
         action = self._agree(step, save=self._collectives.rank == 0 and not by_step and self._saver.due(step))

@@ -10,6 +10,7 @@ A checkpoint records its origin: the facts about the run that its contents depen
 | `seed` | refused | the order of the data after the resume would be another one |
 | `trainable` | refused | the optimizer's state belongs to other parameters |
 | `micro_batch` | adapted | the position is the same; sums are rounded in another order |
+| `source` | allowed | the job has asked for `checkpoint.allow=[dataset]` already |
 | `config` | allowed | something else that decides the weights was changed, such as the learning rate |
 | a library's version | allowed | the weights may differ from those of a run that was not upgraded |
 
@@ -46,6 +47,7 @@ REFUSED = {
 NOTED = {
     "micro_batch": "the batch is split in another way: sums are rounded in another order",
     "config": "the configuration has changed since",
+    "source": "the files that the data comes from have changed since",
 }
 """Changes that are adapted or allowed, each with what it means."""
 

@@ -23,6 +23,7 @@ from .preemption import PreemptionSection
 from .run import JobSection, RunSection
 from .section import Number, Section, declared, require, section
 from .storage import StorageSection
+from .trainer_keys import deciding
 
 IDENTITY = ("seed", "job", "model", "data", "peft", "parallel", "trainer")
 """Sections that decide the weights: a run directory belongs to one value of them."""
@@ -79,11 +80,18 @@ class Config(Section):
         """Plain values, in the order of the sections: what `config.yaml` holds."""
         return asdict(self)
 
+    def flat(self) -> dict[str, Any]:
+        """All values by dotted key."""
+        return _flat(self.as_dict())
+
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Dotted keys that decide the weights and differ: `{key: (mine, other's)}`."""
-        mine, theirs = _flat(self._compared()), _flat(other._compared())
-        keys = [*mine, *(key for key in theirs if key not in mine)]
-        return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
+        mine, theirs = (one._compared() | {"trainer": deciding(one.trainer)} for one in (self, other))
+        return _differences(mine, theirs)
+
+    def all_differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
+        """The same of all keys, but for the place of the run, which may have been moved."""
+        return _differences(self.as_dict() | {"run": {}}, other.as_dict() | {"run": {}})
 
     def _compared(self) -> dict[str, Any]:
         """The identity without the number of ranks, which a run adapts to (`ranks/layout.py`)."""
@@ -91,6 +99,12 @@ class Config(Section):
         parallel = dict(identity["parallel"])
         del parallel["nodes"], parallel["ranks_per_node"]
         return identity | {"parallel": parallel}
+
+
+def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    mine, theirs = _flat(mine), _flat(theirs)
+    keys = [*mine, *(key for key in theirs if key not in mine)]
+    return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

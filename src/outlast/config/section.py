@@ -117,6 +117,8 @@ def section(name: str, schema: type[S], values: dict[str, Any]) -> S:
     for key, value in values.items():
         if isinstance(value, bool) and keys.get(key, bool) is not bool:  # pydantic would take it for the number 1
             raise ConfigError(prefix + key, value, f"valid: {words(keys[key])}")
+        if isinstance(value, float) and key in keys and accepts_text(keys[key]):  # 1e5 would be named 100000.0
+            raise ConfigError(prefix + key, value, f"valid: {words(keys[key])}; put it in quotes")
     try:
         return schema.adapter().validate_python(values)
     except ValidationError as error:
@@ -136,6 +138,14 @@ def section(name: str, schema: type[S], values: dict[str, Any]) -> S:
 def declared(schema: type) -> dict[str, Any]:
     """The keys of a section with their annotations."""
     return {field.name: field.type for field in fields(schema)}
+
+
+def accepts_text(annotation: Any) -> bool:
+    """Whether a key accepts any text, beside null."""
+    if get_origin(annotation) in (Union, UnionType):
+        options = [option for option in get_args(annotation) if option is not NoneType]
+        return all(map(accepts_text, options))
+    return annotation is str or (get_origin(annotation) is Annotated and get_args(annotation)[0] is str)
 
 
 def choices(annotation: Any) -> tuple[str, ...]:

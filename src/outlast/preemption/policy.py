@@ -49,6 +49,7 @@ def decide(cause: Cause, events: list[Event], limits: PreemptionSection) -> Deci
     | finished, also in the grace period | | finish | 0 |
     | cancelled | | stop: somebody wanted that | 75 |
     | failed, out_of_memory | outlast itself refused to go on, so another attempt would be refused too | fail | 1 |
+    | failed | the program raised an error before its first step, which it would raise again (`repeats.py`) | fail | 1 |
     | failed, out_of_memory | more than `max_crashes` in a row, without a new checkpoint in between | fail | 1 |
     | any other, and those two | `max_requeues` reached, over the whole life of the run | give up | 93 |
     | | `PATIENCE` restarts in a row saved no new step; those taken away in start-up don't count | give up | 93 |
@@ -67,6 +68,8 @@ def decide(cause: Cause, events: list[Event], limits: PreemptionSection) -> Deci
         text = describe(ended or {"cause": cause})
         if ended and ended.get("refused"):
             return Decision("fail", text)
+        if ended and ended.get("repeats"):
+            return Decision("fail", f"{text}, before the first step: another attempt would end alike")
         crashes = crashes_in_a_row(chain)
         if crashes > limits.max_crashes:
             times = "" if crashes == 1 else f", {crashes} times in a row without a new checkpoint"

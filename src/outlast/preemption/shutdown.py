@@ -124,21 +124,24 @@ class Shutdown:
                     bring_forward(self._identity.job, self._delay_s)
             return self._code
 
-    def fail(self, error: BaseException, step: int) -> Exit:
+    def fail(self, error: BaseException, step: int, *, repeats: bool = False) -> Exit:
         """Write that this rank has raised `error` in the middle of `step`. On any rank, and once.
 
         An error raised while the job is being taken away (a worker killed, a peer gone) counts as the preemption that
         caused it: the last sealed checkpoint stands, and the job is requeued.
+
+        Args:
+            repeats: another attempt would raise it too.
 
         Returns:
             The exit code for this rank.
         """
         with self._failing:
             if self._failed is None:
-                self._failed = self._fail(error, step)
+                self._failed = self._fail(error, step, repeats)
             return self._failed
 
-    def _fail(self, error: BaseException, step: int) -> Exit:
+    def _fail(self, error: BaseException, step: int, repeats: bool) -> Exit:
         lost, refused = isinstance(error, LostRankError), isinstance(error, OutlastError)
         if isinstance(error, LostRankError):
             self._lost = error.lost
@@ -166,7 +169,8 @@ class Shutdown:
                 return self._follow(cause, step)  # it may be its node's fault
             return Exit.FAILED
         text = f"{type(error).__name__}: {error}"[:2000]
-        self._end(cause, step=step, rank=self._identity.rank, error=text, refused=refused)
+        more = {"repeats": True} if repeats and not refused else {}
+        self._end(cause, step=step, rank=self._identity.rank, error=text, refused=refused, **more)
         return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
 
     def note_late(self, one: Lost) -> None:

@@ -27,6 +27,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "attempt_started": ("job_id", "restart_count", "hosts", "world_size", "versions"),
     "resumed": ("step", "checkpoint", "seconds"),
     "converted": ("checkpoint", "ranks", "bytes", "seconds"),
+    "data": ("rows", "notes"),
     "signal": ("name", "step", "deadline_s"),
     "step_cut": ("step", "micro_batches"),
     "notice_short": ("needed_s", "save_s", "reaction_s", "notice_s", "lead_s"),

@@ -33,7 +33,7 @@ def run_slurm(
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} did not answer within {timeout_s:g} s") from None
     if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines()
+        lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if not line.startswith("Try ")]
         told = re.sub(rf"^{command[0]}: ((error|fatal): )?", "", lines[-1]) if lines else f"exit code {done.returncode}"
         raise SlurmError(f"{command[0]}: {told}")
     return done.stdout

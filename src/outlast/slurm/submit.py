@@ -1,5 +1,8 @@
 """Submits a batch script so that a launcher killed meanwhile neither loses the job nor submits it twice."""
 
+import os
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,14 @@ def submit_recorded(
         SlurmError: `sbatch` refused the job, or did not answer. The next command then looks up what was recorded.
     """
     record(submission)
-    job_id = sbatch(script, [f"--comment={submission.comment}", *flags], keep_open=lock_fd)
+    job_id = sbatch(script, [f"--comment={with_token(script, submission.comment)}", *flags], keep_open=lock_fd)
     submission = replace(submission, job_id=job_id, log=submission.log.replace("%j", job_id))
     record(submission)
     return submission
+
+
+def with_token(script: Path, token: str) -> str:
+    """The job's comment: the user's own, in the script or in the environment, with the token after the last `;`."""
+    found = re.search(r"^#SBATCH --comment=(.*)$", script.read_text(), re.MULTILINE)
+    own = " ".join(shlex.split(found[1])) if found else os.environ.get("SBATCH_COMMENT", "")
+    return f"{own};{token}" if own else token

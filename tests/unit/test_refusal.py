@@ -1,0 +1,57 @@
+"""A submission that Slurm refuses: the key, the exit code, and nothing left behind."""
+
+from pathlib import Path
+
+import pytest
+
+from outlast.errors import ConfigError, Exit, SlurmError
+from outlast.launcher.execution.submit import submit
+from outlast.launcher.planning.compose import compose
+from outlast.launcher.planning.plan import plan_run
+from outlast.slurm.refusal import refusal_of
+
+from .conftest import Slurm
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("sbatch: Batch job submission failed: Invalid partition name specified", "cluster.partition"),
+        ("sbatch: Batch job submission failed: Invalid qos specification", "cluster.qos"),
+        ("sbatch: Batch job submission failed: Invalid account or account/partition combination", "cluster.account"),
+        ("sbatch: unrecognized option '--gress=1'", "cluster.sbatch"),
+        ("sbatch: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
+         "cluster.time_min"),
+        ("sbatch: Batch job submission failed: Invalid wckey specification", "cluster.sbatch.wckey"),
+        ("sbatch: Batch job submission failed: Job violates accounting/QOS policy", "cluster.qos"),
+        ("sbatch: something nobody has seen", "cluster"),
+    ],
+)  # fmt: skip
+def test_the_key_of_a_refusal(slurm: Slurm, text: str, key: str) -> None:
+    slurm.says("sinfo", "gpu\ncpu\ngpu\n")
+    refused = refusal_of(SlurmError(text), {"cluster.partition": "gpuu"})
+    assert refused is not None
+    assert refused.key == key
+    assert text.partition(": ")[2] in str(refused)
+    if key == "cluster.partition":
+        assert str(refused).startswith("cluster.partition: 'gpuu' is refused; ")
+        assert str(refused).endswith("; valid here: cpu, gpu")
+
+
+def test_a_slurm_that_does_not_answer_refuses_nothing(slurm: Slurm) -> None:
+    for text in ("sbatch did not answer within 120 s", "sbatch: Unable to contact slurm controller"):
+        assert refusal_of(SlurmError(text), {}) is None
+
+
+def test_nothing_is_left_of_a_refused_submission(slurm: Slurm, tmp_path: Path) -> None:
+    (slurm.directory / "srun").write_text("#!/bin/sh\n")
+    (slurm.directory / "srun").chmod(0o755)
+    (slurm.directory / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpuu' >&2\n"
+        "echo 'sbatch: error: Batch job submission failed: Invalid partition name specified' >&2\nexit 1\n"
+    )
+    overrides = ["job=smoke", "cluster=slurm", "cluster.partition=gpuu", f"run.root={tmp_path}/runs", "run.name=r"]
+    with pytest.raises(ConfigError, match=r"cluster\.partition: 'gpuu' is refused; Slurm refuses the job") as refused:
+        submit(plan_run(compose(overrides)))
+    assert refused.value.exit_code == Exit.REFUSED
+    assert list((tmp_path / "runs").iterdir()) == []
