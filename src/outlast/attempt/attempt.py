@@ -26,6 +26,7 @@ from outlast.processes import exit_at_once
 from outlast.ranks.agreement import StepAgreement
 from outlast.ranks.channel import ControlChannel
 from outlast.ranks.collectives import Collectives
+from outlast.ranks.gradient_buckets import keep_one_layout
 from outlast.ranks.identity import Identity
 from outlast.ranks.layout import Layout
 from outlast.ranks.lost import LostRankError
@@ -139,6 +140,8 @@ class RankAttempt:
             self._open()
         if guard.requested is not None:
             self._leave_in_startup(guard.requested)  # it came before there was an attempt to leave
+        if collectives.world_size > 1:
+            keep_one_layout()
 
     @property
     def rank(self) -> int:
