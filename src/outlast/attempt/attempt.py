@@ -57,7 +57,7 @@ class RankAttempt:
 
     Args:
         guard: installed already; from here on its signals are acted on.
-        loop_saves: when to save periodically is up to the training loop, whatever `checkpoint` says.
+        loop_saves: when to save periodically is up to a Trainer, if one trains, whatever `checkpoint` says.
 
     Raises:
         AlreadyFinished: the run has finished before.
@@ -117,7 +117,6 @@ class RankAttempt:
             checkpoint,
             self.record,
             self.say,
-            loop_saves=loop_saves,
         )
         self._newest: Sealed | None = None
         # How it stops.
@@ -147,6 +146,16 @@ class RankAttempt:
     def rank(self) -> int:
         """This process's rank, from 0."""
         return self.collectives.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return self.collectives.world_size
+
+    @property
+    def moved(self) -> bool:
+        """Whether the run's first attempt had another number of ranks, so that the rows of a step are dealt anew."""
+        return self._resuming.moved
 
     @property
     def attempt(self) -> int:
@@ -244,7 +253,7 @@ class RankAttempt:
             self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences)
             self.say(f"resumed from {name} after {seconds:.1f} s")
         events = self._ledger.read()
-        self._saver.begin(events)
+        self._saver.begin(events, periodic=not self.loop_saves)
         self._planner.begin(events)
         self._warn_of_short_notice()
         self._guard.end_startup()
