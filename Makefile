@@ -4,23 +4,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 PATHS := src launcher jobs tests conf slurm
 
-TWO_AT_A_TIME := $(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+AT_A_TIME := --dist=loadgroup --no-loadscope-reorder --numprocesses
 
 .PHONY: demo test unit check setup slurm clean
 
 demo: $(BIN)/.ready
 	@$(BIN)/python tests/demo.py
 
-# Two tests at a time; then, one by one, those that measure time or share the devcluster.
+# Slurm's tests mostly wait: one process for them, and two for the others. Then, one by one, those that measure time.
 test: check slurm
 	@failed=; \
-	$(TWO_AT_A_TIME) -m "not alone and not slurm" || failed=1; \
-	$(BIN)/pytest -m "alone or slurm" || failed=1; \
+	$(BIN)/pytest $(AT_A_TIME)=3 -m "not alone" || failed=1; \
+	$(BIN)/pytest -m alone || failed=1; \
 	test -z "$$failed" || { echo "make test: failed, see above"; exit 1; }
 
 # The checks and the unit tests.
 unit: check
-	$(TWO_AT_A_TIME) tests/unit tests/golden
+	$(BIN)/pytest $(AT_A_TIME)=2 tests/unit tests/golden
 
 check: $(BIN)/.ready
 	$(BIN)/ruff format --check .

@@ -16,8 +16,8 @@ if env --block-signal=TERM,USR1,USR2 true 2>/dev/null; then
     OUTLAST_HOLD=(env --block-signal=TERM,USR1,USR2)
 fi
 
-# Ranks that can't know why they were signalled leave it to `outlast.epilogue`.
-export OUTLAST_EPILOGUE=1
+# This job is the run's own: its ranks may requeue it, and leave to `outlast.epilogue` what they can't know.
+export OUTLAST_BATCH_JOB="${SLURM_JOB_ID:-}"
 
 # Since Slurm 22.05 `srun` no longer takes over what the job asked for: without this each rank is bound to one core.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then

@@ -22,6 +22,14 @@ OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SMOKE = ["job=smoke", "parallel.cpus_per_rank=1", "checkpoint.every=20"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have one worker run all of Slurm's tests, which share a devcluster, from the start; else one worker a file."""
+    for item in items:
+        name = "slurm" if item.path.parent.name == "slurm" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.path.parent.name != "slurm")
+
+
 def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 90.0) -> Any:
     """Poll until `condition` gives something true, and return that."""
     deadline = time.monotonic() + limit_s

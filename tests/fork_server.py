@@ -194,7 +194,7 @@ def _close_files(streams: dict[int, int], kept: set[int]) -> None:
         if int(name) > 2 and int(name) not in kept:
             with contextlib.suppress(OSError):  # the one that the list was read from
                 os.close(int(name))
-    sys.stdin, sys.stdout, sys.stderr = (
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = tuple(
         os.fdopen(fd, mode, buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
         for fd, mode in enumerate("rww")
     )

@@ -1,7 +1,7 @@
 """Checks the `trainer` section of `job=sft` against the installed TRL, and makes its `SFTConfig`.
 
-A run must come back bit for bit, so what would break that is refused here, with the reason or the key to use instead.
-Each refusal marked "measured" was seen to change the weights after a resume (transformers 5.23, CPU).
+A run must come back bit for bit, so what would break that is refused, as in a script of one's own
+(`outlast/huggingface/inexact.py`). Refused here is what the job decides itself, with the key to use instead.
 """
 
 import types
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from outlast.config.configuration import Config
 from outlast.config.model import Lora, PretrainedModel
 from outlast.errors import ConfigError
+from outlast.huggingface.inexact import refuse_inexact
 
 HUB = "outlast trains without the hub; push the run's final/ directory when it has finished"
 SAVES = "outlast saves; use checkpoint.every"
@@ -27,12 +28,7 @@ RESERVED = {
     "output_dir": "it is the run directory; use run.root and run.name",
     "seed": "use the top-level key, seed=",
     **dict.fromkeys(("save_strategy", "save_steps"), SAVES),
-    "save_only_model": "a checkpoint without its optimizer can't be resumed exactly (measured)",
     "save_on_each_node": "run.root lies on a file system that all nodes share; one copy is saved",
-    "enable_jit_checkpoint": "outlast saves on a signal, by agreement of all ranks; use preemption.*",
-    "resume_from_checkpoint": "outlast resumes from the newest checkpoint that verifies",
-    "ignore_data_skip": "a resumed run would train on other data (measured)",
-    "auto_find_batch_size": "it changes the batch size in mid-run; set trainer.per_device_train_batch_size",
     "accelerator_config": "outlast sets it: other samplers and dispatchers change the data order on resume (measured)",
     "push_to_hub": HUB,
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "local_rank"), RANKS),
@@ -40,14 +36,7 @@ RESERVED = {
     "use_cpu": "it follows from the machine: CPU if there is no GPU",
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), MODEL),
 }
-"""Keys that outlast sets itself, or that exact resuming rules out; each with what to do instead."""
-
-INEXACT = {
-    "dataloader_persistent_workers": (True, "false: a resumed run would draw other random numbers (measured)"),
-    "dataloader_in_order": (False, "true: the order of batches would depend on timing (measured)"),
-    "train_sampling_strategy": ("group_by_length", "random, sequential, batch_rebalance: those resume (measured)"),
-}
-"""Values that rule out exact resuming: `{key: (value, what is valid)}`."""
+"""Keys that outlast sets itself; each with what to do instead."""
 
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 WORDS |= {type(None): "null", dict: "a mapping", list: "a list"}
@@ -192,9 +181,7 @@ def _check_values(trainer: dict[str, Any]) -> None:
         value = trainer.get(key)
         if value is not None and value <= 0:
             raise ConfigError(f"trainer.{key}", value, "valid: a positive number")
-    for key, (value, valid) in INEXACT.items():
-        if trainer.get(key) == value and key in trainer:
-            raise ConfigError(f"trainer.{key}", value, f"valid: {valid}")
+    refuse_inexact(trainer, "trainer.")
     trackers = trainer.get("report_to") or []
     installed = ["none", "all", *get_available_reporting_integrations()]
     for tracker in [trackers] if isinstance(trackers, str) else trackers:

@@ -200,16 +200,20 @@ class Launcher:
 
 @contextmanager
 def passing_on_signals(stop: Callable[[], None], send: Callable[[int], None]) -> Iterator[None]:
-    """Pass signals on: INT and TERM mean save and leave, USR1 and USR2 a preemption that this command resumes from."""
+    """Pass signals on: USR1 and USR2 are a preemption that this command resumes from, the others mean save and leave.
+
+    A signal that is ignored stays so, as HUP does under `nohup`.
+    """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if number in (signal.SIGINT, signal.SIGTERM):
-            stop()
-        else:
+        if number in (signal.SIGUSR1, signal.SIGUSR2):
             send(number)
+        else:
+            stop()
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, on_signal) for number in numbers}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import OutlastError
 
@@ -43,6 +44,38 @@ def shield_worker(worker_id: int = 0) -> None:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     at_parents_death(signal.SIGKILL)
+
+
+class _Lossy(io.FileIO):
+    """A file that takes whatever is written to it, also where the disk is full or the terminal is gone."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def ignore_output_errors() -> None:
+    """Have what this process prints never fail: a lost log line must not end a run.
+
+    Standard output and error that a notebook or a test runner has put in place of the process's own stay as they are.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__"):
+            continue  # also if this was done before
+        with contextlib.suppress(OSError):
+            stream.flush()
+        raw = _Lossy(stream.fileno(), "w", closefd=False)
+        lossy = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, lossy)
 
 
 def at_parents_death(number: signal.Signals) -> None:

@@ -17,7 +17,7 @@ from .attempt.attempt import AlreadyFinished
 from .config.configuration import load
 from .errors import OutlastError
 from .preemption.signals import PreemptionGuard
-from .processes import PARENT_ENV, SIGNALS, die_with
+from .processes import PARENT_ENV, SIGNALS, die_with, ignore_output_errors
 from .run import Run
 from .rundir.attempts import finished
 from .rundir.ledger import Ledger
@@ -36,6 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
     """
     guard = PreemptionGuard()
     guard.install()
+    ignore_output_errors()
     die_with(agent.AGENT_ENV, signal.SIGKILL)  # it would not be waited for: better the last checkpoint than an orphan
     die_with(PARENT_ENV, signal.SIGTERM)
     run_directory = run_named_by(arguments)

@@ -8,6 +8,7 @@ from .config.preemption import PreemptionSection
 from .config.section import section
 from .config.storage import StorageSection
 from .preemption.signals import PreemptionGuard
+from .processes import ignore_output_errors
 from .run import Run
 from .rundir.directory import RunDirectory
 
@@ -22,6 +23,7 @@ def start(
     hang_s: float | None = 120.0,
     max_requeues: int = 1000,
     allow: Sequence[str] = (),
+    requeue: bool = False,
 ) -> Run:
     """Begin, or go on with, a run. Call it first: signals are caught from here on.
 
@@ -35,6 +37,8 @@ def start(
         hang_s: seconds without a sign of life from a rank after which the others leave; None: they wait for it.
         max_requeues: requeues after which the run gives up.
         allow: what may differ from the run that made the checkpoint: `dataset`, `seed`, `global_batch`, ...
+        requeue: the Slurm job around this script is there for this run, and may be requeued. A job whose batch script
+            is a copy of `slurm/script.sbatch` always may. Any other (an `salloc`, a notebook's) is left alone.
 
     Raises:
         ConfigError: an argument is refused.
@@ -43,6 +47,7 @@ def start(
     """
     guard = PreemptionGuard(interrupt=True)
     guard.install()
+    ignore_output_errors()
     preemption = {"lead_s": lead_s, "hang_s": hang_s, "max_requeues": max_requeues}
     checkpoint = {"every": "auto" if every is None else every, "milestone_every": milestone_every, "allow": list(allow)}
     return Run(
@@ -52,4 +57,5 @@ def start(
         section("checkpoint", CheckpointSection, checkpoint),
         section("storage", StorageSection, {"budget_gb": budget_gb}),
         loop_saves=every is None,
+        requeue=requeue,
     )

@@ -1,5 +1,7 @@
 """The library in a user's own script, without the launcher."""
 
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -106,6 +108,29 @@ def test_ctrl_c_saves_and_leaves(tmp_path: Path) -> None:
     assert [e["name"] for e in run.events("signal")] == ["INT"]
     assert run.events("checkpoint")[-1]["kind"] == "emergency"
     assert run.events("attempt_ended")[-1]["step"] == run.events("checkpoint")[-1]["step"]
+
+
+def test_a_terminal_that_is_gone_loses_no_step(tmp_path: Path) -> None:
+    """The kernel sends HUP, and whatever is printed from then on fails."""
+    run = RunProbe(tmp_path / "r")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(SCRIPT), str(run.path), "100000"])
+    run.reach(3)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert [e["name"] for e in run.events("signal")] == ["HUP"]
+    assert run.events("attempt_ended")[-1]["step"] == run.events("checkpoint")[-1]["step"]
+
+
+def test_output_that_cannot_be_written_ends_no_run(tmp_path: Path, twin: RunProbe) -> None:
+    text = SCRIPT.read_text()
+    script = tmp_path / "script.py"
+    script.write_text(f"import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n{text}\nsys.stdout.flush()\n")
+    run = RunProbe(tmp_path / "r")
+    done = forked.run([sys.executable, script, run.path, "50"], tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert run.weights() == twin.weights()
 
 
 def test_the_readme_shows_these_three_lines() -> None:

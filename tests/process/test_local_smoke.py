@@ -187,13 +187,14 @@ def test_another_configuration_is_refused_for_the_same_run(outlast: Start) -> No
     assert "trainer.max_steps is 6, the run was made with 5" in other.output
 
 
-def test_no_progress_gives_up(outlast: Start, probe: Probe) -> None:
-    command, run = outlast("train", *SMOKE, *steps(1), "run.name=r"), probe("r")
-    for attempt in range(1, 5):
+def test_too_many_preemptions_give_up(outlast: Start, probe: Probe) -> None:
+    arguments = [*SMOKE, "trainer.max_steps=2000", "trainer.step_s=0.05", "preemption.max_requeues=2", "run.name=r"]
+    command, run = outlast("train", *arguments), probe("r")
+    for attempt in range(1, 4):
         wait_for(lambda a=attempt: len(run.events("attempt_started")) >= a, f"attempt {attempt}")
         command.signal(signal.SIGUSR1)
     assert command.wait() == 93, command.output
-    assert "no progress in 3 restarts" in run.events("gave_up")[0]["reason"]
+    assert run.events("gave_up")[0]["reason"] == "2 requeues; preemption.max_requeues is 2"
 
 
 def test_the_run_directory_is_what_the_contract_says(outlast: Start, probe: Probe, tmp_path: Path) -> None:

@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 
+from .. import forked
 from ..conftest import RunProbe
 from ..forked import Forked
 
-SCRIPT = Path(__file__).with_name("user_loop.py")
+SCRIPT = Path(__file__).with_name("loop_with_options.py")
+EXAMPLE = Path(__file__).with_name("user_loop.py")
+STRIKE = """            import os
+            os.kill(os.getpid(), 10) if step == 14 else None
+"""
 
 
 def train(directory: Path, ranks: int, options: dict[str, Any], *, epochs: int = 3, port: int = 0) -> tuple[int, str]:
@@ -80,3 +85,20 @@ def test_a_loop_that_reads_its_data_by_itself_is_told_so(tmp_path: Path) -> None
     assert code == 0, output
     assert output.count("WARNING: this loop iterates over a DataLoader by itself") == 1
     assert len(run.events("batches_unknown")) == 1
+
+
+def test_the_example(tmp_path: Path) -> None:
+    """Struck once in its second epoch; and the README shows its lines."""
+    text = EXAMPLE.read_text()
+    lines = [line.strip() for line in text.splitlines() if "run." in line]
+    struck = tmp_path / "struck.py"
+    struck.write_text(text.replace("            step += 1\n", f"            step += 1\n{STRIKE}"))
+    twin, run = RunProbe(tmp_path / "twin"), RunProbe(tmp_path / "r")
+    codes = [
+        forked.run([sys.executable, script, directory, "3"], tmp_path).returncode
+        for script, directory in ((EXAMPLE, twin.path), (struck, run.path), (EXAMPLE, run.path))
+    ]
+    assert codes == [0, 75, 0]
+    assert run.weights() == twin.weights()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert all(line in readme for line in lines)

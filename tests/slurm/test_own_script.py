@@ -1,5 +1,9 @@
 """A user's own script in the batch script that the README shows: preempted or killed, it comes back."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +60,27 @@ def test_killed(submit: Submit, devcluster: Cluster, probe: Probe) -> None:
     devcluster.wait_for_state(job, "COMPLETED", 60)
     assert run.causes() == ["failed", "finished"]
     assert run.events("attempt_ended")[0]["detail"] == "a rank was killed by SIGKILL"
+
+
+def test_a_job_that_is_not_the_runs_is_left_alone(devcluster: Cluster, tmp_path: Path, probe: Probe) -> None:
+    """Whatever else is in an `salloc` stays there when the script in it is signalled."""
+    text = USER_SCRIPT.read_text().replace("sys.argv[1]", '"runs/mine"').replace("sys.argv[2]", "100000")
+    (tmp_path / "train.py").write_text(text)
+    shell = f"{sys.executable} -u train.py; echo ended with $?; scontrol show job -o $SLURM_JOB_ID"
+    salloc = ["salloc", "-p", "low", "-N", "1", "sh", "-c", shell]
+    with (tmp_path / "log").open("w") as log:
+        allocation = subprocess.Popen(salloc, cwd=tmp_path, env=devcluster.env, stdout=log, stderr=log)
+    run = probe("mine")
+    run.reach(3)
+    os.kill(json.loads((run.path / ".lock").read_text())["pid"], signal.SIGUSR1)
+    assert allocation.wait(60) == 0
+    said = (tmp_path / "log").read_text()
+    assert "is not requeued, since nothing says that it is there for this run alone" in said
+    assert "ended with 75" in said
+    assert "JobState=RUNNING" in said
+    assert "Restarts=0" in said
+    assert run.causes() == ["preempted"]
+    assert not run.events("requeued")
 
 
 def test_a_script_that_fails_before_it_starts_a_run(submit: Submit, devcluster: Cluster, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
 
 TWO_NODES = ["cluster=devcluster", "parallel.nodes=2", *SMOKE]
-LONG = ["trainer.max_steps=100", "trainer.step_s=0.1", "checkpoint.every=10"]
+LONG = ["trainer.max_steps=60", "trainer.step_s=0.1", "checkpoint.every=10"]
 
 
 @pytest.fixture

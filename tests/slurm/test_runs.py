@@ -21,7 +21,7 @@ Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
 
 TWO_NODES = ["cluster=devcluster", "parallel.nodes=2", "parallel.cpus_per_rank=1"]
-LONG = ["trainer.max_steps=120", "trainer.step_s=0.1"]
+LONG = ["trainer.max_steps=80", "trainer.step_s=0.1"]
 SFT = [
     "job=sft",
     "model.vocab_size=512",
@@ -56,7 +56,7 @@ def submit(outlast: Start, devcluster: Cluster) -> Iterator[Callable[..., str]]:
 def smoke_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The uninterrupted run of two ranks, on this machine without Slurm."""
     directory = tmp_path_factory.mktemp("twin")
-    command = Command(directory, "train", *SMOKE, "run.name=twin", "parallel.ranks_per_node=2", "trainer.max_steps=120")
+    command = Command(directory, "train", *SMOKE, "run.name=twin", "parallel.ranks_per_node=2", "trainer.max_steps=80")
     assert command.wait() == 0, command.output
     return RunProbe(directory / "runs" / "twin").weights()
 
@@ -131,7 +131,7 @@ def test_sft_on_two_nodes_preempted_by_term_and_by_the_user_signal(
 
 
 def test_the_time_limit(submit: Callable[..., str], devcluster: Cluster, probe: Probe, smoke_weights: str) -> None:
-    arguments = [*SMOKE, *TWO_NODES, "trainer.max_steps=120", "trainer.step_s=0.5", "run.name=r"]
+    arguments = [*SMOKE, *TWO_NODES, "trainer.max_steps=80", "trainer.step_s=0.6", "run.name=r"]
     job, run = submit(*arguments, "cluster.time_min=1", "preemption.lead_s=20"), probe("r")
     wait_for(lambda: run.events("requeued"), "the requeue", 100)
     wait_for(lambda: run.events("finished"), "the end", 150)
@@ -183,7 +183,7 @@ def test_plain_sbatch(devcluster: Cluster, probe: Probe, tmp_path: Path, smoke_w
 
     again = sbatch(devcluster, tmp_path, ["--nodes=2", "--cpus-per-task=1"], *overrides)
     devcluster.wait_for_state(again, "COMPLETED", 60)
-    assert "has finished already, at step 120" in (tmp_path / f"slurm-{again}.out").read_text()
+    assert "has finished already, at step 80" in (tmp_path / f"slurm-{again}.out").read_text()
     assert len(run.events("attempt_started")) == 2
 
 
@@ -291,7 +291,7 @@ def test_the_same_command_again_submits_nothing(
     wait_for(lambda: probe("r").events("finished"), "the end")
     after = outlast("train", *arguments, OUTLAST_DEVCLUSTER=str(devcluster.directory))
     assert after.wait(60) == 0, after.output
-    assert "has finished already, at step 120" in after.output
+    assert "has finished already, at step 80" in after.output
     status = outlast("status", "--json", OUTLAST_DEVCLUSTER=str(devcluster.directory))
     assert status.wait(60) == 0, status.output
     assert json.loads(status.output)[0]["state"] == "finished"

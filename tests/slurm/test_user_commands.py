@@ -23,7 +23,7 @@ from .cluster import Cluster
 
 Run = Callable[..., str]
 Probe = Callable[[str], RunProbe]
-LONG = ["trainer.max_steps=120", "trainer.step_s=0.1"]
+LONG = ["trainer.max_steps=80", "trainer.step_s=0.1"]
 JOB = ["cluster=devcluster", *SMOKE, *LONG]
 
 
@@ -61,7 +61,7 @@ def test_from_submit_to_done(outlast_on: Run, devcluster: Cluster, probe: Probe)
     run, before = probe("r"), jobs(devcluster, earlier)
     run.reach(10)
     row = status(outlast_on)["r"]
-    assert (row["state"], row["slurm_state"], row["attempts"], row["total_steps"]) == ("running", "RUNNING", 1, 120)
+    assert (row["state"], row["slurm_state"], row["attempts"], row["total_steps"]) == ("running", "RUNNING", 1, 80)
     assert "attempt 1, rank 0" in outlast_on("logs", "r")
     assert "log: " in outlast_on("logs", "r", "--job")
     assert f"r is running already (job {row['job_id']})" in outlast_on("resume", "r")
@@ -154,7 +154,7 @@ def test_slurm_does_not_answer(
     assert codes == [0, 0, 0, 1, 1]
     assert seconds < 60
     [row] = json.loads(as_json)
-    assert (row["state"], row["total_steps"], row["slurm_state"]) == ("running", 120, None)
+    assert (row["state"], row["total_steps"], row["slurm_state"]) == ("running", 80, None)
     assert row["step"] >= 5
     assert "Slurm does not answer (squeue did not answer within 5 s); states are from the ledgers alone" in table
     assert "attempt 1, rank 0" in logs

@@ -13,14 +13,14 @@ from outlast.config.preemption import PreemptionSection
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
 from outlast.preemption.outcome import Outcome
-from outlast.preemption.policy import decide
-from outlast.preemption.shutdown import ELASTIC_ENV, EPILOGUE_ENV, Shutdown
+from outlast.preemption.policy import decide, since_submission, taken_in_startup
+from outlast.preemption.shutdown import ELASTIC_ENV, Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.ranks.identity import Identity
 from outlast.ranks.lost import Lost, LostRankError
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Recorder
-from outlast.slurm.environment import SlurmJob
+from outlast.slurm.environment import BATCH_JOB_ENV, SlurmJob, in_own_batch_script
 from outlast.slurm.view import JobView
 
 from .conftest import Slurm
@@ -29,13 +29,18 @@ Events = list[dict[str, Any]]
 LIMITS = PreemptionSection(max_requeues=10, max_crashes=1)
 
 
-def ledger(*steps: int, cause: str = "preempted", submitted_at: int = 1) -> Events:
-    """One attempt for each saved step, requeued but for the last, and but for that before attempt `submitted_at`."""
+def ledger(*steps: int, cause: str = "preempted", submitted_at: int = 1, trained: int = 2) -> Events:
+    """One attempt for each saved step, requeued but for the last, and but for that before attempt `submitted_at`.
+
+    Each was `trained` steps further than it had saved.
+    """
     events: Events = []
     for number, step in enumerate(steps, 1):
         events.append({"time": 0.0, "attempt": number, "event": "attempt_started"})
         events.append({"time": 0.0, "attempt": number, "event": "checkpoint", "step": step, "kind": "emergency"})
-        events.append({"time": 0.0, "attempt": number, "event": "attempt_ended", "cause": cause, "step": step})
+        events.append(
+            {"time": 0.0, "attempt": number, "event": "attempt_ended", "cause": cause, "step": step + trained}
+        )
         if number < len(steps) and number + 1 != submitted_at:
             events.append({"time": 0.0, "attempt": number, "event": "requeued", "cause": cause})
     return events
@@ -58,6 +63,33 @@ def test_no_progress_in_three_restarts() -> None:
     assert (decision.action, decision.exit_code) == ("give_up", 93)
     assert "no progress in 3 restarts: none saved a step after 5" in decision.reason
     assert decide("preempted", ledger(5, 5, 5, 6), LIMITS).action == "again"
+
+
+def test_progress_is_counted_from_where_an_attempt_started() -> None:
+    """The newest checkpoints were lost: what is saved after that is progress, though it was saved before."""
+    events = ledger(418, 140, 168, 197)
+    events.insert(4, {"time": 0.0, "attempt": 2, "event": "resumed", "step": 112})
+    assert decide("preempted", events, LIMITS).action == "again"
+    crashes = ledger(418, 140, cause="failed")
+    crashes.insert(4, {"time": 0.0, "attempt": 2, "event": "resumed", "step": 112})
+    assert decide("failed", crashes, LIMITS).action == "again"
+
+
+def test_who_is_taken_away_in_start_up_has_not_failed() -> None:
+    events = ledger(5, 5, 5, 5, 5, 5, trained=0)
+    assert decide("preempted", events, LIMITS).action == "again"
+    warning = taken_in_startup(since_submission(events))
+    assert warning is not None
+    assert warning.startswith("the last 3 attempts were taken away before they had made a step, after 0 s at most")
+    assert "preemption.max_requeues bounds" in warning
+    assert taken_in_startup(since_submission(ledger(5, 5, 5))) is None
+    assert decide("preempted", events, PreemptionSection(max_requeues=5)).action == "give_up"
+    # a time limit that start-up alone uses up would be used up again
+    assert decide("time_limit", ledger(5, 5, 5, 5, cause="time_limit", trained=0), LIMITS).action == "give_up"
+    # and those that were taken away early do not hide those that had time
+    mixed = ledger(5, 5, 5, 5, 5)
+    mixed[-1]["step"] = 5
+    assert decide("preempted", mixed, LIMITS).action == "give_up"
 
 
 def test_who_submits_again_is_given_all_the_patience_there_is() -> None:
@@ -163,6 +195,11 @@ class Rank:
         return [event["event"] for event in self.events]
 
 
+def in_batch_script_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", BATCH_JOB_ENV):
+        monkeypatch.setenv(name, JOB.job_id)
+
+
 @pytest.fixture
 def rank(tmp_path: Path) -> Rank:
     return Rank(tmp_path)
@@ -177,6 +214,33 @@ def test_of_ranks_that_end_an_attempt_at_once_one_requeues(slurm: Slurm, rank: R
     assert rank.names == ["attempt_ended", "requeued"]
     assert len(slurm.calls("scontrol requeue")) == 1
     assert sum(one.ended_it for one in ranks) == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "own"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7"}, False),  # an salloc, a notebook
+        ({BATCH_JOB_ENV: ""}, False),  # the prologue, outside Slurm
+        ({"SLURM_JOB_ID": "8", BATCH_JOB_ENV: "7"}, False),  # submitted from inside one of ours
+        ({"SLURM_JOB_ID": "7", BATCH_JOB_ENV: "7"}, True),
+    ],
+)
+def test_which_job_is_the_runs_own(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], own: bool) -> None:
+    for name in ("SLURM_JOB_ID", BATCH_JOB_ENV):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert in_own_batch_script() is own
+
+
+def test_ctrl_c_never_brings_a_job_back(slurm: Slurm, rank: Rank) -> None:
+    slurm.says("scontrol", PREEMPTED)
+    rank.guard.request("INT")
+    rank.shutdown.announce("INT", 5)
+    assert rank.shutdown.requeue(5) == 75
+    assert [event["cause"] for event in rank.events if event["event"] == "attempt_ended"] == ["cancelled"]
+    assert not slurm.calls("scontrol requeue")
 
 
 def test_a_rank_that_does_not_speak_for_all_writes_nothing(slurm: Slurm, tmp_path: Path) -> None:
@@ -261,14 +325,14 @@ def test_what_outlast_cancel_marked_is_cancelled_whatever_slurm_says(slurm: Slur
 def test_who_finds_out_what_a_signal_meant(slurm: Slurm, rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm.says("scontrol", RUNNING)
     assert not rank.shutdown.left_to_epilogue()  # there is no batch script that would
-    monkeypatch.setenv(EPILOGUE_ENV, "1")
+    in_batch_script_of_ours(monkeypatch)
     assert rank.shutdown.left_to_epilogue()
 
 
 def test_a_preemption_is_never_left_to_the_batch_script(
     slurm: Slurm, rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(EPILOGUE_ENV, "1")
+    in_batch_script_of_ours(monkeypatch)
     slurm.says("scontrol", PREEMPTED)
     assert not rank.shutdown.left_to_epilogue()
     rank.shutdown.announce("TERM", 5)
@@ -279,7 +343,7 @@ def test_a_preemption_is_never_left_to_the_batch_script(
 def test_a_connection_that_breaks_because_a_peer_has_died_is_not_the_cause(
     slurm: Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, signalled: bool
 ) -> None:
-    monkeypatch.setenv(EPILOGUE_ENV, "1")
+    in_batch_script_of_ours(monkeypatch)
     monkeypatch.setattr("outlast.preemption.shutdown.ECHO_S", 0.5)
     slurm.says("scontrol", RUNNING)
     rank = Rank(tmp_path, rank=number, world_size=2)

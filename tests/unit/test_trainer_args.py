@@ -7,7 +7,8 @@ import pytest
 
 from outlast.config.configuration import Config, build
 from outlast.errors import ConfigError, Exit
-from outlast.jobs.training.trainer_arguments import INEXACT, RESERVED, check, hazards, sft_config
+from outlast.huggingface.inexact import INEXACT, refuse_inexact
+from outlast.jobs.training.trainer_arguments import RESERVED, check, hazards, sft_config
 from outlast.launcher.planning.compose import compose
 
 # datasets, fsspec and friends warn at import about their own dependencies
@@ -120,10 +121,43 @@ def test_no_token_is_repeated() -> None:
     assert "hf_secret" not in str(refusal(sft(hub_token="hf_secret")))
 
 
+INEXACT_EXAMPLES: dict[str, Any] = {
+    "save_only_model": True,
+    "ignore_data_skip": True,
+    "auto_find_batch_size": True,
+    "enable_jit_checkpoint": True,
+    "resume_from_checkpoint": "checkpoint-7",
+    "dataloader_persistent_workers": True,
+    "dataloader_in_order": False,
+    "train_sampling_strategy": "group_by_length",
+    "optim": "galore_adamw_layerwise",
+    "accelerator_config.dispatch_batches": True,
+    "accelerator_config.split_batches": True,
+    "accelerator_config.use_seedable_sampler": False,
+}
+
+
 @pytest.mark.parametrize("key", INEXACT)
-def test_what_can_not_be_resumed_exactly_is_refused(key: str) -> None:
-    value, valid = INEXACT[key]
-    assert valid in str(refusal(sft(**{key: value})))
+def test_what_can_not_be_resumed_exactly_is_refused_by_the_launcher_and_in_a_script_alike(key: str) -> None:
+    from transformers import TrainingArguments
+
+    name, _, inner = key.partition(".")
+    value = {inner: INEXACT_EXAMPLES[key]} if inner else INEXACT_EXAMPLES[key]
+    extra = {"dataloader_num_workers": 1} if name == "dataloader_persistent_workers" else {}
+    with pytest.raises(ConfigError) as in_script:
+        refuse_inexact(TrainingArguments("unused", use_cpu=True, **{name: value}, **extra))
+    assert (in_script.value.key, in_script.value.value) == (key, INEXACT_EXAMPLES[key])
+    assert INEXACT[key].valid in str(in_script.value)
+    launched = refusal(sft(**{name: value}))
+    assert launched.key == f"trainer.{name}"
+    assert inner or INEXACT[key].valid in str(launched)
+
+
+@pytest.mark.parametrize("accepted", [{}, {"accelerator_config": {"even_batches": False}}, {"optim": "adafactor"}])
+def test_what_resumes_exactly_is_accepted(accepted: dict[str, Any]) -> None:
+    from transformers import TrainingArguments
+
+    refuse_inexact(TrainingArguments("unused", use_cpu=True, **accepted))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, attempts, finished
 from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
 from outlast.rundir.ledger import Ledger, Recorder
 from outlast.rundir.progress import ProgressWriter, read
-from outlast.slurm.environment import current_job, export_ranks, hostnames
+from outlast.slurm.environment import current_job, export_ranks, hostnames, in_own_batch_script
 from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
@@ -58,6 +58,7 @@ class RankAttempt:
     Args:
         guard: installed already; from here on its signals are acted on.
         loop_saves: when to save periodically is up to a Trainer, if one trains, whatever `checkpoint` says.
+        requeue: the Slurm job around this process is the run's, though its batch script is not ours.
 
     Raises:
         AlreadyFinished: the run has finished before.
@@ -73,11 +74,13 @@ class RankAttempt:
         storage: StorageSection,
         *,
         loop_saves: bool = False,
+        requeue: bool = False,
     ) -> None:
         self.directory, self.loop_saves = directory, loop_saves
         self._started, self._guard, self._preemption = time.time(), guard, preemption
         # Who this process is.
-        job = current_job()
+        around = current_job()
+        job = around if requeue or in_own_batch_script() else None
         export_ranks()
         self.collectives = collectives = Collectives()
         self._ledger = Ledger(directory.ledger)
@@ -92,7 +95,7 @@ class RankAttempt:
         number = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(
             self._ledger.read(), (job.job_id, job.restart_count) if job else None
         )
-        self._identity = identity = Identity(self.rank, collectives.world_size, job, number)
+        self._identity = identity = Identity(self.rank, collectives.world_size, job, number, around)
         self._recorder = Recorder(self._ledger, identity, _print)
         self.progress = ProgressWriter(directory)
         # What it saves, and what it resumes from.
@@ -263,7 +266,7 @@ class RankAttempt:
 
     def _warn_of_short_notice(self) -> None:
         """Say once if what steps and saves were seen to take is longer than the notice (rank 0)."""
-        if self._identity.job is None or self.rank != 0:
+        if not self._cause.in_job or self.rank != 0:
             return
         if short := self._planner.shortfall(self._cause.notice):
             text, fields = short

@@ -3,15 +3,15 @@
 The Trainer keeps its loop, its optimizer, its data order and its file formats. The adapter decides when it saves,
 where the files go (the store's staging area instead of `checkpoint-N` itself), what is deleted, and when it stops:
 
-- A stop is agreed at a step's end and inside evaluation. If the step also ends an epoch, the save waits for
-  `on_epoch_end`, which follows at once, so that an evaluation due there is known.
+- A stop is agreed at a step's end and inside evaluation.
 - An evaluation that is due or is cut short is not run in the grace period. The checkpoint says `pending_evaluation`,
-  and the random state in it is from before the evaluation; the next attempt evaluates first, then goes on. So the
-  metrics, the best checkpoint and the random numbers are those of a run never interrupted.
+  and the random state in it is from before the evaluation; the next attempt evaluates first, then goes on
+  (`evaluation.py`, `decisions.py`). So the metrics, the best checkpoint and the random numbers are those of a run never
+  interrupted.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +21,18 @@ from transformers.trainer_utils import SaveStrategy
 
 from outlast.checkpoint.compatibility import dataset_digest, trainable_digest
 from outlast.checkpoint.manifest import Sealed, read_manifest
-from outlast.errors import CheckpointError, ConfigError
+from outlast.errors import CheckpointError
 from outlast.processes import shield_worker
 from outlast.storage.budget import gb
 
 from . import random_state
 from .accumulation import Accumulation
+from .decisions import Decisions
 from .deepspeed import load_weights, loading_shards, saving_shards
+from .evaluation import Evaluation
 from .frozen_weights import frozen_weights, shortened
+from .inexact import refuse_inexact
+from .own_state import OwnState
 from .resharding import adapt, seed_rank
 from .universal_checkpoint import Conversion, needs_conversion
 
@@ -40,10 +44,6 @@ if TYPE_CHECKING:
 
 FROZEN_SHARE = 0.1
 """Share of a checkpoint from which frozen weights in it are worth a warning."""
-
-
-class _EvaluationCut(Exception):
-    """Raised out of an evaluation when the ranks have agreed to leave."""
 
 
 class _Shielded:
@@ -82,27 +82,21 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.run, self.trainer = run, trainer
         self.checkpoint: Sealed | None = None
         self.conversion: Conversion | None = None
-        self.pending_evaluation = False
         self.save_at_epoch_end = False
-        self.done = False
-        self.rng_after_pending: dict[str, Any] | None = None
-        self._looked_for_frozen = False
-        self._evaluations = 0  # evaluate() calls itself for each of several datasets
-        self._making_up = False
-        self._batches = 0  # done, of the evaluation under way
-        self._accumulation = Accumulation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
+        self._looked_for_frozen = self._looked_for_lost = False
+        self._own = OwnState(trainer)
+        self._accumulation = Accumulation(run, trainer, self._own, lambda: self.save(trainer.model_wrapped, None))
+        self._evaluation = Evaluation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
+        self._decisions = Decisions(run, trainer, self._evaluation, self.determine_best)
 
         args = trainer.args
-        if args.save_only_model:
-            valid = "valid: false; a checkpoint without the optimizer's state would silently restart it"
-            raise ConfigError("save_only_model", True, valid)
+        refuse_inexact(args)
         args.output_dir = str(run.directory.checkpoints)
         run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
-        self._save_checkpoint, self._evaluate = trainer._save_checkpoint, trainer.evaluate
+        self._save_checkpoint = trainer._save_checkpoint
         self._load_rng_state = trainer._load_rng_state
         self._determine_best = trainer._determine_best_metric
         trainer._save_checkpoint = self.save
-        trainer.evaluate = self.evaluate
         trainer._load_rng_state = self.load_rng_state
         trainer._determine_best_metric = self.determine_best
         if trainer.is_deepspeed_enabled:
@@ -111,8 +105,8 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             args.save_strategy = SaveStrategy.NO
         for name in ("get_train_dataloader", "get_eval_dataloader"):
             setattr(trainer, name, _shield_loader(getattr(trainer, name)))
-        trainer.add_callback(self)
-        trainer.add_callback(self._accumulation)
+        for callback in (self, self._accumulation, self._evaluation, self._decisions):
+            trainer.add_callback(callback)
 
     def resume_from(self) -> Path | None:
         args, trainer = self.trainer.args, self.trainer
@@ -139,57 +133,40 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.run.progress.now.total_steps = state.max_steps
         self._point_at_best(state)
+        self._own.begin()
         self.run.begin(state.global_step)
         if self.conversion is not None:
             self.conversion.drop()
-        if self.checkpoint is not None and self.checkpoint.manifest.pending_evaluation:
-            self._evaluate_pending()
-        # A Trainer that is resumed at its last step would take one more.
-        if state.global_step >= state.max_steps or control.should_training_stop:
-            self.done = True
-            self.trainer.get_batch_samples = lambda *_: ([], None)
+        if self.checkpoint is not None:
+            self._own.load(self.checkpoint.path, self.run.rank, self.checkpoint.manifest.world_size)
+            self._decisions.complete(str(self.checkpoint.path), self.checkpoint.manifest.pending_evaluation)
+            self._point_at_best(state)
 
     def on_step_end(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
     ) -> None:
         step = state.global_step
         self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
+        self._say_what_is_lost()
         epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
         action = self.run.steps.done(step)
         # An evaluation may follow at the end of the epoch: the checkpoint of this step holds its result too.
         due = control.should_save or action == "save"
         self.save_at_epoch_end, control.should_save = due and epoch_ends, due and not epoch_ends
-        if action == "stop":
-            self.pending_evaluation = control.should_evaluate
+        if action == "stop":  # what is still to be done at this step, the next attempt does
+            self._evaluation.pending = control.should_evaluate
             control.should_evaluate = False
-            control.should_save = not epoch_ends
+            control.should_save = True
 
     def on_epoch_end(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
     ) -> None:
-        if self.done:
-            control.should_training_stop = True
-            control.should_evaluate = control.should_save = control.should_log = False
-        elif self.run.stopping:
-            self.pending_evaluation |= control.should_evaluate
+        if self.run.stopping:
+            self._evaluation.pending |= control.should_evaluate
             control.should_evaluate = False
             control.should_save = True
         elif self.save_at_epoch_end:
             control.should_save, self.save_at_epoch_end = True, False
-
-    def on_prediction_step(
-        self,
-        args: "TrainingArguments",
-        state: "TrainerState",
-        control: "TrainerControl",
-        eval_dataloader: Any = None,
-        **_: Any,
-    ) -> None:
-        if not self._evaluations:
-            return
-        self._batches += 1
-        if self.run.steps.should_stop(state.global_step, "evaluation") and not self._may_finish(eval_dataloader):
-            raise _EvaluationCut
 
     def on_log(
         self,
@@ -210,7 +187,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         sealed = self.run.checkpoint(
             state.global_step,
             lambda staged: self._write(staged, model, trial),
-            pending_evaluation=self.pending_evaluation,
+            pending_evaluation=self._evaluation.pending and not self._evaluation.making_up,
             best_step=state.best_global_step,
         )
         self._point_at_best(state)
@@ -219,34 +196,12 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         if sealed is not None and self.run.rank == 0:
             self._look_for_frozen_weights(sealed)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Replace `Trainer.evaluate`: during training, a stop can cut it short, and a complete one is recorded."""
-        if not self.trainer.is_in_train or self._evaluations:
-            return dict(self._evaluate(*args, **kwargs))
-        before = random_state.capture()
-        self._evaluations += 1
-        self._batches = 0
-        self._progress("evaluating")
-        try:
-            metrics = dict(self._evaluate(*args, **kwargs))
-        except _EvaluationCut:
-            random_state.restore(before)
-            self.pending_evaluation = True
-            self.save(self.trainer.model_wrapped, None)  # does not return: the run is stopping
-            raise
-        finally:
-            self._evaluations -= 1
-        self._progress("training")
-        self.trainer.control.should_save |= self.run.stopping  # there was time to finish it first
-        self.run.evaluated(self.trainer.state.global_step, {k: v for k, v in metrics.items() if "_per_" not in k})
-        return metrics
-
     def load_rng_state(self, checkpoint: str | None) -> None:
         """Replace `Trainer._load_rng_state`: an evaluation that was made up for has drawn random numbers too."""
         if self.checkpoint is None or not seed_rank(self.trainer, self.checkpoint):
             self._load_rng_state(checkpoint)
-        if self.rng_after_pending is not None:
-            random_state.restore(self.rng_after_pending)
+        if self._decisions.random_state is not None:
+            random_state.restore(self._decisions.random_state)
         self._accumulation.keep()
 
     def determine_best(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -268,24 +223,6 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
 
     # Inside -----------------------------------------------------------------------------------------------------
 
-    def _may_finish(self, loader: Any) -> bool:
-        """Whether an evaluation fits in before the save; one being made up for need not, its step is sealed already."""
-        known = isinstance(loader, Sized) and not isinstance(self.trainer.eval_dataset, dict)
-        left = len(loader) - self._batches if known and not self._making_up else None
-        return self.run.steps.time_for("evaluation", left) is True
-
-    def _evaluate_pending(self) -> None:
-        assert self.checkpoint is not None
-        trainer, state = self.trainer, self.trainer.state
-        self.run.say(f"step {state.global_step}: making up for the evaluation that was cut short")
-        self.load_rng_state(str(self.checkpoint.path))
-        self._making_up = True
-        metrics = trainer._evaluate(None, None)
-        self._making_up = False
-        self.determine_best(metrics, None)
-        self._point_at_best(state)
-        self.rng_after_pending = random_state.capture()
-
     def _point_at_best(self, state: "TrainerState") -> None:
         """Set the path of the best checkpoint: the one in a saved state may be from before the run was moved."""
         if state.best_global_step:
@@ -303,8 +240,21 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         if state.best_global_step:
             state.best_model_checkpoint = str(self.run.store.path(state.best_global_step))
         if trainer.args.should_save:
+            self._decisions.refresh()
             state.save_to_json(str(staged / "trainer_state.json"))
+        self._own.write(staged, self.run.rank)
         self._check_whole(staged)
+
+    def _say_what_is_lost(self) -> None:
+        """Say once, after an attempt's first step, which state of the Trainer no checkpoint will hold."""
+        if self._looked_for_lost:
+            return
+        self._looked_for_lost = True
+        if lost := self._own.lost():
+            kind = type(self.trainer).__name__
+            named = ", ".join(f"{kind}.{name} ({why})" for name, why in lost.items())
+            self.run.record("not_saved", objects={f"trainer.{name}": why for name, why in lost.items()})
+            self.run.say(f"WARNING: {named}: this state can't be saved, so a resumed run will not be exactly the same")
 
     def _look_for_frozen_weights(self, sealed: Sealed) -> None:
         """Say once if each checkpoint carries weights that training never changes."""
@@ -356,10 +306,6 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             os.environ.pop("HF_HUB_OFFLINE")
             if offline is not None:
                 os.environ["HF_HUB_OFFLINE"] = offline
-
-    def _progress(self, phase: str) -> None:
-        if self.run.rank == 0:
-            self.run.progress.update(phase=phase, force=True)
 
 
 def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,7 +31,8 @@ class StopCause:
         preemption: PreemptionSection,
         say: Callable[[str], None],
     ) -> None:
-        self._run, self._job, self._guard, self._preemption, self._say = run, identity.job, guard, preemption, say
+        self._run, self._job, self._guard, self._preemption, self._say = run, identity.around, guard, preemption, say
+        self._in_own_job = identity.job is not None
         self._since = time.time()
         self._asking = threading.Lock()
         self._view: JobView | None = None
@@ -42,8 +43,8 @@ class StopCause:
 
     @property
     def in_job(self) -> bool:
-        """Whether this attempt runs in a Slurm job."""
-        return self._job is not None
+        """Whether this attempt has a Slurm job of its own."""
+        return self._in_own_job
 
     def ask_for_limits(self) -> JobView | None:
         """Ask for the job's time limit and its notice, as the attempt begins; None: Slurm did not say."""
@@ -88,6 +89,8 @@ class StopCause:
 
     def cause(self, signal: str | None) -> Cause:
         """Why this attempt stops, by what Slurm said; without an answer, by what the signal alone can tell."""
+        if signal == "INT":
+            return "cancelled"  # somebody wanted that, and is there
         if self._job is None:
             return "preempted"
         if cancelled_after(self._run.path, self._since):

@@ -13,8 +13,10 @@ from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.ledger import Cause, Event
 
 PATIENCE = 3
-"""Restarts in a row without one new step, after which a run gives up."""
+"""Restarts in a row that trained and saved no new step, after which a run gives up."""
 CRASHES = ("failed", "out_of_memory")
+TAKEN = ("preempted", "node_failure")
+"""Causes for which the cluster is to blame, whenever they come."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def decide(cause: Cause, events: list[Event], limits: PreemptionSection) -> Deci
     | failed, out_of_memory | outlast itself refused to go on, so another attempt would be refused too | fail | 1 |
     | failed, out_of_memory | more than `max_crashes` in a row, without a new checkpoint in between | fail | 1 |
     | any other, and those two | `max_requeues` reached, over the whole life of the run | give up | 93 |
-    | | `PATIENCE` restarts in a row have saved no new step | give up | 93 |
+    | | `PATIENCE` restarts in a row saved no new step; those taken away in start-up don't count | give up | 93 |
     | | | again: requeue the job, or retry | 75 |
 
     Args:
@@ -72,11 +74,10 @@ def decide(cause: Cause, events: list[Event], limits: PreemptionSection) -> Deci
     requeues = sum(event["event"] == "requeued" for event in events)
     if requeues >= limits.max_requeues:
         return Decision("give_up", f"{requeues} requeues; preemption.max_requeues is {limits.max_requeues}")
-    steps = [attempt.saved_step for attempt in chain]
-    if len(steps) > PATIENCE and max(steps[-PATIENCE:]) <= steps[-PATIENCE - 1]:
-        return Decision(
-            "give_up", f"no progress in {PATIENCE} restarts: none saved a step after {steps[-PATIENCE - 1]}"
-        )
+    idle = restarts_without_progress(chain)
+    if idle >= PATIENCE:
+        saved = chain[-1].saved_step or chain[-1].saved_before
+        return Decision("give_up", f"no progress in {idle} restarts: none saved a step after {saved}")
     return Decision("again", cause)
 
 
@@ -93,12 +94,42 @@ def since_submission(events: list[Event]) -> list[Attempt]:
     return chain[::-1]
 
 
+def restarts_without_progress(chain: list[Attempt]) -> int:
+    """Restarts since one last saved a step after its own first; those taken away in start-up neither count nor mend."""
+    count = 0
+    for attempt in chain[1:]:
+        if attempt.has_saved_more:
+            count = 0
+        else:
+            count += not was_taken_in_startup(attempt)
+    return count
+
+
+def was_taken_in_startup(attempt: Attempt) -> bool:
+    """Whether the cluster took the attempt away before there was time for a step."""
+    return attempt.ended is not None and attempt.ended["cause"] in TAKEN and not attempt.has_trained
+
+
+def taken_in_startup(chain: list[Attempt]) -> str | None:
+    """A warning, if the last `PATIENCE` attempts were all taken away before they had made a step."""
+    last = chain[-PATIENCE:]
+    if len(last) < PATIENCE or not all(map(was_taken_in_startup, last)):
+        return None
+    lived = max(a.ended["time"] - a.started["time"] for a in last if a.started and a.ended)
+    return (
+        f"the last {PATIENCE} attempts were taken away before they had made a step, after {lived:.0f} s at most: "
+        "start-up takes longer than the time between two preemptions. What helps: a partition or QOS that is "
+        "preempted less often, a model and an environment on a faster file system. "
+        "preemption.max_requeues bounds how often this goes on"
+    )
+
+
 def crashes_in_a_row(chain: list[Attempt]) -> int:
-    """Crashes since an attempt last saved a step further than all before it; its own counts."""
-    furthest, count = 0, 0
+    """Crashes since an attempt last saved a step after its own first; its own counts."""
+    count = 0
     for attempt in chain:
-        if attempt.saved_step > furthest:
-            furthest, count = attempt.saved_step, 0
+        if attempt.has_saved_more:
+            count = 0
         count += attempt.ended is not None and attempt.ended["cause"] in CRASHES
     return count
 

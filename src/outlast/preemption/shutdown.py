@@ -18,13 +18,12 @@ from outlast.ranks.identity import Identity
 from outlast.ranks.lost import Lost, LostRankError
 from outlast.rundir.ledger import Cause, Event, Record
 from outlast.slurm.actions import bring_forward, requeue_job
+from outlast.slurm.environment import in_own_batch_script
 
 from .cause import StopCause
 from .outcome import Outcome
 from .signals import PreemptionGuard
 
-EPILOGUE_ENV = "OUTLAST_EPILOGUE"
-"""Set by `prologue.sh`: the batch script calls `outlast.epilogue` when the ranks are gone."""
 ELASTIC_ENV = "TORCHELASTIC_RUN_ID"
 """Set by torch's agent for its ranks, under `accelerate launch` and `torchrun`."""
 ECHO_S = 2.0
@@ -90,7 +89,7 @@ class Shutdown:
         somebody has sent a signal on purpose: nothing. Where all ranks still agree, none has died; where they can't,
         only the batch script sees how each of them ended.
         """
-        if self._identity.job is None or EPILOGUE_ENV not in os.environ:
+        if self._identity.job is None or not in_own_batch_script():
             return False
         self._cause.ask_why()
         return not self._cause.is_explained
@@ -102,7 +101,7 @@ class Shutdown:
         """
         died = any(one.how == "gone" for one in self._lost)
         in_job = self._identity.job is not None
-        return died and (EPILOGUE_ENV in os.environ or (not in_job and ELASTIC_ENV in os.environ))
+        return died and (in_own_batch_script() or (not in_job and ELASTIC_ENV in os.environ))
 
     def requeue(self, step: int) -> Exit:
         """Write why the attempt ended and, by the policy, have Slurm start the next one.
@@ -143,7 +142,7 @@ class Shutdown:
         lost, refused = isinstance(error, LostRankError), isinstance(error, OutlastError)
         if isinstance(error, LostRankError):
             self._lost = error.lost
-        if not refused and EPILOGUE_ENV in os.environ and self._identity.world_size > 1:
+        if not refused and in_own_batch_script() and self._identity.world_size > 1:
             deadline = time.monotonic() + ECHO_S
             while self._guard.requested is None and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -163,7 +162,7 @@ class Shutdown:
         cause: Cause = "out_of_memory" if memory else "failed"
         if isinstance(error, LostRankError):
             self._end(cause, step=step, rank=error.rank, detail=str(error))
-            if self._identity.job is not None and self.ended_it and EPILOGUE_ENV not in os.environ:
+            if self._identity.job is not None and self.ended_it and not in_own_batch_script():
                 return self._follow(cause, step)  # it may be its node's fault
             return Exit.FAILED
         text = f"{type(error).__name__}: {error}"[:2000]
@@ -184,11 +183,17 @@ class Shutdown:
         try:
             decision = self._outcome.follow(cause, self._requeue_job if self._identity.job is not None else None)
         except SlurmError as error:
-            what = "the batch script looks for another way" if EPILOGUE_ENV in os.environ else "submit it again"
+            what = "the batch script looks for another way" if in_own_batch_script() else "submit it again"
             self._say(f"could not requeue: {error}; step {step} is saved, {what}")
             return Exit.RESUME_ME
         if self._requeued_at is not None and self._identity.job is not None:
             self._say(f"requeued job {self._identity.job.job_id} ({cause})")
+        elif decision.action == "again" and self._identity.job is None and self._identity.around is not None:
+            self._say(
+                f"step {step} is saved; job {self._identity.around.job_id} is not requeued, since nothing says "
+                "that it is there for this run alone: start the script from a copy of slurm/script.sbatch, "
+                "or call outlast.start(..., requeue=True)"
+            )
         return decision.exit_code
 
     def _requeue_job(self) -> Event:

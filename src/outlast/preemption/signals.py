@@ -28,13 +28,15 @@ class PreemptionGuard:
     """One per process, installed first of all in the main thread.
 
     Args:
-        interrupt: Ctrl-C, too, means "save and leave"; a second one interrupts as usual.
+        interrupt: Ctrl-C, too, means "save and leave"; a second one interrupts as usual. So does the end of the
+            terminal (HUP), unless it is ignored, as under `nohup`.
     """
 
     def __init__(self, *, interrupt: bool = False) -> None:
-        self._signals = (*SIGNALS, signal.SIGINT) if interrupt else SIGNALS
+        hears_hangup = interrupt and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+        self._signals = (*SIGNALS, *[signal.SIGINT] * interrupt, *[signal.SIGHUP] * hears_hangup)
         self.requested: str | None = None
-        """Name of the first signal ("TERM", "USR1", "USR2", "INT" or `CLOCK`), or None. Later ones change nothing."""
+        """The first signal: "TERM", "USR1", "USR2", "INT", "HUP" or `CLOCK`; or None. Later ones change nothing."""
         self.requested_at = 0.0
         """When it came, Unix seconds."""
         self._on_startup: Callable[[str], None] | None = None

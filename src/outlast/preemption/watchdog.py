@@ -24,11 +24,12 @@ from outlast.ranks.agreement import StepAgreement
 from outlast.ranks.channel import TICK_S, ControlChannel, Message
 from outlast.ranks.collectives import Collectives
 from outlast.ranks.lost import Lost, LostRankError
+from outlast.slurm.environment import in_own_batch_script
 
 from .cause import StopCause
 from .deadline import MARGIN_S
 from .outcome import Outcome
-from .shutdown import EPILOGUE_ENV, Shutdown
+from .shutdown import Shutdown
 from .signals import PreemptionGuard
 
 GONE_S = 1.0
@@ -219,7 +220,7 @@ class Watchdog:
 
         `srun` ends the whole step, the rank that acts included, when one rank leaves early.
         """
-        if not self._stopping and EPILOGUE_ENV in os.environ:
+        if not self._stopping and in_own_batch_script():
             return Exit.FAILED
         deadline = time.monotonic() + (FOLLOW_S if self._stopping else LEAVE_S)
         in_job = self._cause.in_job

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from .channel import ControlChannel, Message
 
-ASKED = ("save", "clock", "USR1", "USR2", "INT", "TERM")
+ASKED = ("save", "clock", "USR1", "USR2", "HUP", "INT", "TERM")
 """What may be asked for. If several are asked for at once, the last in this order counts."""
 
 

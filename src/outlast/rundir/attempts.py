@@ -22,6 +22,8 @@ class Attempt:
     checkpoints: list[Event] = field(default_factory=list)
     requeued: Event | None = None
     last_time: float = 0.0
+    saved_before: int = 0
+    """The step that the attempts before it left to start from, or 0."""
 
     @property
     def saved_step(self) -> int:
@@ -34,6 +36,21 @@ class Attempt:
         """The furthest step that was reached."""
         steps = [event["step"] for event in (self.resumed, self.ended, *self.checkpoints) if event is not None]
         return max((int(step) for step in steps if step is not None), default=0)
+
+    @property
+    def first_step(self) -> int:
+        """The step that it started from, or would have started from."""
+        return int(self.resumed["step"]) if self.resumed else self.saved_before
+
+    @property
+    def has_saved_more(self) -> bool:
+        """Whether it saved a step after the one that it started from."""
+        return any(event["step"] > self.first_step for event in self.checkpoints)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether it came further than the step that it started from, saved or not."""
+        return self.last_step > self.first_step
 
 
 def attempts(events: list[Event]) -> list[Attempt]:
@@ -55,7 +72,11 @@ def attempts(events: list[Event]) -> list[Attempt]:
                 attempt.signals.append(event)
             case "checkpoint":
                 attempt.checkpoints.append(event)
-    return [grouped[number] for number in sorted(grouped)]
+    in_order, saved = [grouped[number] for number in sorted(grouped)], 0
+    for attempt in in_order:
+        attempt.saved_before = saved
+        saved = attempt.saved_step or saved
+    return in_order
 
 
 def finished(events: list[Event]) -> Event | None:
@@ -88,9 +109,8 @@ def last_step(run: RunDirectory, number: int) -> int:
 
     An attempt that ended before it had made or loaded a step is where it would have begun: at the last saved step.
     """
-    known, now = attempts(Ledger(run.ledger).read()), read(run)
-    steps = [attempt.last_step for attempt in known if attempt.number == number]
+    this, now = next((a for a in attempts(Ledger(run.ledger).read()) if a.number == number), None), read(run)
+    step = this.last_step if this else 0
     if now is not None and now.attempt == number:
-        steps.append(now.step)
-    saved = [attempt.saved_step for attempt in known if attempt.number < number and attempt.saved_step]
-    return max(steps, default=0) or (saved[-1] if saved else 0)
+        step = max(step, now.step)
+    return step or (this.saved_before if this else 0)

@@ -8,6 +8,9 @@ from outlast.errors import SlurmError
 
 from .commands import pairs, run_slurm
 
+BATCH_JOB_ENV = "OUTLAST_BATCH_JOB"
+"""Set by `prologue.sh` to the job's id: the batch script calls `outlast.epilogue` when the ranks are gone."""
+
 
 @dataclass(frozen=True)
 class SlurmJob:
@@ -28,6 +31,16 @@ def current_job() -> SlurmJob | None:
     array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
     job_id = f"{array}_{task}" if array and task else env["SLURM_JOB_ID"]
     return SlurmJob(job_id, int(env.get("SLURM_RESTART_COUNT", "0") or 0), env.get("SLURM_JOB_NODELIST", ""))
+
+
+def in_own_batch_script() -> bool:
+    """Whether the batch script of the job around this process is one of ours, with our prologue and epilogue.
+
+    Such a job is there for its run and may be requeued. A notebook, an `salloc`, or a job that was submitted from
+    inside one of ours may hold anything else.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    return bool(job) and os.environ.get(BATCH_JOB_ENV) == job
 
 
 def current_node() -> str:

@@ -1,0 +1,83 @@
+"""Training arguments that rule out exact resuming: one table, asked by the launcher and by a user's script.
+
+Each rule marked "measured" was seen to change the weights after a resume (transformers 5.23, CPU). This module imports
+no training library.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from outlast.errors import ConfigError
+
+ORDER = "the data order would change on resume (measured)"
+HOOKS = "any that keeps its state in its state_dict; this one keeps it elsewhere, in no checkpoint"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Says which values of an argument rule out exact resuming."""
+
+    refused: tuple[Any, ...] | Callable[[Any], bool]
+    """The values, or a function that tells them."""
+    valid: str
+    """What is accepted instead, and why."""
+
+    def applies_to(self, value: Any) -> bool:
+        if callable(self.refused):
+            return self.refused(value)
+        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.refused)
+
+
+def _keeps_state_elsewhere(optimizer: Any) -> bool:
+    name = str(getattr(optimizer, "value", optimizer))
+    return name.endswith("_layerwise") or name in ("adalomo", "grokadamw")
+
+
+INEXACT = {
+    "save_only_model": Rule((True,), "false; a checkpoint without the optimizer's state can't be resumed exactly"),
+    "ignore_data_skip": Rule((True,), "false; a resumed run would train on other data (measured)"),
+    "auto_find_batch_size": Rule(
+        (True,), "false; it changes the batch size in mid-run: set per_device_train_batch_size to what fits"
+    ),
+    "enable_jit_checkpoint": Rule((True,), "false; outlast saves on a signal, by agreement of all ranks"),
+    "resume_from_checkpoint": Rule(
+        lambda value: bool(value), "null; outlast resumes from the newest checkpoint that verifies"
+    ),
+    "dataloader_persistent_workers": Rule((True,), "false; a resumed run would draw other random numbers (measured)"),
+    "dataloader_in_order": Rule((False,), "true; the order of batches would depend on timing (measured)"),
+    "train_sampling_strategy": Rule(
+        ("group_by_length",), "random, sequential, batch_rebalance: those resume (measured)"
+    ),
+    "optim": Rule(_keeps_state_elsewhere, HOOKS),
+    "accelerator_config.dispatch_batches": Rule((True,), f"false or null; {ORDER}"),
+    "accelerator_config.split_batches": Rule((True,), "false; set per_device_train_batch_size for each rank instead"),
+    "accelerator_config.use_seedable_sampler": Rule((False,), f"true; {ORDER}"),
+}
+"""The rules, by the argument's name; after a dot, the name inside a mapping."""
+
+
+def refuse_inexact(arguments: Any, prefix: str = "") -> None:
+    """Refuse arguments with which a resumed run would not be the same run.
+
+    Args:
+        arguments: a mapping, or `TrainingArguments`. What it leaves out is not looked at.
+        prefix: stands before an argument's name in the message (`trainer.`).
+
+    Raises:
+        ConfigError: names the argument, its value, and what is valid.
+    """
+    for key, rule in INEXACT.items():
+        found, value = _value(arguments, key.split("."))
+        if found and rule.applies_to(value):
+            raise ConfigError(f"{prefix}{key}", getattr(value, "value", value), f"valid: {rule.valid}")
+
+
+def _value(arguments: Any, path: list[str]) -> tuple[bool, Any]:
+    value = arguments
+    for name in path:
+        values = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+        if name not in values:
+            return False, None
+        value = values[name]
+    return True, value
