@@ -1,6 +1,6 @@
 """What a training script holds: :class:`Run`, with which a Hugging Face Trainer or a loop of one's own is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,14 @@ from .processes import exit_at_once
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from .huggingface.own_loop import OwnLoop
+
 
 class Run(RankAttempt):
     """A run, as the attempt of it that this process takes part in."""
+
+    _loop: "OwnLoop | None" = None
+    _by_trainer = False
 
     def train(self, trainer: "Trainer") -> Any:
         """Train with a Hugging Face Trainer (any subclass), from where the run stands, to the end.
@@ -25,6 +30,7 @@ class Run(RankAttempt):
         """
         from .huggingface.trainer import train
 
+        self._by_trainer = True
         try:
             output = train(self, trainer)
         except Exception as error:
@@ -34,6 +40,52 @@ class Run(RankAttempt):
             raise
         self._guard.uninstall()
         return output
+
+    def begin(self, step: int) -> None:
+        """For a hand-written loop: everything is loaded, `step` optimizer steps are done. All ranks call it together.
+
+        On a resume it sets the random state in which that step ended, of Python, NumPy and torch, GPUs included.
+        """
+        if not self._by_trainer:
+            from .huggingface.own_loop import OwnLoop
+
+            self.loop_saves = False
+            self._loop = OwnLoop(self, self._newest)
+        super().begin(step)
+
+    def epochs(self, loader: Any, count: int | None = None) -> Iterator[tuple[int, Any]]:
+        """For a hand-written loop: the epochs that are left, each with the batches of it that are left.
+
+        What the loader draws at random (order, augmentations, masks) depends on the seed that torch had when the run
+        began, the epoch and the batch's number: it is the same after a resume, in workers too.
+
+        Args:
+            loader: a `DataLoader`, best as accelerate's `prepare` returns it. From here on the run reads it; all ranks
+                call this together, and for several loaders in the same order in each attempt.
+            count: epochs in all; None: without end.
+
+        Returns:
+            Pairs of the epoch's number, from 0, and an iterable of its batches; `len` of that is how many are left.
+
+        Raises:
+            ConfigError: the loader's batches can't be found again after a resume; the message says what can.
+            ResumeRefusedError: this number of ranks can't go on with it.
+        """
+        return self._own_loop("epochs").epochs(loader, count)
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """For a hand-written loop that counts steps: batches without end, epoch after epoch, from where the run stands.
+
+        See :meth:`epochs`.
+        """
+        return (batch for _, epoch in self.epochs(loader) for batch in epoch)
+
+    def _own_loop(self, name: str) -> "OwnLoop":
+        if self._loop is None:
+            raise RuntimeError(
+                f"run.{name}: call run.resume_point(), load what it names, and call run.begin(step) first"
+            )
+        return self._loop
 
     def step_end(
         self, step: int, save: Callable[[Path], None], *, total: int | None = None, loss: float | None = None
@@ -46,8 +98,15 @@ class Run(RankAttempt):
             loss: the last loss, for the progress bar.
         """
         self.update_progress(step=step, total_steps=total, loss=loss)
+        loop = self._own_loop("step_end")
+        loop.step_done()
+
+        def write(directory: Path) -> None:
+            save(directory)
+            loop.write(directory)
+
         action = self.steps.done(step)
         if action != "go_on":
-            self.checkpoint(step, save)
+            self.checkpoint(step, write)
         if action == "stop":
             self.leave(step)

@@ -29,8 +29,8 @@ def start(
 
     Args:
         directory: the run directory; made if need be. On a cluster, on a file system that all nodes share.
-        every: when to save: optimizer steps, a time (`"30min"`), or `"auto"`; None leaves it to the loop (a Trainer's
-            own `save_steps`).
+        every: when to save: optimizer steps, a time (`"30min"`), or `"auto"`; None: a Trainer's own `save_steps`, and
+            `"auto"` in a loop of your own.
         milestone_every: optimizer steps between checkpoints that are kept, without what only a resume needs.
         budget_gb: what the run directory may take, in GB (10^9 bytes).
         lead_s: seconds before the job's time limit at which to save and leave if no signal has come.

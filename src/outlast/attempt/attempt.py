@@ -27,6 +27,7 @@ from outlast.processes import exit_at_once
 from outlast.ranks.agreement import StepAgreement
 from outlast.ranks.channel import ControlChannel
 from outlast.ranks.collectives import Collectives
+from outlast.ranks.gradient_buckets import keep_one_layout
 from outlast.ranks.identity import Identity
 from outlast.ranks.layout import Layout
 from outlast.ranks.lost import LostRankError
@@ -57,7 +58,7 @@ class RankAttempt:
 
     Args:
         guard: installed already; from here on its signals are acted on.
-        loop_saves: when to save periodically is up to the training loop, whatever `checkpoint` says.
+        loop_saves: when to save periodically is up to a Trainer, if one trains, whatever `checkpoint` says.
         requeue: the Slurm job around this process is the run's, though its batch script is not ours.
 
     Raises:
@@ -120,7 +121,6 @@ class RankAttempt:
             checkpoint,
             self.record,
             self.say,
-            loop_saves=loop_saves,
         )
         self._newest: Sealed | None = None
         # How it stops.
@@ -143,11 +143,23 @@ class RankAttempt:
             self._open()
         if guard.requested is not None:
             self._leave_in_startup(guard.requested)  # it came before there was an attempt to leave
+        if collectives.world_size > 1:
+            keep_one_layout()
 
     @property
     def rank(self) -> int:
         """This process's rank, from 0."""
         return self.collectives.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return self.collectives.world_size
+
+    @property
+    def moved(self) -> bool:
+        """Whether the run's first attempt had another number of ranks, so that the rows of a step are dealt anew."""
+        return self._resuming.moved
 
     @property
     def attempt(self) -> int:
@@ -245,7 +257,7 @@ class RankAttempt:
             self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences)
             self.say(f"resumed from {name} after {seconds:.1f} s")
         events = self._ledger.read()
-        self._saver.begin(events)
+        self._saver.begin(events, periodic=not self.loop_saves)
         self._planner.begin(events)
         self._warn_of_short_notice()
         self._guard.end_startup()

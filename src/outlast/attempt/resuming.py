@@ -48,6 +48,11 @@ class Resuming:
             raise RuntimeError("run.layout: say run.describe(micro_batch=..., accumulation=...) first")
         return self._layout
 
+    @property
+    def moved(self) -> bool:
+        """Whether rows are spread in another way than in the run's first attempt; false if the loop sees to that."""
+        return self._layout is not None and self._layout.moved
+
     def describe(self, accumulation: int | None = None, **origin: Any) -> None:
         """Say what this run is; see :meth:`outlast.Run.describe`."""
         self.origin |= {name: value for name, value in origin.items() if value is not None}

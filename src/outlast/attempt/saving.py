@@ -23,7 +23,6 @@ class Saver:
     Args:
         resuming: knows what the run is, which each manifest says.
         section: when periodic saves are due.
-        loop_saves: when to save is up to the training loop.
         record: appends to the ledger (rank 0 only).
         say: prints a line in the log (rank 0 only).
     """
@@ -37,20 +36,19 @@ class Saver:
         section: CheckpointSection,
         record: Record,
         say: Callable[[str], None],
-        *,
-        loop_saves: bool,
     ) -> None:
         self._collectives, self._store, self._limit, self._resuming = collectives, store, limit, resuming
-        self._section, self._loop_saves, self._record, self._say = section, loop_saves, record, say
+        self._section, self._record, self._say = section, record, say
         self._interval: SaveInterval | None = None
 
-    def begin(self, events: list[Event]) -> None:
+    def begin(self, events: list[Event], *, periodic: bool) -> None:
         """Count the time to the first periodic save from here: training begins.
 
         Args:
             events: the run's ledger.
+            periodic: false if a Trainer decides when to save.
         """
-        if not self._loop_saves:
+        if periodic:
             self._interval = SaveInterval(self._section, events, time.time())
         if self._collectives.rank == 0:
             self._limit.begin()

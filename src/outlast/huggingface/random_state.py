@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 
-def capture() -> dict[str, Any]:
-    """The current state of all generators."""
+def capture(*, devices: bool = True) -> dict[str, Any]:
+    """The current state of all generators; without `devices`, of those that draw on the CPU."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "cpu": torch.random.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if devices and torch.cuda.is_available():
         state["cuda"] = torch.cuda.random.get_rng_state_all()
     return state
 

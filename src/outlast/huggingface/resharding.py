@@ -57,12 +57,12 @@ def _resharded(get: Callable[[], Any], layout: Layout, rank: int) -> Callable[[]
 
         loader = get()
         # accelerate deals out whole steps of a stream in order, whatever the number of ranks.
-        return loader if isinstance(loader.dataset, IterableDataset) else _with_batches(loader, layout, rank)
+        return loader if isinstance(loader.dataset, IterableDataset) else with_batches(loader, layout, rank)
 
     return get_train_dataloader
 
 
-def _with_batches(loader: Any, layout: Layout, rank: int) -> Any:
+def with_batches(loader: Any, layout: Layout, rank: int) -> Any:
     """Make the same accelerate DataLoader with other batches, from the arguments that `skip_first_batches` uses."""
     from accelerate.data_loader import _PYTORCH_DATALOADER_KWARGS, DataLoaderShard
     from torch.utils.data import RandomSampler

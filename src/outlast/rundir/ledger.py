@@ -35,6 +35,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("step", "kind", "bytes", "stall_s", "sealed_s"),
     "checkpoint_failed": ("step", "kind", "reason"),
     "measured": ("bytes", "save_total_limit", "off"),
+    "batches_unknown": (),
     "frozen_weights": ("bytes", "tensors"),
     "not_saved": ("objects",),
     "quarantined": ("checkpoint", "reason"),
