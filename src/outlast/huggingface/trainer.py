@@ -33,6 +33,7 @@ from .evaluation import Evaluation
 from .frozen_weights import frozen_weights, shortened
 from .inexact import refuse_inexact
 from .own_state import OwnState
+from .pipeline import KEPT, Pipeline
 from .resharding import adapt, seed_rank
 from .universal_checkpoint import Conversion, needs_conversion
 
@@ -66,7 +67,8 @@ def train(run: "RankAttempt", trainer: "Trainer") -> Any:
     """
     adapter = TrainerAdapter(run, trainer)
     checkpoint = adapter.resume_from()
-    with loading_shards() if trainer.is_deepspeed_enabled else nullcontext():
+    loading = loading_shards() if trainer.is_deepspeed_enabled else nullcontext()
+    with loading, adapter.pipeline.skipping():
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
@@ -119,8 +121,12 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         )
         self.checkpoint = self.run.resume_point()
         adapt(trainer, self.run.layout)
+        self.pipeline = Pipeline(self.run, trainer)
+        self.run.keep(KEPT, self.pipeline)
         if self.checkpoint is None:
             return None
+        same_ranks = self.checkpoint.manifest.world_size == args.world_size
+        self.pipeline.resume_at(self.run.kept.saved(KEPT), same_ranks=same_ranks)
         if needs_conversion(self.checkpoint, trainer):
             self.conversion = Conversion(self.run, self.checkpoint, trainer)
             self.conversion.make()
@@ -141,6 +147,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             self._own.load(self.checkpoint.path, self.run.rank, self.checkpoint.manifest.world_size)
             self._decisions.complete(str(self.checkpoint.path), self.checkpoint.manifest.pending_evaluation)
             self._point_at_best(state)
+        self.pipeline.begin()
 
     def on_step_end(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any

@@ -36,6 +36,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "measured": ("bytes", "save_total_limit", "off"),
     "frozen_weights": ("bytes", "tensors"),
     "not_saved": ("objects",),
+    "batch_differs": ("step",),
     "quarantined": ("checkpoint", "reason"),
     "deleted": ("checkpoint", "reason"),
     "delete_failed": ("checkpoint", "reason"),
