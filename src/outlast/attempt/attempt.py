@@ -259,6 +259,7 @@ class RankAttempt:
     def begin(self, step: int) -> None:
         """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together."""
         self._connect()
+        self.kept.restore()
         seconds = time.time() - self._started
         if self._newest is not None:
             name, differences = self._newest.path.name, self._resuming.differences

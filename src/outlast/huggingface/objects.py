@@ -108,8 +108,8 @@ class Objects:
         if isinstance(value, ITERATORS):
             self.unsaved[path] = f"the position of an iterator ({type(value).__name__}) can't be saved"
             return _NONE
-        if isinstance(value, torch.nn.Module) or _has_state(value):
-            return self._of_stateful(value)
+        if isinstance(value, torch.nn.Module) or (_has_state(value) and not _is_replayed(value)):
+            return self._of_stateful(value, path)
         if isinstance(value, torch.Tensor):
             noted = _Noted(value, (id(value), value._version))
             return encode(value) if at_first and value.nbytes <= LARGE and value.layout == torch.strided else noted
@@ -123,7 +123,7 @@ class Objects:
         except NotPlainError:
             return _NONE
 
-    def _of_stateful(self, value: Any) -> Any:
+    def _of_stateful(self, value: Any, path: str) -> Any:
         """An object with a `state_dict`: a model only if its tensors have changed, anything else always."""
         import torch
 
@@ -132,7 +132,8 @@ class Objects:
             return _Noted(value, tuple((id(tensor), tensor._version) for tensor in tensors))
         try:
             return ("state_dict", encode(value.state_dict()))
-        except NotPlainError:
+        except Exception as error:  # the user's own code, or a state that can't be encoded
+            self.unsaved[path] = f"its state can't be saved: {error}"
             return _NONE
 
     def _whole(self, value: Any, path: str) -> Any:
@@ -175,6 +176,11 @@ def _nested(value: Any) -> int:
         count += len(items)
         left.extend(item for item in items[:NESTED] if isinstance(item, list | tuple | dict | set))
     return count
+
+
+def _is_replayed(value: Any) -> bool:
+    """Whether it is a stream of `datasets`, which is read again from the beginning of an epoch."""
+    return type(value).__module__.partition(".")[0] == "datasets"
 
 
 def _digest(array: Any) -> int:
