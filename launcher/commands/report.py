@@ -102,6 +102,8 @@ def summarize(run: RunDirectory) -> Summary:
             {"checkpoint": e["checkpoint"], "reason": e["reason"]} for e in events if e["event"] == "quarantined"
         ],
         "deleted": sum(event["event"] == "deleted" for event in events),
+        "not_saved": {path: why for e in events if e["event"] == "not_saved" for path, why in e["objects"].items()},
+        "batches_differ": [e["step"] for e in events if e["event"] == "batch_differs"],
         "bytes_used": bytes_used(run.path),
         "bytes_peak": _peak(run, saved),
         "budget_bytes": budget_of(settings),

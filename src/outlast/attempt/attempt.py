@@ -193,9 +193,10 @@ class RankAttempt:
         self._resuming.describe(**origin)
 
     def keep(self, name: str, obj: Any) -> None:
-        """Save the state of `obj` in each checkpoint, on each rank its own, and set it again when the run resumes.
+        """Save the state of `obj` in each checkpoint, and set it again when the run resumes.
 
-        It is set by :meth:`begin` (with a Trainer, when training begins); of an object given later, at once.
+        Each rank saves its own. It is set by :meth:`begin` (with a Trainer, when training begins); of an object that is
+        given later, at once.
 
         Args:
             name: by which it is found again; the same in each attempt.
@@ -304,7 +305,6 @@ class RankAttempt:
             return self._newest
         self.update_progress(phase="saving", step=step, force=True)
         began = time.monotonic()
-
 
         def write(directory: Path) -> None:
             save(directory)

@@ -1,4 +1,4 @@
-"""State that a run keeps for its user: `run.keep(name, obj)` puts it into each checkpoint, and a resume sets it again."""
+"""Keeps state for the user: `run.keep(name, obj)` puts it into each checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +69,7 @@ class Kept:
         return decode(self._read[name]) if self._read is not None and name in self._read else None
 
     def restore(self) -> None:
-        """Set the state of each kept object to what was read; of one that is added later, when it is added.
+        """Set the state of each kept object; one that is added later gets it then.
 
         Raises:
             CheckpointError: an object can't take the state that was saved for it.

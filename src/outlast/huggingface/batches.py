@@ -46,7 +46,10 @@ def seed(key: tuple[int, ...]) -> None:
 
 
 class Indices:
-    """The rows of a batch on their way to a worker, which gets the plain indices, its generators seeded for them."""
+    """The rows of a batch on their way to a worker.
+
+    What arrives are the plain indices, and the worker's generators are seeded for them.
+    """
 
     def __init__(self, rows: Any, key: tuple[int, ...]) -> None:
         self.rows, self.key = rows, key
@@ -61,7 +64,7 @@ def _arrive(rows: Any, key: tuple[int, ...]) -> Any:
 
 
 class Order:
-    """A sampler whose random numbers come from a stream of their own, one for each epoch; the same on all ranks.
+    """A sampler with random numbers of its own, one stream for each epoch; the same on all ranks.
 
     Args:
         begin: called for each epoch: its seed, the batches to leave out, what to call before the first of the others,
@@ -105,12 +108,12 @@ class Fetched:
         """Pin the batch; torch calls this."""
         from torch.utils.data._utils.pin_memory import pin_memory
 
-        self.batch = pin_memory(self.batch)
+        self.batch = pin_memory(self.batch)  # type: ignore[no-untyped-call]
         return self
 
 
 class Worker:
-    """What a DataLoader's worker does in addition: it takes up the state of its objects, and sends it with each batch.
+    """Makes a DataLoader's worker take up the state of its objects, and send it with each batch.
 
     Its methods replace a DataLoader's `worker_init_fn` and `collate_fn`; a copy goes into each worker.
     """
@@ -155,9 +158,9 @@ def digest(batch: Any) -> str:
         if isinstance(value, torch.Tensor):
             found.update(f"{tuple(value.shape)}{value.dtype}".encode())
             if value.layout == torch.strided and value.numel():
-                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, np.ndarray) and value.dtype != object:
-            found.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            found.update(value.tobytes())
         elif hasattr(value, "items"):
             for key, item in value.items():
                 found.update(repr(key).encode())

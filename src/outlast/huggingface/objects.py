@@ -184,7 +184,6 @@ def _is_replayed(value: Any) -> bool:
 
 
 def _digest(array: Any) -> int:
-    import numpy as np
     import xxhash
 
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(array).view(np.uint8))
+    return xxhash.xxh3_64_intdigest(array.tobytes())

@@ -208,8 +208,10 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
     def _without(self) -> list[Any]:
         """What a checkpoint holds, or what belongs to the Trainer's own workings."""
         trainer = self._trainer
-        names = ("model_wrapped", "optimizer", "lr_scheduler", "args", "accelerator", "state", "control")
-        names += ("callback_handler", "processing_class", "eval_dataset", "train_dataset")
+        names = [
+            *("model_wrapped", "optimizer", "lr_scheduler", "args", "accelerator", "state", "control"),
+            *("callback_handler", "processing_class", "eval_dataset", "train_dataset"),
+        ]
         found = [getattr(trainer, name, None) for name in names]
         modules = list(trainer.model.modules()) if trainer.model is not None else []
         return [self._run, self._outer, *modules, *(thing for thing in found if thing is not None)]

@@ -1,6 +1,6 @@
 """Walks the objects that can be reached from a few roots: attributes, closures, globals that functions use, containers.
 
-What can't hold state that matters is left out: libraries' models, tokenizers and arguments, and data (large containers).
+What can't hold state that matters is left out: tokenizers, settings, and data (large containers).
 """
 
 import inspect
@@ -16,19 +16,21 @@ from typing import Any
 
 from outlast.attempt.values import PLAIN, is_generator
 
-LIBRARIES = frozenset(
-    "torch transformers trl peft accelerate datasets deepspeed numpy tokenizers safetensors pyarrow pandas PIL logging "
-    "threading multiprocessing concurrent asyncio pathlib typing abc collections functools contextlib outlast builtins "
-    "dataclasses warnings io os sys re json tqdm wandb tensorboard mlflow torchvision sklearn scipy evaluate queue".split()
+_CLOSED = (
+    *("tokenizers", "pyarrow", "pandas", "PIL", "logging", "threading", "multiprocessing", "concurrent", "asyncio"),
+    *("pathlib", "typing", "outlast", "accelerate", "safetensors", "deepspeed", "tqdm", "wandb", "tensorboard"),
+    *("mlflow", "weakref", "queue", "_thread"),
 )
+"""Packages whose instances aren't looked into."""
+CLOSED = frozenset(_CLOSED)
+LIBRARIES = CLOSED | {
+    *("torch", "transformers", "trl", "peft", "datasets", "numpy", "torchvision", "sklearn", "scipy", "evaluate"),
+    *("abc", "collections", "functools", "contextlib", "builtins", "dataclasses", "warnings", "io", "os", "sys", "re"),
+    *("json", "random", "enum"),
+}
 """Packages whose functions and classes hold no state of the user's; their instances may."""
-CLOSED = frozenset(
-    "tokenizers pyarrow pandas PIL logging threading multiprocessing concurrent asyncio pathlib typing outlast accelerate "
-    "safetensors deepspeed tqdm wandb tensorboard mlflow weakref queue _thread".split()
-)
-"""Packages whose instances aren't looked into either."""
 DATASET_INTERNALS = ("_state_dict", "_starting_state_dict", "_prepared_ex_iterable")
-ITERATORS = (
+ITERATORS: tuple[type, ...] = (
     *(types.GeneratorType, enumerate, zip, map, filter, io.IOBase, itertools.count, itertools.cycle, itertools.chain),
     *(itertools.islice, itertools.repeat, type(iter([])), type(iter(())), type(iter({})), type(iter(range(0)))),
 )
@@ -122,7 +124,7 @@ def _of_object(path: str, value: Any) -> Iterator[Holder]:
         yield Holder(path, lambda: dict(value._format_kwargs or {}), _fixed)
         return
 
-    usual = _names_in_library(type(value)) if _is_trainer(value) else frozenset()
+    usual: frozenset[str] = _names_in_library(value.__class__) if _is_trainer(value) else frozenset()
 
     def read() -> dict[str, Any]:
         attributes = {name: item for name, item in getattr(value, "__dict__", {}).items() if name not in usual}
@@ -148,7 +150,9 @@ def _is_trainer(value: Any) -> bool:
 @cache
 def _names_in_library(kind: type) -> frozenset[str]:
     """The attributes that a library's classes, of which `kind` is one, use themselves."""
-    sources = (inspect.getsource(cls) for cls in kind.__mro__ if cls.__module__.partition(".")[0] in LIBRARIES - {"builtins"})
+    sources = (
+        inspect.getsource(cls) for cls in kind.__mro__ if cls.__module__.partition(".")[0] in LIBRARIES - {"builtins"}
+    )
     return frozenset(name for source in sources for name in re.findall(r"\bself\.(\w+)", source))
 
 
@@ -166,10 +170,13 @@ def _of_class(path: str, cls: type) -> Iterator[Holder]:
         return {
             name: item
             for name, item in vars(cls).items()
-            if (isinstance(item, types.FunctionType) or not name.startswith("__")) and name != "_abc_impl" and not isinstance(item, kinds)
+            if (isinstance(item, types.FunctionType) or not name.startswith("__"))
+            and name != "_abc_impl"
+            and not isinstance(item, kinds)
         }
 
     yield Holder(path, read, lambda name, item: setattr(cls, name, item))
+
 
 def _of_function(path: str, function: types.FunctionType) -> Iterator[Holder]:
     """A function of the user's: what it closes over, and the globals that it names."""
@@ -187,6 +194,7 @@ def _of_function(path: str, function: types.FunctionType) -> Iterator[Holder]:
     yield Holder(path, closed_over, fill)
     names = set(_names(function.__code__))
     space = function.__globals__
+
     # the path says whose globals they are, so that a counter has one name, whoever uses it
     def used() -> dict[str, Any]:
         return {name: space[name] for name in names if name in space and not name.startswith("__")}
@@ -205,7 +213,9 @@ def _of_modules(path: str, model: Any) -> Iterator[Holder]:
         library = type(module).__module__.partition(".")[0] in LIBRARIES
 
         def read(module: Any = module, library: bool = library) -> dict[str, Any]:
-            unsaved = {key: module._buffers[key] for key in module._non_persistent_buffers_set if key in module._buffers}
+            unsaved = {
+                key: module._buffers[key] for key in module._non_persistent_buffers_set if key in module._buffers
+            }
             own = {key: item for key, item in vars(module).items() if key not in usual and not _is_code(item)}
             if library:  # its settings are not looked into
                 own = {key: item for key, item in own.items() if isinstance(item, PLAIN) or is_generator(item)}

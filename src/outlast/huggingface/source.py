@@ -1,4 +1,4 @@
-"""The training's DataLoader, as accelerate or the Trainer iterates over it, with a position that is saved and resumed."""
+"""Iterates over the training's DataLoader from a position that is saved and resumed."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class Position:
     before: State | None = None
     """State before the first batch that wasn't taken."""
     workers: dict[int, State] = field(default_factory=dict)
-    """State of each worker, as far as it has made a batch before the round of batches that `batches` is in."""
+    """State of each worker before the round of batches that `batches` is in."""
     next_digest: str | None = None
     """Digest of the last batch fetched, if it wasn't taken."""
 
@@ -74,7 +74,7 @@ class Source:
                 self._worker = Worker(loader)
                 loader.worker_init_fn, loader.collate_fn = self._worker.init, self._worker.collate
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:  # accelerate and users ask whether it is a DataLoader
         return self.loader.__class__
 
@@ -109,7 +109,7 @@ class Source:
             elif not self._worker and number >= wanted:
                 self._before[epoch, number] = self._objects.capture(PIPELINE)
             with seeded(seed, FETCH, epoch, number, rank):
-                batch = next(iterator, _END)
+                batch: Any = next(iterator, _END)
             if batch is _END:
                 break
             if self._worker is not None:
@@ -165,7 +165,7 @@ class Source:
         if self._worker is None:
             self._skipped, self._at_first = at.batches, lambda: self._set_before(at)
             return at.batches
-        count = self.loader.num_workers
+        count = int(self.loader.num_workers)
         self._skipped = first = at.batches - at.batches % count
         self._worker.states = at.workers
         self._workers |= {(at.epoch, first - count + w): state for w, state in at.workers.items()}
