@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import transformers.trainer
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from outlast.errors import ConfigError
 
 from .objects import Objects, State
+from .reachable import functions_of
 from .source import Position, Source
 
 if TYPE_CHECKING:
@@ -45,11 +45,10 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         self._mark = (0, 0, 0, 0)  # at the last step's end: epoch, batches taken and fetched, steps
         self._objects = Objects(self._roots, self._without)
         self._after_step: State | None = None
-        if "layerwise" in str(trainer.args.optim):
-            raise ConfigError("optim", str(trainer.args.optim), "the Trainer saves no state of a layerwise optimizer")
         self._get_loader, trainer.get_train_dataloader = trainer.get_train_dataloader, self._train_dataloader
         self._init_state, trainer._init_training_state = trainer._init_training_state, self._init_training_state
         self._get_batches, trainer.get_batch_samples = trainer.get_batch_samples, self._batch_samples
+        self._run_one_epoch, trainer._run_epoch = trainer._run_epoch, self._run_epoch
         trainer.callback_handler.callbacks.insert(0, self)
         self._objects.note()
 
@@ -118,15 +117,6 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         self._steps, self._open = self._steps + 1, 0
         self._set_mark()
 
-    def on_epoch_end(
-        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
-    ) -> None:
-        if self._source is None or (control.should_training_stop and not self._is_whole()):
-            return
-        self._epoch, self._taken, self._steps, self._source.fetched = self._epoch + 1, 0, 0, 0
-        if not self._open:
-            self._set_mark()
-
     # Replacements of the Trainer's methods --------------------------------------------------------------------------
 
     def _train_dataloader(self) -> Any:
@@ -155,17 +145,29 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         return outer
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """The epoch, and the batches of it that have been taken: as saved, else derived from the step."""
+        """The epoch, and the batches of it that have been taken: as saved, unless that epoch is over."""
         epoch, batches = self._init_state(*args, **kwargs)
         factor = self._source.factor if self._source is not None else 1
-        if self._at is None and batches:
-            self._at = Position(epoch=epoch, batches=batches * factor, fetched=batches * factor, start={})
+        at = self._at
+        if at is not None and batches and at.epoch == epoch and at.batches:
+            batches = at.batches // factor
+        elif batches:  # a checkpoint without a position of its own
+            at = Position(epoch=epoch, batches=batches * factor, fetched=batches * factor, start={})
             self._steps = batches // self._trainer.args.gradient_accumulation_steps
-        if self._at is not None:
-            epoch, batches = self._at.epoch, self._at.batches // factor
-            self._mark = (epoch, batches, self._at.fetched, self._steps)
-        self._epoch, self._taken = epoch, batches
+        else:
+            at, self._steps = None, 0
+        self._at, self._epoch, self._taken = at, epoch, batches
+        self._mark = (epoch, batches, at.fetched if at is not None else 0, self._steps)
         return epoch, batches
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if kwargs["epoch"] != self._epoch:
+            self._epoch, self._taken, self._steps = kwargs["epoch"], 0, 0
+            if self._source is not None:
+                self._source.fetched = 0
+            if not self._open:
+                self._set_mark()
+        self._run_one_epoch(**kwargs)
 
     def _batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         if self._taken:
@@ -199,11 +201,10 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         roots = dict(self._source.roots) if self._source is not None else {}
         for callback in self._trainer.callback_handler.callbacks:
             kind = type(callback)
-            library = kind.__module__.partition(".")[0] in ("transformers", "outlast")
-            if not library or isinstance(callback, ExportableState):
+            if kind.__module__.partition(".")[0] not in ("transformers", "outlast"):
                 same = sum(name.partition("#")[0] == f"callbacks.{kind.__name__}" for name in roots)
                 roots[f"callbacks.{kind.__name__}" + (f"#{same + 1}" if same else "")] = callback
-        return roots | {"model": self._trainer.model, "trainer": self._trainer}
+        return roots | {"model": self._trainer.model, "trainer": functions_of(type(self._trainer))}
 
     def _without(self) -> list[Any]:
         """What a checkpoint holds, or what belongs to the Trainer's own workings."""
@@ -227,13 +228,6 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         self._mark = (self._epoch, self._taken, fetched, self._steps)
         if self._source is not None:
             self._source.forget(self._epoch, self._taken * self._source.factor)
-
-    def _is_whole(self) -> bool:
-        """Whether the epoch's batches have all been taken."""
-        try:
-            return self._taken >= len(self._outer)
-        except TypeError:
-            return False
 
 
 def _is_dispatcher(loader: Any) -> bool:

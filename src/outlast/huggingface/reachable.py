@@ -6,12 +6,11 @@ What can't hold state that matters is left out: tokenizers, settings, and data (
 import inspect
 import io
 import itertools
-import re
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from outlast.attempt.values import PLAIN, is_generator
@@ -124,10 +123,8 @@ def _of_object(path: str, value: Any) -> Iterator[Holder]:
         yield Holder(path, lambda: dict(value._format_kwargs or {}), _fixed)
         return
 
-    usual: frozenset[str] = _names_in_library(value.__class__) if _is_trainer(value) else frozenset()
-
     def read() -> dict[str, Any]:
-        attributes = {name: item for name, item in getattr(value, "__dict__", {}).items() if name not in usual}
+        attributes = dict(getattr(value, "__dict__", {}))
         for cls in type(value).__mro__:
             slots = vars(cls).get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
@@ -141,19 +138,15 @@ def _of_object(path: str, value: Any) -> Iterator[Holder]:
     yield from _of_classes(type(value))
 
 
-def _is_trainer(value: Any) -> bool:
-    import transformers
-
-    return isinstance(value, transformers.Trainer)
-
-
-@cache
-def _names_in_library(kind: type) -> frozenset[str]:
-    """The attributes that a library's classes, of which `kind` is one, use themselves."""
-    sources = (
-        inspect.getsource(cls) for cls in kind.__mro__ if cls.__module__.partition(".")[0] in LIBRARIES - {"builtins"}
-    )
-    return frozenset(name for source in sources for name in re.findall(r"\bself\.(\w+)", source))
+def functions_of(kind: type) -> dict[str, types.FunctionType]:
+    """The functions that a user's class defines, its base classes of the user's included."""
+    classes = [cls for cls in kind.__mro__ if cls.__module__.partition(".")[0] not in LIBRARIES]
+    return {
+        f"{cls.__name__}.{name}": item
+        for cls in classes
+        for name, item in vars(cls).items()
+        if isinstance(item, types.FunctionType)
+    }
 
 
 def _of_classes(kind: type) -> Iterator[Holder]:

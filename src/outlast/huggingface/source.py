@@ -95,6 +95,8 @@ class Source:
     def __iter__(self) -> Iterator[Any]:
         at, self.resume = self.resume, None
         epoch, (seed, rank) = self.epoch, self._key
+        if at is not None and at.epoch != epoch:
+            at = None  # that epoch was over
         number = self.fetched = self._begin_at(at)
         replayed = at is not None and (is_stream(self.loader) or self.skips is not None)
         wanted = at.batches if at is not None and self.skips is None else 0
