@@ -150,6 +150,10 @@ def render(summary: Summary, console: Console) -> None:
         "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
         "on disk": size(summary["bytes_used"], summary["budget_bytes"]) + (f", peak {size(summary['bytes_peak'])}"),
     }
+    if summary["not_saved"]:
+        facts["not saved"] = "; ".join(f"{path}: {why}" for path, why in summary["not_saved"].items())
+    if summary["batches_differ"]:
+        facts["data differs"] = f"after a resume at step {', '.join(map(str, summary['batches_differ']))}"
     if summary["interval"]:
         facts["interval"] = summary["interval"]["explanation"]
     if best := summary["best"]:

@@ -86,6 +86,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         if self._at is not None and self._source is not None and self._at.batches:
             self._source.resume, self._source.live = self._at, self._objects.capture()
         self._at = None
+        self._objects.unsaved.clear()  # named before by another way to them
         self._objects.capture()
         if found := dict(self._objects.unsaved):
             self._run.record("not_saved", objects=found)
