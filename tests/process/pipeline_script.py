@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,10 @@ class Curriculum(TrainerCallback):
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         self.epochs += 1
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        random.random()
+        Path(args.output_dir, f"checkpoint-{state.global_step}", "notes.txt").write_text(str(self.steps))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steps += 1

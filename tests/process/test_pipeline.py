@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from outlast.checkpoint.manifest import read_manifest
+
 from .. import forked
 from ..conftest import RunProbe
 
@@ -37,6 +39,10 @@ def test_an_interrupted_run_is_the_undisturbed_one(tmp_path: Path, kind: str) ->
     assert run.weights() == twin.weights()
     assert not run.events("batch_differs")
     assert not run.events("not_saved")
+    for step in (3, 17):  # emergency checkpoints: what a callback writes is sealed in them
+        sealed = read_manifest(run.path / "checkpoints" / f"checkpoint-{step}")
+        assert "notes.txt" in sealed.files
+        assert (run.path / "checkpoints" / f"checkpoint-{step}" / "notes.txt").read_text() == str(step)
 
 
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:

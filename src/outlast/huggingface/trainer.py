@@ -32,6 +32,7 @@ from .deepspeed import load_weights, loading_shards, saving_shards
 from .evaluation import Evaluation
 from .frozen_weights import frozen_weights, shortened
 from .inexact import refuse_inexact
+from .on_save import call_on_save, leave_out_on_save
 from .own_state import OwnState
 from .pipeline import KEPT, Pipeline
 from .resharding import adapt, seed_rank
@@ -99,6 +100,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self._load_rng_state = trainer._load_rng_state
         self._determine_best = trainer._determine_best_metric
         trainer._save_checkpoint = self.save
+        leave_out_on_save(trainer)
         trainer._load_rng_state = self.load_rng_state
         trainer._determine_best_metric = self.determine_best
         if trainer.is_deepspeed_enabled:
@@ -243,6 +245,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         holding = saving_shards(trainer, staged) if trainer.is_deepspeed_enabled else nullcontext()
         with self._quiet(staged.parent), holding:
             self._save_checkpoint(model, trial)
+        call_on_save(trainer, staged)
         # The Trainer took the staging area for its output directory when it noted where the best checkpoint is.
         if state.best_global_step:
             state.best_model_checkpoint = str(self.run.store.path(state.best_global_step))
