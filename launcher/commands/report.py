@@ -103,6 +103,8 @@ def summarize(run: RunDirectory) -> Summary:
         ],
         "deleted": sum(event["event"] == "deleted" for event in events),
         "data_notes": next((e["notes"] for e in reversed(events) if e["event"] == "data"), []),
+        "not_saved": {path: why for e in events if e["event"] == "not_saved" for path, why in e["objects"].items()},
+        "batches_differ": [e["step"] for e in events if e["event"] == "batch_differs"],
         "bytes_used": bytes_used(run.path),
         "bytes_peak": _peak(run, saved),
         "budget_bytes": budget_of(settings),
@@ -149,6 +151,10 @@ def render(summary: Summary, console: Console) -> None:
         "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
         "on disk": size(summary["bytes_used"], summary["budget_bytes"]) + (f", peak {size(summary['bytes_peak'])}"),
     }
+    if summary["not_saved"]:
+        facts["not saved"] = "; ".join(f"{path}: {why}" for path, why in summary["not_saved"].items())
+    if summary["batches_differ"]:
+        facts["data differs"] = f"after a resume at step {', '.join(map(str, summary['batches_differ']))}"
     if summary["interval"]:
         facts["interval"] = summary["interval"]["explanation"]
     if best := summary["best"]:

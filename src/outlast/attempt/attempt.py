@@ -39,6 +39,7 @@ from outlast.slurm.environment import current_job, export_ranks, hostnames, in_o
 from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
+from .kept import Kept
 from .limit import CheckpointLimit, planned_footprint
 from .resuming import Resuming
 from .saving import Saver
@@ -122,6 +123,8 @@ class RankAttempt:
             self.record,
             self.say,
         )
+        self.kept = Kept(self.rank, self.say)
+        """What :meth:`keep` was given."""
         self._newest: Sealed | None = None
         # How it stops.
         self._cause = StopCause(directory, identity, guard, preemption, self.say)
@@ -202,6 +205,23 @@ class RankAttempt:
         """
         self._resuming.describe(**origin)
 
+    def keep(self, name: str, obj: Any) -> None:
+        """Save the state of `obj` in each checkpoint, and set it again when the run resumes.
+
+        Each rank saves its own. It is set by :meth:`begin` (with a Trainer, when training begins); of an object that is
+        given later, at once.
+
+        Args:
+            name: by which it is found again; the same in each attempt.
+            obj: an object with `state_dict()` and `load_state_dict(state)`, or a random generator of Python, NumPy or
+                torch. A state is made of numbers, text, tensors, arrays, and lists or dicts of them.
+
+        Raises:
+            ConfigError: the name is taken, or the state can't be saved.
+            CheckpointError: the object can't take the state that was saved for it.
+        """
+        self.kept.add(name, obj)
+
     def _open(self) -> None:
         """Write down that the attempt starts, after seeing to the one before it (rank 0)."""
         job = self._identity.job
@@ -236,6 +256,8 @@ class RankAttempt:
         self._identity.attempt = self.collectives.from_rank_0(self.attempt)
         self._connect()
         self._newest = self._resuming.find()
+        if self._newest is not None:
+            self.kept.read(self._newest)
         return self._newest
 
     def _connect(self) -> None:
@@ -251,6 +273,7 @@ class RankAttempt:
     def begin(self, step: int) -> None:
         """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together."""
         self._connect()
+        self.kept.restore()
         seconds = time.time() - self._started
         if self._newest is not None:
             name, differences = self._newest.path.name, self._resuming.differences
@@ -295,9 +318,14 @@ class RankAttempt:
             return self._newest
         self.update_progress(phase="saving", step=step, force=True)
         began = time.monotonic()
+
+        def write(directory: Path) -> None:
+            save(directory)
+            self.kept.write(directory)
+
         sealed = self._saver.save(
             step,
-            save,
+            write,
             kind=Kind.EMERGENCY if self.stopping else Kind.PERIODIC,
             asked_at=self._shutdown.asked_at if self.stopping else None,
             pending_evaluation=pending_evaluation,

@@ -32,7 +32,9 @@ from .deepspeed import load_weights, loading_shards, saving_shards
 from .evaluation import Evaluation
 from .frozen_weights import frozen_weights, shortened
 from .inexact import refuse_adapters, refuse_inexact
+from .on_save import call_on_save, leave_out_on_save
 from .own_state import OwnState
+from .pipeline import KEPT, Pipeline
 from .resharding import adapt, seed_rank
 from .universal_checkpoint import Conversion, needs_conversion
 
@@ -66,7 +68,8 @@ def train(run: "RankAttempt", trainer: "Trainer") -> Any:
     """
     adapter = TrainerAdapter(run, trainer)
     checkpoint = adapter.resume_from()
-    with loading_shards() if trainer.is_deepspeed_enabled else nullcontext():
+    loading = loading_shards() if trainer.is_deepspeed_enabled else nullcontext()
+    with loading, adapter.pipeline.skipping():
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
@@ -98,6 +101,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self._load_rng_state = trainer._load_rng_state
         self._determine_best = trainer._determine_best_metric
         trainer._save_checkpoint = self.save
+        leave_out_on_save(trainer)
         trainer._load_rng_state = self.load_rng_state
         trainer._determine_best_metric = self.determine_best
         if trainer.is_deepspeed_enabled:
@@ -120,8 +124,12 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         )
         self.checkpoint = self.run.resume_point()
         adapt(trainer, self.run.layout)
+        self.pipeline = Pipeline(self.run, trainer)
+        self.run.keep(KEPT, self.pipeline)
         if self.checkpoint is None:
             return None
+        same_ranks = self.checkpoint.manifest.world_size == args.world_size
+        self.pipeline.resume_at(self.run.kept.saved(KEPT), same_ranks=same_ranks)
         if needs_conversion(self.checkpoint, trainer):
             self.conversion = Conversion(self.run, self.checkpoint, trainer)
             self.conversion.make()
@@ -142,6 +150,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             self._own.load(self.checkpoint.path, self.run.rank, self.checkpoint.manifest.world_size)
             self._decisions.complete(str(self.checkpoint.path), self.checkpoint.manifest.pending_evaluation)
             self._point_at_best(state)
+        self.pipeline.begin()
 
     def on_step_end(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
@@ -237,6 +246,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         holding = saving_shards(trainer, staged) if trainer.is_deepspeed_enabled else nullcontext()
         with self._quiet(staged.parent), holding:
             self._save_checkpoint(model, trial)
+        call_on_save(trainer, staged)
         # The Trainer took the staging area for its output directory when it noted where the best checkpoint is.
         if state.best_global_step:
             state.best_model_checkpoint = str(self.run.store.path(state.best_global_step))

@@ -38,6 +38,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "batches_unknown": (),
     "frozen_weights": ("bytes", "tensors"),
     "not_saved": ("objects",),
+    "batch_differs": ("step",),
     "quarantined": ("checkpoint", "reason"),
     "deleted": ("checkpoint", "reason"),
     "delete_failed": ("checkpoint", "reason"),

@@ -31,7 +31,7 @@ PART_OF = {
     "weights": ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*.bin"),
     "optimizer": ("optimizer.pt", "optimizer*.bin", "optimizer_*/*", "*optim_states.pt"),
     "DeepSpeed's copy of the weights": ("*model_states.pt",),
-    "random states": ("rng_state*.pth", "random_states_*.pkl"),
+    "random states": ("rng_state*.pth", "random_states_*.pkl", "kept_state_*.pt"),
     "schedule": ("scheduler*.pt", "scheduler*.bin", "scaler*.pt"),
     "trainer state": ("trainer_state.json",),
     "tokenizer": ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
