@@ -186,6 +186,10 @@ class RankAttempt:
         """
         self._resuming.describe(**origin)
 
+    def accepts(self, name: str, difference: str) -> bool:
+        """Whether the user accepts a difference of this name (`checkpoint.allow`); it is then noted."""
+        return self._resuming.accepts(name, difference)
+
     def _open(self) -> None:
         """Write down that the attempt starts, after seeing to the one before it (rank 0)."""
         job = self._identity.job

@@ -29,7 +29,7 @@ FileEntry = dict[str, Any]
 """`{"bytes": int, "xxh3_128": hex digest}`."""
 RESUME_ONLY = (
     "optimizer.pt", "optimizer.bin", "optimizer_*/*", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*.pth",
-    "random_states_*.pkl", "sampler*.bin", "global_step*/*", "latest", "zero_to_*.py",
+    "random_states_*.pkl", "sampler*.bin", "global_step*/*", "latest", "zero_to_*.py", "digests_*.json",
 )  # fmt: skip
 """Files that only a resume needs, as the Trainer, accelerate and DeepSpeed name them."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")

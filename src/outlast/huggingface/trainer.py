@@ -29,8 +29,10 @@ from . import random_state
 from .accumulation import Accumulation
 from .deepspeed import load_weights, loading_shards, saving_shards
 from .frozen_weights import frozen_weights, shortened
+from .names import own_names
 from .resharding import adapt, seed_rank
 from .universal_checkpoint import Conversion, needs_conversion
+from .verification import Verification
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -98,6 +100,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             raise ConfigError("save_only_model", True, valid)
         args.output_dir = str(run.directory.checkpoints)
         run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
+        self._verification = Verification(run, trainer)
         self._save_checkpoint, self._evaluate = trainer._save_checkpoint, trainer.evaluate
         self._load_rng_state = trainer._load_rng_state
         self._determine_best = trainer._determine_best_metric
@@ -105,8 +108,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         trainer.evaluate = self.evaluate
         trainer._load_rng_state = self.load_rng_state
         trainer._determine_best_metric = self.determine_best
-        if trainer.is_deepspeed_enabled:
-            self._load_best, trainer._load_best_model = trainer._load_best_model, self.load_best
+        self._load_best, trainer._load_best_model = trainer._load_best_model, self.load_best
         if not run.loop_saves:
             args.save_strategy = SaveStrategy.NO
         for name in ("get_train_dataloader", "get_eval_dataloader"):
@@ -139,6 +141,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.run.progress.now.total_steps = state.max_steps
         self._point_at_best(state)
+        self._verification.begin(self.checkpoint)
         self.run.begin(state.global_step)
         if self.conversion is not None:
             self.conversion.drop()
@@ -245,6 +248,8 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         """Replace `Trainer._load_rng_state`: an evaluation that was made up for has drawn random numbers too."""
         if self.checkpoint is None or not seed_rank(self.trainer, self.checkpoint):
             self._load_rng_state(checkpoint)
+            if self.checkpoint is not None:
+                self._verification.random(self.checkpoint.path)
         if self.rng_after_pending is not None:
             random_state.restore(self.rng_after_pending)
         self._accumulation.keep()
@@ -258,13 +263,15 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         return new
 
     def load_best(self) -> None:
-        """Replace `Trainer._load_best_model` with DeepSpeed, which needs shards made by this number of ranks."""
+        """Replace `Trainer._load_best_model`: it is verified; DeepSpeed needs shards made by this number of ranks."""
         best = Path(self.trainer.state.best_model_checkpoint or "")
         same_ranks = read_manifest(best).world_size == self.trainer.args.world_size
-        if same_ranks and any(best.glob("global_step*")):
+        shards = same_ranks and any(best.glob("global_step*"))
+        if shards or not self.trainer.is_deepspeed_enabled:
             self._load_best()
         else:
             load_weights(self.trainer, best)
+        self._verification.best(best, shards=shards)
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -297,8 +304,9 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
     def _write(self, staged: Path, model: Any, trial: Any) -> None:
         trainer, state = self.trainer, self.trainer.state
         holding = saving_shards(trainer, staged) if trainer.is_deepspeed_enabled else nullcontext()
-        with self._quiet(staged.parent), holding:
+        with self._quiet(staged.parent), self._verification.saving(), holding:
             self._save_checkpoint(model, trial)
+        self._verification.write(staged)
         # The Trainer took the staging area for its output directory when it noted where the best checkpoint is.
         if state.best_global_step:
             state.best_model_checkpoint = str(self.run.store.path(state.best_global_step))
@@ -349,7 +357,8 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         trainer.create_model_card = lambda *_, **__: None
         os.environ["HF_HUB_OFFLINE"] = "1"
         try:
-            yield
+            with own_names():
+                yield
         finally:
             del trainer._get_output_dir, trainer.create_model_card
             trainer.args.save_strategy = strategy
