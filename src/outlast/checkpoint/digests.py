@@ -81,7 +81,7 @@ def _feed_tensor(hasher: "xxhash.xxh3_64", tensor: "torch.Tensor") -> None:
     elif tensor.numel() and tensor.device.type != "meta":
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, len(flat), PIECE if flat.device.type != "cpu" else len(flat)):
-            hasher.update(memoryview(flat[start : start + PIECE].cpu().numpy()))
+            hasher.update(flat[start : start + PIECE].cpu().numpy().data)
 
 
 def path_of(directory: Path, rank: int) -> Path:

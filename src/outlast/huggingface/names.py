@@ -1,8 +1,8 @@
 """Saves weights under the names that the model itself has, so that what is loaded is what was saved.
 
 transformers 5 writes some architectures (Mixtral and other mixtures of experts, GPT-NeoX, ViT, ...) under the names
-that the hub's files have. `from_pretrained` translates them back, but the Trainer does not: it loads a checkpoint's weights
-with `strict=False`, and what has another name stays as it was built. Both read the model's own names.
+that the hub's files have. `from_pretrained` translates them back, but the Trainer does not: it loads weights with
+`strict=False`, and what has another name stays as it was built. Both read the model's own names.
 """
 
 import functools
