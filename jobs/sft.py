@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from outlast.config.cluster import LocalCluster
 from outlast.config.configuration import Config
 from outlast.config.model import TinyModel
-from outlast.errors import ConfigError, OutlastError
+from outlast.errors import ConfigError, OutlastError, ResumeRefusedError
 from outlast.files import staged_directory
 
 from .training import data, deepspeed, models, prepared, trainer_arguments
@@ -74,6 +74,7 @@ def main(run: "Run", config: Config) -> None:
     base = run.directory.prepared / "model"
     tokenized = run.directory.prepared / "data"
 
+    run.collectives.on_rank_0(lambda: prepared.verify(base, tokenized), ResumeRefusedError)
     train, evaluation = _first(run, lambda: prepared.load(tokenized)) or (None, None)
     raw = train is None
     if raw:

@@ -30,7 +30,7 @@ def train(directory: str, name: str, broken: str = "", allow: str = "") -> None:
     run = outlast.start(directory, allow=[allow] if allow else [])
     set_seed(1)
     arguments = TrainingArguments(
-        max_steps=9,
+        max_steps=10,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         eval_strategy="steps",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from outlast.checkpoint.manifest import read_manifest
+
 from .. import forked
 from ..conftest import RunProbe
 from . import architectures
@@ -30,8 +32,17 @@ def test_a_full_fine_tune_is_exact(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert [(e["checkpoint"], e["differences"]) for e in run.events("resumed")] == [("checkpoint-5", {})]
     assert run.weights() == twin.weights()
-    state = json.loads((run.path / "checkpoints/checkpoint-9/trainer_state.json").read_text())
-    assert state["best_global_step"] < 9
+    # The last step has a checkpoint, though no save was due there; final/ says which step it is.
+    state = json.loads((run.path / "checkpoints/checkpoint-10/trainer_state.json").read_text())
+    best = state["best_global_step"]
+    assert best < 10
+    manifest = read_manifest(run.path / "final")
+    assert (manifest.step, manifest.best_step, manifest.kind) == (best, best, "final")
+    (finished,) = run.events("finished")
+    assert (finished["step"], finished["model_step"]) == (10, best)
+    assert run.events("checkpoint")[-1]["step"] == best
+    weights = "model.safetensors"
+    assert manifest.files[weights] == read_manifest(run.path / f"checkpoints/checkpoint-{best}").files[weights]
 
 
 def test_every_architecture_loads_what_it_saves(tmp_path: Path) -> None:

@@ -154,8 +154,11 @@ def _digest(values: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, *, patient: bool = True) -> Manifest:
     """The manifest of a checkpoint, which has to be that of a directory of this name.
+
+    Args:
+        patient: try again, for a few seconds, after an error that may pass.
 
     Raises:
         NewerFormatError: another version of outlast has made it.
@@ -164,7 +167,8 @@ def read_manifest(directory: Path) -> Manifest:
         CheckpointError: there is none, or it is damaged; the message is the reason, in words.
     """
     try:
-        values = json.loads(_tried((directory / MANIFEST).read_bytes))
+        read = (directory / MANIFEST).read_bytes
+        values = json.loads(_tried(read) if patient else read())
     except FileNotFoundError:
         raise CheckpointError("it has no manifest: it was never sealed") from None
     except (OSError, ValueError) as error:

@@ -75,6 +75,7 @@ class CheckpointStore:
         self._bytes_by_rank: list[int] = []
         self._remover = Remover(run, record, say)
         self._verified: set[int] = set()
+        self._unreadable: set[Path] = set()
         self.retention = Retention()
 
     def path(self, step: int) -> Path:
@@ -84,8 +85,12 @@ class CheckpointStore:
         """The sealed checkpoints, light ones too, oldest step first."""
         found = []
         for path in self._directories():
-            with contextlib.suppress(CheckpointError):
-                found.append(Sealed(path, read_manifest(path)))
+            try:
+                found.append(Sealed(path, read_manifest(path, patient=path not in self._unreadable)))
+            except (TransientError, UnreadableError):
+                self._unreadable.add(path)  # waited for once
+            except CheckpointError:
+                continue
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def _directories(self) -> list[Path]:
@@ -130,7 +135,9 @@ class CheckpointStore:
             except (NewerFormatError, TransientError):
                 raise
             except CheckpointError as error:
-                if os.path.lexists(path / MANIFEST) or isinstance(error, UnreadableError):
+                if isinstance(error, UnreadableError):
+                    self._unreadable.add(path)
+                if os.path.lexists(path / MANIFEST) or path in self._unreadable:
                     damaged.append((path, error))
                 else:
                     unsealed.append((path, str(error)))

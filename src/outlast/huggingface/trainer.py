@@ -73,7 +73,7 @@ def train(run: "RankAttempt", trainer: "Trainer") -> Any:
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
         run.say(f"WARNING: the best, step {state.best_global_step}, could not be saved: final/ will be the last model")
-    run.finish(trainer.state.global_step, adapter.save_model)
+    run.finish(state.global_step, adapter.save_model, weights_step=adapter.loaded_best)
     return output
 
 
@@ -88,6 +88,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.save_at_epoch_end = False
         self.done = False
         self.rng_after_pending: dict[str, Any] | None = None
+        self.loaded_best: int | None = None
         self._looked_for_frozen = False
         self._evaluations = 0  # evaluate() calls itself for each of several datasets
         self._making_up = False
@@ -177,7 +178,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             self.pending_evaluation |= control.should_evaluate
             control.should_evaluate = False
             control.should_save = True
-        elif self.save_at_epoch_end:
+        elif self.save_at_epoch_end or control.should_training_stop:  # the last step has a checkpoint too
             control.should_save, self.save_at_epoch_end = True, False
 
     def on_prediction_step(
@@ -272,6 +273,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         else:
             load_weights(self.trainer, best)
         self._verification.best(best, shards=shards)
+        self.loaded_best = self.trainer.state.best_global_step
 
     # Inside -----------------------------------------------------------------------------------------------------
 
