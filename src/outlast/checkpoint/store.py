@@ -40,7 +40,7 @@ from .writer import Writer, adopt
 RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"
 PREFIX = "checkpoint-"
 KEPT = ".kept"
-"""Ends the name of what was put aside and may be whole, or is all that there was: it is the last thing to go."""
+"""Ends the name of what was put aside and is the last thing to go. It may be whole, or is all that there was."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -42,7 +42,7 @@ class CheckpointSection(Section):
     allow: list[Literal["dataset", "seed", "global_batch", "trainable", "config", "state", "restart"]] = field(
         default_factory=list
     )
-    """Differences between a checkpoint and the run that a resume accepts; `state`: something else was loaded than was
+    """Differences between a checkpoint and the run that a resume accepts. `state`: something else was loaded than was
     saved, or the base model is another; `restart`: begin at step 0 if no checkpoint verifies."""
 
     @property
