@@ -77,6 +77,7 @@ def main(run: "Run", config: Config) -> None:
     base = run.directory.prepared / "model"
     tokenized = run.directory.prepared / "data"
 
+    run.collectives.on_rank_0(lambda: prepared.verify(base, tokenized), ResumeRefusedError)
     made_of, notes = _notice_changed_data(run, config), list[str]()
     train: Any
     evaluation: Any

@@ -28,6 +28,8 @@ LOG_ENTRY, EVAL_ENTRY, STATE = 340, 420, 900
 """Bytes of an entry of `trainer_state.json` for a logged step and for an evaluation, and of its rest (TRL 1.16)."""
 MANIFEST, MANIFEST_FILE = 900, 130
 """Bytes of a manifest without entries, and of an entry."""
+DIGESTS, DIGEST = 2_500, 22
+"""Bytes of `digests.json` without its tensors, and of a tensor's line beyond its name."""
 DEEPSPEED_ARGUMENTS = 1_100
 """Bytes that DeepSpeed's configuration adds to `training_args.bin`."""
 SHARD = 50_000_000_000
@@ -58,7 +60,7 @@ def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
         else:
             tokenizer, tokens = None, _tiny_tokenizer_bytes(config, run)
         describing = _describing_bytes(_key(config))
-        saved, optimizer, copies, notes = _learned(_key(config), zero_stage, half, ranks)
+        saved, optimizer, copies, digests, notes = _learned(_key(config), zero_stage, half, ranks)
         data = dataset_size.estimate(config, tokenizer)
         total = dataset_size.optimizer_steps(config, data)
         small = describing + file_sizes.torch_file(args) + (DEEPSPEED_ARGUMENTS if zero_stage else 0)
@@ -73,6 +75,7 @@ def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
             "trainer state": STATE + logged * LOG_ENTRY + evaluated * EVAL_ENTRY,
             "tokenizer": tokens,
             "small files": small + (file_sizes.DEEPSPEED_SCRIPTS if zero_stage else 0),
+            "digests": digests,
             "manifest": MANIFEST + MANIFEST_FILE * (12 + ranks * (1 + bool(zero_stage) + (zero_stage == 3))),
         }
     fixed = {"records and logs": RECORDS + LINE * (logged + evaluated) + 16_384 * ranks}
@@ -129,29 +132,39 @@ def _key(config: Config) -> _Key:
 @lru_cache(maxsize=16)
 def _learned(
     key: _Key, zero_stage: int, half: "torch.dtype | None", ranks: int
-) -> tuple[int, int, int, tuple[str, ...]]:
-    """Return the bytes of the saved weights, of the optimizer's state, of DeepSpeed's copy; and notes."""
+) -> tuple[int, int, int, int, tuple[str, ...]]:
+    """Return the bytes of the saved weights, the optimizer's state, DeepSpeed's copy and the digests; and notes."""
     found = parameters.collect(key.config, zero_stage, half)
     size = file_sizes.safetensors_file(found.saved)
+    digests = (
+        DIGESTS
+        + ranks * 250
+        + sum(
+            (len(name) + DIGEST) * (1 + p.requires_grad)
+            for name, p in found.model.named_parameters(remove_duplicate=False)
+        )
+    )
+    digests += sum(len(name) + DIGEST for name in found.saved) if zero_stage == 3 else 0
     if size > SHARD:
         size += 150 * len(found.saved)  # the index
     name, notes = str(_arguments(key.config).optim.value), []
     if name.endswith("8bit") and "torch" not in name and "galore" not in name:
         optimizer = file_sizes.optimizer_8bit(name, found.groups) + 3 * 2 * found.embeddings
-        return size, optimizer, 0, ("the optimizer's 8-bit state is counted by a formula",)
+        return size, optimizer, 0, digests, ("the optimizer's 8-bit state is counted by a formula",)
     try:
         from transformers import Trainer
 
         cls, arguments = Trainer.get_optimizer_cls_and_kwargs(_arguments(key.config))
         if zero_stage:
             shards = {"stage": zero_stage, "ranks": ranks}
-            return size, *file_sizes.zero_files(found.model, found.module, found.groups, cls, arguments, **shards), ()
-        return size, file_sizes.torch_file(file_sizes.stepped(found.groups, cls, arguments)), 0, ()
+            zero = file_sizes.zero_files(found.model, found.module, found.groups, cls, arguments, **shards)
+            return size, *zero, digests, ()
+        return size, file_sizes.torch_file(file_sizes.stepped(found.groups, cls, arguments)), 0, digests, ()
     except Exception as error:  # optimizers that need a GPU, a package that is not here, or the real model
         notes.append(f"the state of trainer.optim={name} is taken to be AdamW's: it can't be counted here ({error})")
         numel = sum(file_sizes.numel(shape) for group in found.groups for shape, _ in group)
         copies = sum(t.numel() * t.element_size() for t in found.module.values()) if zero_stage in (1, 2) else 0
-        return size, (12 if zero_stage else 8) * numel, copies, tuple(notes)
+        return size, (12 if zero_stage else 8) * numel, copies, digests, tuple(notes)
 
 
 def _half(config: Config) -> "torch.dtype | None":

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outlast.checkpoint.listing import write_listing
 from outlast.config.configuration import Config
 from outlast.config.model import Lora, PretrainedModel, TinyModel
 from outlast.errors import ConfigError, OutlastError
@@ -47,6 +48,7 @@ def prepare_tiny(config: Config, texts: Iterable[str], directory: Path) -> None:
         model = LlamaForCausalLM(llama)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    write_listing(directory)
 
 
 def tiny_config(tiny: TinyModel, **tokens: int | None) -> Any:

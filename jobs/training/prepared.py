@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outlast.checkpoint.listing import check_listing, write_listing
+from outlast.errors import CheckpointError, ResumeRefusedError
 from outlast.files import staged_directory
 
 if TYPE_CHECKING:
@@ -26,6 +28,21 @@ def save(directory: Path, train: "Dataset", evaluation: "Dataset | None") -> Non
             kept = split.select_columns([column for column in COLUMNS if column in split.column_names])
             kept.save_to_disk(str(staging / name))
         (staging / "prepared.json").write_text(json.dumps({name: len(split) for name, split in splits.items()}))
+        write_listing(staging)
+
+
+def verify(*directories: Path) -> None:
+    """Compare what was prepared with the list of its files; a directory that is not there is left out.
+
+    Raises:
+        ResumeRefusedError: a file is missing, or is not what was written.
+    """
+    for directory in filter(Path.is_dir, directories):
+        try:
+            check_listing(directory)
+        except CheckpointError as error:
+            way_out = f"remove {directory.parent}, and the same command prepares it again"
+            raise ResumeRefusedError(f"{directory} is not what was prepared: {error}; {way_out}") from None
 
 
 def load(directory: Path) -> "tuple[Dataset, Dataset | None] | None":

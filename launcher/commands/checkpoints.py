@@ -82,8 +82,9 @@ def look(run: RunDirectory) -> list[CheckpointRow]:
     known = [manifest for row, manifest in pairs if manifest and manifest.best_step is not None and row.state in SEALED]
     best_step = max(known, key=lambda manifest: manifest.step).best_step if known else None
     metrics = {e["step"]: e for e in evaluations(Ledger(run.ledger).read(), settings_of(run)["trainer"])}
-    for row, _ in pairs:
-        metric = metrics.get(row.step) if row.state != "final" else None  # final/ may hold the best step's weights
+    for row, manifest in pairs:
+        best_known = manifest is not None and manifest.best_step is not None
+        metric = metrics.get(row.step) if row.state != "final" or best_known else None
         row.metric = metric and {"name": metric["name"], "value": metric["value"]}
         row.best = row.step == best_step is not None and row.state in ("sealed", "light")
     order = ("final", "quarantined")

@@ -76,6 +76,7 @@ def summarize(run: RunDirectory) -> Summary:
         "state": state,
         "finished": done is not None,
         "final_step": done["step"] if done else None,
+        "model_step": done.get("model_step", done["step"]) if done else None,
         "step": max(row["last_step"] for row in rows),
         "total_steps": _total_steps(run, settings["trainer"]),
         "steps_done": made,
@@ -140,8 +141,10 @@ def render(summary: Summary, console: Console) -> None:
     goodput = "?" if summary["goodput"] is None else f"{summary['goodput']:.1%}"
     stall = "" if saves["mean_stall_s"] is None else f", {duration(saves['mean_stall_s'])} of stall each"
     console.print(Text(f"{summary['run']}: {summary['state'].replace('_', ' ')}", style="bold"))
+    best = f"; the model is that of step {summary['model_step']}, the best"
+    best = best if summary["model_step"] != summary["final_step"] else ""
     facts = {
-        "steps": f"{summary['step']}/{'?' if total is None else total}, {summary['steps_lost']} lost",
+        "steps": f"{summary['step']}/{'?' if total is None else total}, {summary['steps_lost']} lost{best}",
         "attempts": f"{len(summary['attempts'])}: {summary['preemptions']} preempted, {summary['requeues']} requeued",
         "time": f"{duration(seconds['total'])}: {duration(seconds['training'])} training, "
         f"{duration(seconds['resuming'])} resuming, {duration(seconds['between_attempts'])} between attempts",

@@ -135,3 +135,18 @@ def test_a_worker_alone_is_signalled(outlast: Start, probe: Probe) -> None:
         worker.send_signal(signal.SIGUSR1)
     assert command.wait() == 0, command.output
     assert run.causes() == ["finished"], "a worker's signal is not the run's"
+
+
+def test_what_was_prepared_is_compared(outlast: Start, probe: Probe) -> None:
+    arguments = [*SFT, "trainer.max_steps=50", "trainer.eval_strategy=no", "trainer.load_best_model_at_end=false"]
+    command, run = outlast("train", *arguments, "run.name=r"), probe("r")
+    run.reach(3)
+    command.end()
+    weights = run.path / "prepared/model/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    again = outlast("train", *arguments, "run.name=r")
+    assert again.wait() == 2, again.output
+    assert "prepared/model is not what was prepared: model.safetensors differs from what was written" in again.output
+    assert run.events("attempt_ended")[-1]["refused"]

@@ -1,19 +1,24 @@
 """The store on real files: sealed or not there."""
 
+import errno
 import json
 import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from outlast.checkpoint import store as store_module
-from outlast.checkpoint.manifest import Kind, Manifest, TransientError, verify
+from outlast.checkpoint.manifest import Kind, Manifest, TransientError, read_entry, read_manifest, verify
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore, SaveError
-from outlast.errors import CheckpointError, ConfigError
+from outlast.errors import CheckpointError, ConfigError, ResumeRefusedError
 from outlast.ranks.collectives import Collectives
 from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
 from outlast.storage.budget import MARGIN
 
 
@@ -199,21 +204,165 @@ def test_a_light_milestone_keeps_its_weights_and_verifies_but_is_not_resumed_fro
     assert harness.steps() == [20]
 
 
-def test_a_file_system_that_hesitates_condemns_nothing(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def manifest_of(harness: Harness, step: int, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a manifest, as somebody who knows nothing of its digest."""
+    path = harness.store.path(step) / "manifest.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESHUTDOWN, errno.ENOTCONN, errno.ESTALE])
+def test_an_error_that_passes_condemns_nothing(harness: Harness, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     for step in (10, 20):
         harness.save(step)
+    failures = [OSError(number, os.strerror(number)) for _ in range(2)]
 
-    def stale(*_: object, **__: object) -> None:
-        raise OSError(116, "Stale file handle")
+    def once(path: Path, **kwargs: Any) -> Any:
+        if failures and path.name == "optimizer.pt":
+            raise failures.pop()
+        return read_entry(path, **kwargs)
 
+    monkeypatch.setattr("outlast.checkpoint.manifest.read_entry", once)
+    newest = harness.store.newest_verified()
+    assert newest is not None
+    assert newest.step == 20
+    assert not failures
+    assert not harness.run.quarantine.exists()
+
+
+def failing(name: str, number: int) -> Callable[..., Any]:
+    def read(path: Path, **kwargs: Any) -> Any:
+        if path.parent.name == name:
+            raise OSError(number, os.strerror(number))
+        return read_entry(path, **kwargs)
+
+    return read
+
+
+def test_a_file_system_that_hesitates_for_long_condemns_nothing(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20):
+        harness.save(step)
+    monkeypatch.setattr("outlast.checkpoint.manifest.WAITS_S", (0.0, 0.0))
     with monkeypatch.context() as patched:
-        patched.setattr("outlast.checkpoint.manifest.read_entry", stale)
+        patched.setattr("outlast.checkpoint.manifest.read_entry", failing("checkpoint-20", errno.ESTALE))
         with pytest.raises(TransientError, match="Stale"):
             harness.store.newest_verified()
         harness.store.retention.limit = 1
         harness.store.retire()
     assert harness.steps() == [10, 20]
     assert not harness.run.quarantine.exists()
+
+
+def test_what_stays_unreadable_is_put_aside_and_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(tmp_path / "run", budget=11_500)
+    for step in (10, 20, 30):
+        harness.save(step)
+    monkeypatch.setattr("outlast.checkpoint.manifest.WAITS_S", (0.0,))
+    with monkeypatch.context() as patched:
+        patched.setattr("outlast.checkpoint.manifest.read_entry", failing("checkpoint-30", errno.EIO))
+        newest = harness.store.newest_verified()
+    assert newest is not None
+    assert newest.step == 20
+    assert (harness.run.quarantine / "checkpoint-30.kept").is_dir()
+    harness.save(40)
+    for _ in range(2):
+        assert harness.store.free_some(kind=Kind.PERIODIC, reason="budget")
+    assert harness.steps() == [40]
+    assert (harness.run.quarantine / "checkpoint-30.kept").is_dir()
+    assert harness.store.free_some(kind=Kind.PERIODIC, reason="budget")
+    assert harness.events[-1]["checkpoint"] == "quarantine/checkpoint-30.kept"
+
+
+def test_all_unreadable_is_for_the_next_attempt(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.save(10)
+    monkeypatch.setattr("outlast.checkpoint.manifest.WAITS_S", (0.0,))
+    monkeypatch.setattr("outlast.checkpoint.manifest.read_entry", failing("checkpoint-10", errno.EACCES))
+    with pytest.raises(TransientError, match=r"just now: checkpoint-10: model\.safetensors can't be read"):
+        harness.store.newest_verified()
+    assert harness.steps() == [10]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.update(format=2),
+        lambda values: values.update(format=99),
+        lambda values: values.update(of_a_newer_version=True),
+    ],
+)
+def test_another_format_asks_for_an_upgrade_and_moves_nothing(harness: Harness, change: Any) -> None:
+    for step in (10, 20):
+        harness.save(step)
+    manifest_of(harness, 20, change)
+    with pytest.raises(ResumeRefusedError, match=r"checkpoint-20 was made by another outlast .*: upgrade outlast"):
+        harness.store.newest_verified(restart=True)
+    assert sorted(p.name for p in harness.run.checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-20"]
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(harness: Harness) -> None:
+    """The step among them: 60 became 68, in a manifest that was good JSON still."""
+    for step in (10, 60):
+        harness.save(step)
+    path = harness.store.path(60) / "manifest.json"
+    whole = path.read_bytes()
+    digits = [i for i in range(len(whole)) if whole[i : i + 1].isdigit()]
+    for position in {*digits, *range(0, len(whole), 7)}:
+        for bit in (0, 3):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
+            with suppress(CheckpointError):
+                read_manifest(path.parent)
+                same = json.loads(path.read_bytes()) == json.loads(whole)
+                assert same, (position, bit, whole[position - 20 : position + 20])  # white space
+    path.write_bytes(whole.replace(b'"step": 60', b'"step": 68'))
+    newest = harness.store.newest_verified()
+    assert newest is not None
+    assert newest.step == 10
+    assert "its manifest differs" in harness.events[-1]["reason"]
+
+
+def test_a_manifest_belongs_to_its_directory(harness: Harness) -> None:
+    harness.save(10)
+    os.rename(harness.store.path(10), harness.store.path(20))
+    with pytest.raises(CheckpointError, match="its manifest says step 10, but the directory is checkpoint-20"):
+        read_manifest(harness.store.path(20))
+
+
+def lose_checkpoints(harness: Harness) -> None:
+    shutil.rmtree(harness.run.checkpoints)
+    harness.run.create()
+
+
+def damage_manifests(harness: Harness) -> None:
+    for step in (10, 20):
+        damage_manifest(harness.store.path(step))
+
+
+def lose_manifests(harness: Harness) -> None:
+    for step in (10, 20):
+        damage_unseal(harness.store.path(step))
+
+
+@pytest.mark.parametrize("lose", [lose_checkpoints, damage_manifests, lose_manifests])
+def test_what_was_sealed_and_is_lost_is_not_silently_begun_again(harness: Harness, lose: Any) -> None:
+    ledger = Ledger(harness.run.ledger)
+    for step in (10, 20):
+        harness.save(step)
+        ledger.append("checkpoint", 1, step=step, kind="periodic", bytes=2000, stall_s=0.1, sealed_s=0.1)
+    lose(harness)
+    there = sorted(harness.run.checkpoints.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"a restart is not silently made: .*checkpoint-20.*allow=\[restart\]"):
+        harness.store.newest_verified()
+    assert sorted(harness.run.checkpoints.rglob("*")) == there
+    assert not harness.run.quarantine.exists()
+    assert harness.store.newest_verified(restart=True) is None
+    assert harness.events[0]["event"] == "restarted"
+    ledger.append("restarted", 2, reason=harness.events[0]["reason"])
+    assert harness.store.newest_verified() is None, "an attempt that was killed before its first save begins again"
+    aside = {p.name for p in harness.run.quarantine.glob("*.kept")} if harness.run.quarantine.exists() else set()
+    assert aside == (set() if lose is lose_checkpoints else {"checkpoint-10.kept", "checkpoint-20.kept"})
 
 
 def test_a_save_of_unknown_size_that_would_exceed_the_budget_is_not_published(tmp_path: Path) -> None:

@@ -249,6 +249,7 @@ def test_asked_again_and_again_while_checkpoints_come_and_go(run: RunDirectory) 
     def churn() -> None:
         for _ in range(30):
             shutil.copytree(source, run.staging / target.name)
+            write_manifest(run.staging / target.name, replace(read_manifest(source), step=80))
             (run.staging / target.name).rename(target)
             assert remover.lighten(Sealed(target, read_manifest(target)), "test")
             assert remover.delete(Sealed(target, read_manifest(target)), "test")

@@ -222,6 +222,10 @@ class RankAttempt:
         """
         self.kept.add(name, obj)
 
+    def accepts(self, name: str, difference: str) -> bool:
+        """Whether the user accepts a difference of this name (`checkpoint.allow`); it is then noted."""
+        return self._resuming.accepts(name, difference)
+
     def _open(self) -> None:
         """Write down that the attempt starts, after seeing to the one before it (rank 0)."""
         job = self._identity.job
@@ -356,16 +360,18 @@ class RankAttempt:
         finally:  # the requeue may have ended a peer already: what is saved is saved, and this rank leaves
             exit_at_once(code)
 
-    def finish(self, step: int, save: Callable[[Path], None] | None = None) -> None:
+    def finish(self, step: int, save: Callable[[Path], None] | None = None, *, weights_step: int | None = None) -> None:
         """The run is done after `step` steps: publish the model and say so. All ranks call it together.
 
         Args:
             save: called on every rank with an existing directory; writes the finished model into it.
+            weights_step: the step that its weights are from, if that is the best by the metric; None: the last.
 
         Raises:
             CheckpointError: the model could not be written; the run is not finished.
         """
-        if save is not None and self._saver.save(step, save, kind=Kind.FINAL) is None:
+        of = step if weights_step is None else weights_step
+        if save is not None and self._saver.save(of, save, kind=Kind.FINAL, best_step=weights_step) is None:
             raise CheckpointError(f"the finished model could not be written to {self.final}; the same command resumes")
         self.collectives.barrier()
         self._watchdog.close()
@@ -374,10 +380,12 @@ class RankAttempt:
             seconds = time.time() - (first["time"] if first else self._started)
             self._outcome.finished(step)
             self.update_progress(phase="done", step=step, force=True)
-            self.record("finished", step=step, seconds=seconds)  # the very last: who finds it has nothing to clear up
+            # The very last: who finds it has nothing to clear up.
+            self.record("finished", step=step, seconds=seconds, model_step=of)
             if self._recorder.waiting:
                 raise OutlastError(f"{self._ledger.path} can't be written, so the run does not count as finished")
-        self.say(f"finished at step {step}; the model is in {self.final}")
+        which = "the model" if weights_step is None else f"the best model, of step {weights_step},"
+        self.say(f"finished at step {step}; {which} is in {self.final}")
         self._lock.release()
 
     def fail(self, error: BaseException) -> int:

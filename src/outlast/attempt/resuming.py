@@ -60,6 +60,14 @@ class Resuming:
             self._accumulation = accumulation
             self._lay_out({"world_size": self._collectives.world_size})
 
+    def accepts(self, name: str, difference: str) -> bool:
+        """Whether `checkpoint.allow` has `name`; then `difference` is noted in the log and the ledger."""
+        if name not in self._allow:
+            return False
+        self.differences[name] = difference
+        self._say(f"WARNING: going on although {difference} (accepted by checkpoint.allow)")
+        return True
+
     def find(self) -> Sealed | None:
         """The newest checkpoint that verifies, or None if there is none.
 

@@ -1,36 +1,44 @@
 """The manifest is written last into a checkpoint and removed first, so its presence means "whole".
 
-It lists every file with its size and xxh3-128 digest. That finds torn, missing and corrupted files; it
-does not protect against forgery.
+It lists every file with its size and xxh3-128 digest, and ends with a digest of itself. That finds torn, missing and
+corrupted files; it does not protect against forgery. Only a wrong size, a wrong digest or a missing file is damage:
+other errors may pass, so reading is tried again.
 """
 
 import errno
+import functools
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
-from outlast.errors import CheckpointError
+from outlast.errors import CheckpointError, ResumeRefusedError
 from outlast.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 READ_BYTES = 1 << 22
-TRANSIENT = (errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
-"""Errors that may pass: a file system does not answer, or the process lacks memory or file handles."""
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""What the system says of a file that is not there, or is something else. All its other errors may pass."""
+LASTING = (errno.EIO, errno.EACCES, errno.EPERM)
+"""Errors that may pass, and otherwise concern this file alone: a bad sector, another owner."""
+WAITS_S = (0.1, 0.3, 1.0, 2.0)
+"""Seconds before each new try of a read that failed."""
+T = TypeVar("T")
 FileEntry = dict[str, Any]
 """`{"bytes": int, "xxh3_128": hex digest}`."""
 RESUME_ONLY = (
     "optimizer.pt", "optimizer.bin", "optimizer_*/*", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*.pth",
     "random_states_*.pkl", "sampler*.bin", "global_step*/*", "latest", "zero_to_*.py",
-    "kept_state_*.pt", "loop_state_*.pt",
+    "kept_state_*.pt", "loop_state_*.pt", "digests_*.json",
 )  # fmt: skip
 """Files that only a resume needs, as the Trainer, accelerate and DeepSpeed name them."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
@@ -47,6 +55,14 @@ class Kind(StrEnum):
 
 class TransientError(CheckpointError):
     """The checkpoint can't be read just now; it may be whole, and the next attempt may succeed."""
+
+
+class UnreadableError(CheckpointError):
+    """The checkpoint could not be read, however often it was tried; nothing says that it is damaged."""
+
+
+class NewerFormatError(ResumeRefusedError):
+    """The checkpoint was made by a newer version of outlast; it is left as it is."""
 
 
 @dataclass(kw_only=True)
@@ -130,26 +146,53 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest as a whole and flush it."""
-    write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=1))
+    """Write the manifest as a whole, its own digest last, and flush it."""
+    values = asdict(manifest)
+    write_atomically(directory / MANIFEST, json.dumps(values | {"digest": _digest(values)}, indent=1))
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint.
+def _digest(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(directory: Path, *, patient: bool = True) -> Manifest:
+    """The manifest of a checkpoint, which has to be that of a directory of this name.
+
+    Args:
+        patient: try again, for a few seconds, after an error that may pass.
 
     Raises:
+        NewerFormatError: another version of outlast has made it.
         TransientError: the file system does not answer just now.
-        CheckpointError: there is none, or it can't be read; the message is the reason, in words.
+        UnreadableError: it can't be read, now or later.
+        CheckpointError: there is none, or it is damaged; the message is the reason, in words.
     """
     try:
-        values = json.loads((directory / MANIFEST).read_text())
-        manifest = Manifest(**values)
+        read = (directory / MANIFEST).read_bytes
+        values = json.loads(_tried(read) if patient else read())
     except FileNotFoundError:
         raise CheckpointError("it has no manifest: it was never sealed") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise _unreadable("its manifest", error) from None
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"its manifest has format {manifest.format}; this version of outlast reads {FORMAT}")
+    if not isinstance(values, dict):
+        raise CheckpointError("its manifest can't be read: it is no JSON object")
+    known = {f.name for f in fields(Manifest)}
+    own, made = values.pop("digest", None), values.get("format", 0)
+    if made != FORMAT or known < values.keys():
+        by = (values.get("versions") or {}).get("outlast", "unknown")
+        raise NewerFormatError(
+            f"{directory.name} was made by another outlast (version {by}, format {made}); this one reads {FORMAT}: "
+            "upgrade outlast, and the same command resumes. Nothing was moved"
+        )
+    if own is not None and own != _digest(values):  # the first versions wrote none
+        raise CheckpointError("its manifest differs from what was written (xxh3-128 of itself)")
+    try:
+        manifest = Manifest(**values)
+    except TypeError as error:
+        raise _unreadable("its manifest", error) from None
+    prefix, _, number = directory.name.partition("-")
+    if prefix == "checkpoint" and number.isdecimal() and manifest.step != int(number):
+        raise CheckpointError(f"its manifest says step {manifest.step}, but the directory is {directory.name}")
     return manifest
 
 
@@ -160,27 +203,53 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
         from_disk: see :func:`read_entry`.
 
     Raises:
-        TransientError: the file system does not answer just now.
-        CheckpointError: the first difference, in words.
+        CheckpointError: the first difference, in words; or as :func:`read_manifest`.
     """
     manifest = read_manifest(directory)
-    for name, entry in manifest.files.items():
-        path = directory / name
-        try:
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise CheckpointError(f"{name} has {size} bytes, the manifest says {entry['bytes']}")
-            if read_entry(path, from_disk=from_disk) != entry:
-                raise CheckpointError(f"{name} differs from what was written (xxh3-128)")
-        except OSError as error:
-            raise _unreadable(name, error) from None
+    check_files(directory, manifest.files, from_disk=from_disk)
     return manifest
 
 
+def check_files(directory: Path, files: dict[str, FileEntry], *, from_disk: bool = False) -> None:
+    """Compare files with their entries in a manifest.
+
+    Args:
+        files: `{relative path: FileEntry}`.
+        from_disk: see :func:`read_entry`.
+
+    Raises:
+        CheckpointError: as :func:`verify`.
+    """
+    for name, entry in files.items():
+        path = directory / name
+        try:
+            size = _tried(path.stat).st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{name} has {size} bytes, the manifest says {entry['bytes']}")
+            if _tried(functools.partial(read_entry, path, from_disk=from_disk)) != entry:
+                raise CheckpointError(f"{name} differs from what was written (xxh3-128)")
+        except OSError as error:
+            raise _unreadable(name, error) from None
+
+
+def _tried(read: Callable[[], T]) -> T:
+    """What `read` returns; while it fails with an error that may pass, it is called again, a few times."""
+    for wait_s in WAITS_S:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in MISSING:
+                raise
+            time.sleep(wait_s)
+    return read()
+
+
 def _unreadable(what: str, error: Exception) -> CheckpointError:
-    transient = isinstance(error, OSError) and error.errno in TRANSIENT
-    reason = error.strerror if isinstance(error, OSError) else error
-    return (TransientError if transient else CheckpointError)(f"{what} can't be read: {reason}")
+    if not isinstance(error, OSError):
+        return CheckpointError(f"{what} can't be read: {error}")
+    damaged = error.errno in MISSING
+    kind = CheckpointError if damaged else UnreadableError if error.errno in LASTING else TransientError
+    return kind(f"{what} can't be read: {error.strerror}")
 
 
 def entry_of(size: int, digest: "xxhash.xxh3_128") -> FileEntry:

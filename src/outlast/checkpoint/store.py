@@ -18,9 +18,20 @@ from outlast.errors import CheckpointError
 from outlast.files import bytes_used, flush_directory, flush_tree, remove_temporaries
 from outlast.ranks.collectives import Collectives
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Record
+from outlast.rundir.ledger import Ledger, Record
 
-from .manifest import MANIFEST, Kind, Manifest, Sealed, TransientError, read_manifest, verify, write_manifest
+from .manifest import (
+    MANIFEST,
+    Kind,
+    Manifest,
+    NewerFormatError,
+    Sealed,
+    TransientError,
+    UnreadableError,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from .removal import Remover
 from .retention import Removal, Retention, newest_full
 from .space import Space
@@ -28,6 +39,8 @@ from .writer import Writer, adopt
 
 RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"
 PREFIX = "checkpoint-"
+KEPT = ".kept"
+"""Ends the name of what was put aside and is the last thing to go. It may be whole, or is all that there was."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,6 +75,7 @@ class CheckpointStore:
         self._bytes_by_rank: list[int] = []
         self._remover = Remover(run, record, say)
         self._verified: set[int] = set()
+        self._unreadable: set[Path] = set()
         self.retention = Retention()
 
     def path(self, step: int) -> Path:
@@ -71,8 +85,12 @@ class CheckpointStore:
         """The sealed checkpoints, light ones too, oldest step first."""
         found = []
         for path in self._directories():
-            with contextlib.suppress(CheckpointError):
-                found.append(Sealed(path, read_manifest(path)))
+            try:
+                found.append(Sealed(path, read_manifest(path, patient=path not in self._unreadable)))
+            except (TransientError, UnreadableError):
+                self._unreadable.add(path)  # waited for once
+            except CheckpointError:
+                continue
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def _directories(self) -> list[Path]:
@@ -99,24 +117,30 @@ class CheckpointStore:
     def newest_verified(self, *, restart: bool = False) -> Sealed | None:
         """The newest checkpoint that can be resumed from and verifies (rank 0).
 
-        Those that were never sealed, and newer ones that don't verify, are moved to `quarantine/`.
+        What was never sealed, and newer ones that don't verify, are moved to `quarantine/`.
 
         Args:
-            restart: if there are checkpoints but none verifies, quarantine them all and return None.
+            restart: if something was sealed but nothing verifies, quarantine all and return None.
 
         Raises:
-            CheckpointError: none verifies; no sealed one has been moved, since a restart is for the user to decide.
-            TransientError: one can't be read just now; it has not been moved.
+            CheckpointError: something was sealed, by the ledger or by what is there, and nothing verifies. Nothing has
+                been moved, since a restart is for the user to decide.
+            NewerFormatError: a newer version of outlast has made one; nothing has been moved.
+            TransientError: one can't be read just now; nothing has been moved.
         """
-        sealed = []
+        sealed, unsealed, damaged = list[Sealed](), list[tuple[Path, str]](), list[tuple[Path, CheckpointError]]()
         for path in self._directories():
             try:
                 sealed.append(Sealed(path, read_manifest(path)))
-            except TransientError:
+            except (NewerFormatError, TransientError):
                 raise
             except CheckpointError as error:
-                self.quarantine(path, str(error))
-        damaged: list[tuple[Path, str]] = []
+                if isinstance(error, UnreadableError):
+                    self._unreadable.add(path)
+                if os.path.lexists(path / MANIFEST) or path in self._unreadable:
+                    damaged.append((path, error))
+                else:
+                    unsealed.append((path, str(error)))
         newest = None
         for checkpoint in sorted((c for c in sealed if not c.light), key=lambda c: c.step, reverse=True):
             try:
@@ -124,26 +148,50 @@ class CheckpointStore:
             except TransientError:
                 raise
             except CheckpointError as error:
-                damaged.append((checkpoint.path, str(error)))
+                damaged.append((checkpoint.path, error))
             else:
                 newest = checkpoint
                 self._verified.add(checkpoint.step)
                 break
-        if newest is None and damaged and not restart:
-            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
-            raise CheckpointError(
-                f"none of its checkpoints verifies, and a restart is not silently made: {reasons}. {RESTART}"
-            )
-        for path, reason in damaged:
-            self.quarantine(path, reason)
+        before = self._sealed_before()
+        lost = newest is None and (before is not None or bool(damaged))
+        if lost:
+            found = [f"{path.name}: {problem}" for path, problem in [*damaged, *unsealed]]
+            reasons = "; ".join(found) or f"the ledger says that {before} was sealed, and none is there"
+            if any(isinstance(problem, UnreadableError) for _, problem in damaged) and not restart:
+                raise TransientError(f"none of its checkpoints can be read just now: {reasons}")
+            if not restart:
+                raise CheckpointError(
+                    f"none of its checkpoints verifies, and a restart is not silently made: {reasons}. {RESTART}"
+                )
+            self._record("restarted", reason=reasons)
+            self._say(f"WARNING: beginning at step 0, as checkpoint.allow says: {reasons}")
+        for path, reason in unsealed:
+            self.quarantine(path, reason, keep=lost)
+        for path, problem in damaged:
+            self.quarantine(path, str(problem), keep=lost or isinstance(problem, UnreadableError))
         return newest
 
-    def quarantine(self, path: Path, reason: str) -> None:
-        """Move a checkpoint to `quarantine/`, with the reason in words; it still counts against the budget."""
+    def _sealed_before(self) -> str | None:
+        """Name of the last checkpoint that the ledger says was sealed, since the last restart from step 0."""
+        for event in reversed(Ledger(self._run.ledger).read()):
+            if event["event"] == "restarted":
+                return None
+            if event["event"] == "checkpoint" and event.get("kind") != Kind.FINAL:
+                return f"{PREFIX}{event.get('step')}"
+        return None
+
+    def quarantine(self, path: Path, reason: str, *, keep: bool = False) -> None:
+        """Move a checkpoint to `quarantine/`, with the reason in words; it still counts against the budget.
+
+        Args:
+            keep: it may be whole, or nothing else is left: it is the last thing to be deleted for space.
+        """
         self._run.quarantine.mkdir(exist_ok=True)
-        target, copies = self._run.quarantine / path.name, 1
+        end, copies = KEPT if keep else "", 1
+        target = self._run.quarantine / f"{path.name}{end}"
         while target.exists():
-            target, copies = self._run.quarantine / f"{path.name}.{copies}", copies + 1
+            target, copies = self._run.quarantine / f"{path.name}.{copies}{end}", copies + 1
         # In this order: after a kill in between, the next attempt finds the checkpoint in place and does this again.
         with contextlib.suppress(OSError):  # a full disk: the ledger has the reason too
             (self._run.quarantine / f"{target.name}.reason.txt").write_text(reason + "\n")
@@ -284,7 +332,7 @@ class CheckpointStore:
         """Remove the next thing that frees bytes, if there is one left (rank 0).
 
         First goes the reserve, unless the save is periodic; then what is in quarantine, oldest first; then what
-        `retention.py` lists.
+        `retention.py` lists; last, what is in quarantine and may be whole.
 
         Returns:
             Whether bytes were freed.
@@ -294,12 +342,19 @@ class CheckpointStore:
             self._record("deleted", checkpoint="reserve", reason=reason)
             return True
         aside = [p for p in self._run.quarantine.glob("*") if p.is_dir() and not p.is_symlink()]
-        for path in sorted(aside, key=lambda p: p.stat().st_mtime):
-            if self._remover.remove_tree(path):
-                self._record("deleted", checkpoint=f"quarantine/{path.name}", reason=reason)
-                return True
+        aside.sort(key=lambda p: p.stat().st_mtime)
+        if self._remove_aside([p for p in aside if not p.name.endswith(KEPT)], reason):
+            return True
         for removal in self.retention.for_space(self.sealed(), emergency=emergency):
             if self._remove(removal, reason, hurry=kind == Kind.EMERGENCY):
+                return True
+        return self._remove_aside([p for p in aside if p.name.endswith(KEPT)], reason)
+
+    def _remove_aside(self, paths: list[Path], reason: str) -> bool:
+        """Remove the first of these directories in quarantine that can be removed."""
+        for path in paths:
+            if self._remover.remove_tree(path):
+                self._record("deleted", checkpoint=f"quarantine/{path.name}", reason=reason)
                 return True
         return False
 
@@ -335,7 +390,7 @@ class CheckpointStore:
             return step not in self._verified
         try:
             verify(newest.path, from_disk=True)
-        except TransientError as error:
+        except (TransientError, UnreadableError) as error:
             self._say(f"WARNING: {newest.path.name}: {error}; nothing older is deleted meanwhile")
             return False
         except CheckpointError as error:

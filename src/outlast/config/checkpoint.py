@@ -39,11 +39,11 @@ class CheckpointSection(Section):
     """Optimizer steps between milestones: checkpoints that are made whatever `every` says, and kept; null: none."""
     mtbf_hours: Annotated[float, Number("hours", gt=0)] = 24.0
     """Hours expected between failures of the run that come *without* notice; preemptions with notice don't count."""
-    allow: list[Literal["dataset", "seed", "global_batch", "trainable", "config", "restart"]] = field(
+    allow: list[Literal["dataset", "seed", "global_batch", "trainable", "config", "state", "restart"]] = field(
         default_factory=list
     )
-    """Differences between a checkpoint and the run that a resume accepts; `restart`: begin at step 0 if no checkpoint
-    verifies."""
+    """Differences between a checkpoint and the run that a resume accepts. `state`: something else was loaded than was
+    saved, or the base model is another; `restart`: begin at step 0 if no checkpoint verifies."""
 
     @property
     def steps(self) -> int | None:

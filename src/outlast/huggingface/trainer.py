@@ -32,11 +32,13 @@ from .deepspeed import load_weights, loading_shards, saving_shards
 from .evaluation import Evaluation
 from .frozen_weights import frozen_weights, shortened
 from .inexact import refuse_adapters, refuse_inexact
+from .names import own_names
 from .on_save import call_on_save, leave_out_on_save
 from .own_state import OwnState
 from .pipeline import KEPT, Pipeline
 from .resharding import adapt, seed_rank
 from .universal_checkpoint import Conversion, needs_conversion
+from .verification import Verification
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -74,7 +76,7 @@ def train(run: "RankAttempt", trainer: "Trainer") -> Any:
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
         run.say(f"WARNING: the best, step {state.best_global_step}, could not be saved: final/ will be the last model")
-    run.finish(trainer.state.global_step, adapter.save_model)
+    run.finish(state.global_step, adapter.save_model, weights_step=adapter.loaded_best)
     return output
 
 
@@ -86,6 +88,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.checkpoint: Sealed | None = None
         self.conversion: Conversion | None = None
         self.save_at_epoch_end = False
+        self.loaded_best: int | None = None
         self._looked_for_frozen = self._looked_for_lost = False
         self._own = OwnState(trainer)
         self._accumulation = Accumulation(run, trainer, self._own, lambda: self.save(trainer.model_wrapped, None))
@@ -97,6 +100,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         refuse_adapters(trainer.model)
         args.output_dir = str(run.directory.checkpoints)
         run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
+        self._verification = Verification(run, trainer)
         self._save_checkpoint = trainer._save_checkpoint
         self._load_rng_state = trainer._load_rng_state
         self._determine_best = trainer._determine_best_metric
@@ -104,8 +108,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         leave_out_on_save(trainer)
         trainer._load_rng_state = self.load_rng_state
         trainer._determine_best_metric = self.determine_best
-        if trainer.is_deepspeed_enabled:
-            self._load_best, trainer._load_best_model = trainer._load_best_model, self.load_best
+        self._load_best, trainer._load_best_model = trainer._load_best_model, self.load_best
         if not run.loop_saves:
             args.save_strategy = SaveStrategy.NO
         for name in ("get_train_dataloader", "get_eval_dataloader"):
@@ -143,6 +146,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.run.progress.now.total_steps = state.max_steps
         self._point_at_best(state)
         self._own.begin()
+        self._verification.begin(self.checkpoint)
         self.run.begin(state.global_step)
         if self.conversion is not None:
             self.conversion.drop()
@@ -175,7 +179,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             self._evaluation.pending |= control.should_evaluate
             control.should_evaluate = False
             control.should_save = True
-        elif self.save_at_epoch_end:
+        elif self.save_at_epoch_end or control.should_training_stop:  # the last step has a checkpoint too
             control.should_save, self.save_at_epoch_end = True, False
 
     def on_log(
@@ -210,6 +214,8 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         """Replace `Trainer._load_rng_state`: an evaluation that was made up for has drawn random numbers too."""
         if self.checkpoint is None or not seed_rank(self.trainer, self.checkpoint):
             self._load_rng_state(checkpoint)
+            if self.checkpoint is not None:
+                self._verification.random(self.checkpoint.path)
         if self._decisions.random_state is not None:
             random_state.restore(self._decisions.random_state)
         self._accumulation.keep()
@@ -223,13 +229,16 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         return new
 
     def load_best(self) -> None:
-        """Replace `Trainer._load_best_model` with DeepSpeed, which needs shards made by this number of ranks."""
+        """Replace `Trainer._load_best_model`: it is verified; DeepSpeed needs shards made by this number of ranks."""
         best = Path(self.trainer.state.best_model_checkpoint or "")
         same_ranks = read_manifest(best).world_size == self.trainer.args.world_size
-        if same_ranks and any(best.glob("global_step*")):
+        shards = same_ranks and any(best.glob("global_step*"))
+        if shards or not self.trainer.is_deepspeed_enabled:
             self._load_best()
         else:
             load_weights(self.trainer, best)
+        self._verification.best(best, shards=shards)
+        self.loaded_best = self.trainer.state.best_global_step
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -244,9 +253,10 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
     def _write(self, staged: Path, model: Any, trial: Any) -> None:
         trainer, state = self.trainer, self.trainer.state
         holding = saving_shards(trainer, staged) if trainer.is_deepspeed_enabled else nullcontext()
-        with self._quiet(staged.parent), holding:
+        with self._quiet(staged.parent), self._verification.saving(), holding:
             self._save_checkpoint(model, trial)
         call_on_save(trainer, staged)
+        self._verification.write(staged)
         # The Trainer took the staging area for its output directory when it noted where the best checkpoint is.
         if state.best_global_step:
             state.best_model_checkpoint = str(self.run.store.path(state.best_global_step))
@@ -310,7 +320,8 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         trainer.create_model_card = lambda *_, **__: None
         os.environ["HF_HUB_OFFLINE"] = "1"
         try:
-            yield
+            with own_names():
+                yield
         finally:
             del trainer._get_output_dir, trainer.create_model_card
             trainer.args.save_strategy = strategy

@@ -37,6 +37,7 @@ PART_OF = {
     "tokenizer": ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
                   "merges.txt", "spiece.model", "*processor_config.json"),
     "manifest": ("manifest.json",),
+    "digests": ("digests*.json",),
 }  # fmt: skip
 """Parts of a checkpoint, by the names that transformers, PEFT, accelerate and DeepSpeed give to their files."""
 SMALL_FILES = "small files"
