@@ -114,15 +114,7 @@ class RankAttempt:
         self.store.retention.milestone_every = checkpoint.milestone_every
         self._resuming = Resuming(directory, collectives, self.store, checkpoint.allow, self.say)
         limit = CheckpointLimit(self.store, storage, planned, self.record, self.say)
-        self._saver = Saver(
-            collectives,
-            self.store,
-            limit,
-            self._resuming,
-            checkpoint,
-            self.record,
-            self.say,
-        )
+        self._saver = Saver(collectives, self.store, limit, self._resuming, checkpoint, self.record, self.say)
         self.kept = Kept(self.rank, self.say)
         """What :meth:`keep` was given."""
         self._newest: Sealed | None = None
