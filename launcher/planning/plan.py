@@ -14,6 +14,7 @@ from outlast.errors import ConfigError, ResumeRefusedError
 from outlast.ranks.layout import layout
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.sweep import SWEEP_MANIFEST
 
 from . import storage
 from .batch_script import batch_script, target_of
@@ -134,8 +135,8 @@ def _checkpoint(config: Config) -> dict[str, Any]:
 def check_run_directory(plan: Plan) -> None:
     """See that the run directory is free, or holds this very run; writes nothing.
 
-    A run directory belongs to one value of what decides the weights. Resources, preemption, checkpoint interval and
-    budget may be changed from one submission to the next.
+    A run directory belongs to one value of what decides the weights, from its first checkpoint on. Resources,
+    preemption, checkpoint interval and budget may be changed from one submission to the next.
 
     Raises:
         ConfigError: the directory holds another run.
@@ -146,7 +147,7 @@ def check_run_directory(plan: Plan) -> None:
             raise ConfigError("run.root", config.run.root, f"valid: a directory; {path} is none")
     if run.config.exists():
         changed = config.differences(load(run.config))
-        if changed:
+        if changed and not may_be_redefined(run):
             changes = "; ".join(
                 f"{key} is {mine!r}, the run was made with {its!r}" for key, (mine, its) in changed.items()
             )
@@ -155,6 +156,16 @@ def check_run_directory(plan: Plan) -> None:
             )
     elif run.path.is_dir() and {p.name for p in run.path.iterdir() if p.name[0] != "."} - _BEFORE_A_RUN:
         raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
+
+
+def may_be_redefined(run: RunDirectory) -> bool:
+    """Whether nothing of a run has been saved, so that nothing depends on what decides its weights.
+
+    A sweep's cells are named by their values and listed with them.
+    """
+    saved = any(event["event"] in ("checkpoint", "finished") for event in Ledger(run.ledger).read())
+    cell = (run.path.parent / SWEEP_MANIFEST).exists()
+    return not (saved or cell or any(run.checkpoints.glob("checkpoint-*")))
 
 
 _BEFORE_A_RUN = {"checkpoints", "logs", "plan.json", "cancelled.json"}

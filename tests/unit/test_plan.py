@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from outlast.config.configuration import load
 from outlast.errors import ConfigError
 from outlast.launcher.commands import train
 from outlast.launcher.execution.freeze import freeze
@@ -79,3 +80,18 @@ def test_a_mistake_of_a_job_of_ours_is_no_property_of_the_model(
     monkeypatch.setitem(sys.modules, "outlast.jobs.estimate", None)
     with pytest.raises(ModuleNotFoundError, match=r"outlast\.jobs\.estimate"):
         planned(tmp_path, "job=sft")
+
+
+def test_a_run_may_be_redefined_until_it_has_a_checkpoint(tmp_path: Path) -> None:
+    run = freeze(planned(tmp_path, "trainer.hidden_size=16"))
+    (run.prepared / "model").mkdir(parents=True)
+    Ledger(run.ledger).append("attempt_started", 1, **STARTED)
+    Ledger(run.ledger).append("attempt_ended", 1, cause="failed", step=0)
+    freeze(planned(tmp_path, "trainer.hidden_size=16", "storage.budget_gb=3"))
+    assert (run.prepared / "model").is_dir()
+    freeze(planned(tmp_path, "trainer.hidden_size=8"))
+    assert load(run.config).trainer["hidden_size"] == 8
+    assert not run.prepared.exists()
+    Ledger(run.ledger).append("checkpoint", 1, step=5, kind="periodic", bytes=1, stall_s=0.1, sealed_s=0.1)
+    with pytest.raises(ConfigError, match=r"another one: trainer\.hidden_size is 16, the run was made with 8"):
+        freeze(planned(tmp_path, "trainer.hidden_size=16"))

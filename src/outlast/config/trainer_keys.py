@@ -36,7 +36,7 @@ LENGTH = ("max_steps", "num_train_epochs")
 """How long the run is. It decides the weights through the schedule alone, unless that is one of ANY_LENGTH."""
 
 ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt")
-"""Schedules whose rate at a step does not depend on the number of steps, if the warm-up is a number of steps too."""
+"""Schedules whose rate at a step does not depend on the number of steps. The warm-up must be a number of steps too."""
 
 FREE = LOGGING | EVALUATION | RESOURCES
 

@@ -1,4 +1,4 @@
-"""Tells an error that the program will raise again in the next attempt from one that may have passed by then."""
+"""Tells an error that the next attempt will raise again from one that may have passed by then."""
 
 import re
 from collections.abc import Iterator
