@@ -1,4 +1,4 @@
-"""Reads a DataLoader for a loop of the user's own: epoch after epoch, from the batch at which the run stands.
+"""Reads a DataLoader for a user's own loop: epoch after epoch, from the batch at which the run stands.
 
 What a DataLoader draws at random (the order of an epoch, masks, augmentations) follows from its seeds, the epoch and
 the batch's number, in this process and in workers alike; the random numbers of training are another stream. So batches

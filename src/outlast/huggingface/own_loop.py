@@ -66,7 +66,7 @@ class OwnLoop:
         torch.save(state, directory / f"loop_state_{self._run.rank}.pt")
 
     def step_done(self) -> None:
-        """Say once, at the end of a step, if its batches come from a DataLoader that the run does not know."""
+        """Say once if a step's batches come from a DataLoader that the run does not know."""
         if self._watch is not None and self._watch.step_done():
             self._watch.close()
             self._watch = None
