@@ -17,13 +17,25 @@ from outlast.attempt.values import PLAIN, is_generator
 
 _CLOSED = (
     *("tokenizers", "pyarrow", "pandas", "PIL", "logging", "threading", "multiprocessing", "concurrent", "asyncio"),
-    *("pathlib", "typing", "outlast", "accelerate", "safetensors", "deepspeed", "tqdm", "wandb", "tensorboard"),
+    *("pathlib", "typing", "outlast", "safetensors", "deepspeed", "tqdm", "wandb", "tensorboard"),
     *("mlflow", "weakref", "queue", "_thread"),
 )
 """Packages whose instances aren't looked into."""
 CLOSED = frozenset(_CLOSED)
 LIBRARIES = CLOSED | {
-    *("torch", "transformers", "trl", "peft", "datasets", "numpy", "torchvision", "sklearn", "scipy", "evaluate"),
+    *(
+        "accelerate",
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+        "numpy",
+        "torchvision",
+        "sklearn",
+        "scipy",
+        "evaluate",
+    ),
     *("abc", "collections", "functools", "contextlib", "builtins", "dataclasses", "warnings", "io", "os", "sys", "re"),
     *("json", "random", "enum"),
 }
@@ -110,7 +122,10 @@ def _places(path: str, value: Any) -> Iterator[Holder]:
 
 
 def _is_closed(value: Any) -> bool:
-    """Whether it is a library's object of settings or of text processing."""
+    """Whether it is a library's object of settings or of text processing, or seeds itself for each epoch."""
+    if type(value).__module__.startswith("accelerate."):
+        samplers = type(value).__module__ == "accelerate.data_loader"
+        return not samplers or type(value).__name__ == "SeedableRandomSampler"
     import transformers
 
     kinds = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin, transformers.TrainingArguments)
