@@ -9,6 +9,7 @@ from outlast.config.preemption import PreemptionSection
 from outlast.preemption.previous_attempt import end_previous_attempt
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.progress import ProgressWriter
 from outlast.slurm.environment import SlurmJob
 
 from .conftest import Slurm
@@ -60,6 +61,9 @@ def test_restarts_by_slurm_count_like_any_other(run: RunDirectory, slurm: Slurm)
     reasons = []
     for attempt in range(2, 6):
         start(run, attempt - 1, "7", attempt - 2)
+        progress = ProgressWriter(run)
+        progress.now.attempt = attempt - 1
+        progress.update(step=3, force=True)  # it had time for steps, and saved none
         reasons.append(end_previous_attempt(run, attempt, SlurmJob("7", attempt - 1, "n0"), LIMITS, print))
     assert reasons[:3] == [None] * 3
     assert "no progress" in str(reasons[3])
