@@ -22,10 +22,12 @@ OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SMOKE = ["job=smoke", "parallel.cpus_per_rank=1", "checkpoint.every=20"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have one worker run all of Slurm's tests, which share a devcluster, from the start; else one worker a file."""
     for item in items:
-        name = "slurm" if item.path.parent.name == "slurm" else item.path.stem
+        room = item.path.parent.name
+        name = room if room == "slurm" else f"{room}/{item.path.stem}"
         item.add_marker(pytest.mark.xdist_group(name))
     items.sort(key=lambda item: item.path.parent.name != "slurm")
 
