@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PATHS := src launcher jobs tests conf slurm
 
-AT_A_TIME := --dist=loadgroup --no-loadscope-reorder --numprocesses
+AT_A_TIME := --dist=loadfile --no-loadscope-reorder --numprocesses
 
 .PHONY: demo test unit check setup slurm clean
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from .forked import Forked
 
@@ -22,13 +23,19 @@ OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SMOKE = ["job=smoke", "parallel.cpus_per_rank=1", "checkpoint.every=20"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class SlurmOnOneWorker(LoadFileScheduling):  # type: ignore[misc]
+    """Gives a worker one file after the other; all of Slurm's tests, which share a devcluster, to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if nodeid.startswith("tests/slurm/") else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SlurmOnOneWorker:
+    return SlurmOnOneWorker(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have one worker run all of Slurm's tests, which share a devcluster, from the start; else one worker a file."""
-    for item in items:
-        room = item.path.parent.name
-        name = room if room == "slurm" else f"{room}/{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(name))
+    """Have Slurm's tests begin at once: they take the longest."""
     items.sort(key=lambda item: item.path.parent.name != "slurm")
 
 
