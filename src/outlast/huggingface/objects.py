@@ -103,7 +103,9 @@ class Objects:
         import numpy as np
         import torch
 
-        if id(value) in self._skipped or id(value) in self._data:
+        # a method that the run has replaced leads to this very object
+        ours = type(value).__module__.partition(".")[0] == "outlast"
+        if ours or id(value) in self._skipped or id(value) in self._data:
             return _NONE
         if isinstance(value, ITERATORS):
             self.unsaved[path] = f"the position of an iterator ({type(value).__name__}) can't be saved"
