@@ -221,7 +221,8 @@ def _of_function(path: str, function: types.FunctionType) -> Iterator[Holder]:
         cells[name].cell_contents = item
 
     yield Holder(path, closed_over, fill)
-    names = set(_names(function.__code__))
+    # in an order that is the same in each process: a thing with two names goes by the first
+    names = list(dict.fromkeys(_names(function.__code__)))
     space = function.__globals__
 
     # the path says whose globals they are, so that a counter has one name, whoever uses it
