@@ -1,7 +1,8 @@
-"""Training that depends on objects which only `run.keep` saves. Arguments: run directory, `loop` or `trainer`.
+"""Training that depends on objects which only `run.keep` saves. Arguments: run directory, kind.
 
-`loop` is a hand-written loop, `trainer` a Hugging Face Trainer. In attempt 1 it signals itself in step 3. The values of
-the objects at the end go into `kept.json` beside the directory.
+`loop` is a hand-written loop, the others a Hugging Face Trainer. In attempt 1, if the directory's name says so, it
+signals itself at the end of step 3 (`trainer`), in the evaluation after it, or in the middle of step 4 with no time to
+finish that. The values of the objects at the end go into a JSON file beside the directory.
 """
 
 import json
@@ -68,16 +69,29 @@ def draw(module: torch.nn.Module, args: Any, kwargs: dict[str, torch.Tensor]) ->
 
 model.register_forward_pre_hook(draw, with_kwargs=True)
 
-if sys.argv[2] == "trainer":
+kind = sys.argv[2]
+if kind != "loop":
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Strike(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if kind == "trainer":
+                strike(state.global_step)
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            strike(state.global_step)
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             strike(state.global_step)
 
     options: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    options |= {"eval_strategy": "steps", "eval_steps": 3} if kind == "evaluation" else {}
+    options |= {"gradient_accumulation_steps": 2} if kind == "mid-step" else {}
     arguments = TrainingArguments(max_steps=STEPS, per_device_train_batch_size=4, learning_rate=0.1, **options)
-    run.train(Trainer(model, arguments, train_dataset=[{"x": row} for row in data], callbacks=[Strike()]))
+    rows = [{"x": row} for row in data]
+    if kind == "mid-step":
+        run.steps.time_for = lambda work, count: False
+    run.train(Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:12], callbacks=[Strike()]))
 else:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     checkpoint = run.resume_point()

@@ -59,6 +59,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         self._mark = (0, 0, 0, 0)  # at the last step's end: epoch, batches taken and fetched, steps
         self._objects = Objects(self._roots, self._without)
         self._after_step: State | None = None
+        self._kept_after_step: dict[str, Any] = {}
         self._get_loader, trainer.get_train_dataloader = trainer.get_train_dataloader, self._train_dataloader
         self._init_state, trainer._init_training_state = trainer._init_training_state, self._init_training_state
         self._get_batches, trainer.get_batch_samples = trainer.get_batch_samples, self._batch_samples
@@ -94,6 +95,10 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
             batches = steps * self._trainer.args.gradient_accumulation_steps
             at = Position(epoch=at.epoch, batches=batches, fetched=batches, start=at.start)
         self._at, self._steps = at, steps
+
+    def go_back(self) -> None:
+        """Leave the step that is not done: what the user keeps is set to what it was before it."""
+        self._run.kept.go_back(self._kept_after_step)
 
     def begin(self) -> None:
         """All is loaded, and an evaluation that was due is made: training goes on with the state of now."""
@@ -245,6 +250,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         if self._trainer.args.gradient_accumulation_steps > 1 and not self._open:
             live = self._source.live if self._source is not None else None
             self._after_step = live if live is not None else self._objects.capture()
+            self._kept_after_step = self._run.kept.snapshot(without=(KEPT,))
 
     def _set_mark(self) -> None:
         fetched = self._source.fetched if self._source is not None else 0

@@ -91,7 +91,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.loaded_best: int | None = None
         self._looked_for_frozen = False
         self._own = OwnState(trainer)
-        self._accumulation = Accumulation(run, trainer, self._own, lambda: self.save(trainer.model_wrapped, None))
+        self._accumulation = Accumulation(run, trainer, self._own, self._save_step_before)
         self._evaluation = Evaluation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
         self._decisions = Decisions(run, trainer, self._evaluation, self.determine_best)
 
@@ -240,6 +240,11 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.loaded_best = self.trainer.state.best_global_step
 
     # Inside -----------------------------------------------------------------------------------------------------
+
+    def _save_step_before(self) -> None:
+        """Save the last step's end, in the middle of the next."""
+        self.pipeline.go_back()
+        self.save(self.trainer.model_wrapped, None)
 
     def _point_at_best(self, state: "TrainerState") -> None:
         """Set the path of the best checkpoint: the one in a saved state may be from before the run was moved."""
