@@ -24,7 +24,6 @@ import socket
 import subprocess
 import sys
 import threading
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -124,8 +123,11 @@ def _become(
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as leaving:  # the script's own hook
+            code = leaving.code
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

@@ -106,6 +106,7 @@ def summarize(run: RunDirectory) -> Summary:
         "data_notes": next((e["notes"] for e in reversed(events) if e["event"] == "data"), []),
         "not_saved": {path: why for e in events if e["event"] == "not_saved" for path, why in e["objects"].items()},
         "batches_differ": [e["step"] for e in events if e["event"] == "batch_differs"],
+        "batches_unknown": any(event["event"] == "batches_unknown" for event in events),
         "bytes_used": bytes_used(run.path),
         "bytes_peak": _peak(run, saved),
         "budget_bytes": budget_of(settings),
@@ -158,6 +159,10 @@ def render(summary: Summary, console: Console) -> None:
         facts["not saved"] = "; ".join(f"{path}: {why}" for path, why in summary["not_saved"].items())
     if summary["batches_differ"]:
         facts["data differs"] = f"after a resume at step {', '.join(map(str, summary['batches_differ']))}"
+    if summary["batches_unknown"]:
+        facts["data unknown"] = (
+            "the loop reads a DataLoader by itself, without run.epochs: a resume begins its epoch anew"
+        )
     if summary["interval"]:
         facts["interval"] = summary["interval"]["explanation"]
     if best := summary["best"]:

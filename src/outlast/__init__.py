@@ -1,20 +1,33 @@
 """outlast: fine-tuning jobs that outlast preemption on Slurm.
 
-A user's own script needs three names: :func:`outlast.start`, :class:`outlast.Run` and the errors.
+A user's own script needs three names: :func:`outlast.start`, :class:`outlast.Run` and the errors, whose base is
+:class:`outlast.OutlastError`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, OutlastError, RunBusyError, SlurmError
-
 if TYPE_CHECKING:
+    from .attempt.attempt import AlreadyFinished
+    from .errors import CheckpointError, ConfigError, OutlastError, ResumeRefusedError, RunBusyError, SlurmError
     from .run import Run
     from .script import start
 
-__all__ = ["ConfigError", "OutlastError", "Run", "RunBusyError", "SlurmError", "start"]
+__all__ = [
+    "AlreadyFinished",
+    "CheckpointError",
+    "ConfigError",
+    "OutlastError",
+    "ResumeRefusedError",
+    "Run",
+    "RunBusyError",
+    "SlurmError",
+    "start",
+]
 
-_WHEN_ASKED_FOR = {"Run": ".run", "start": ".script"}
+_ERRORS = ("CheckpointError", "ConfigError", "OutlastError", "ResumeRefusedError", "RunBusyError", "SlurmError")
+_WHEN_ASKED_FOR = {"AlreadyFinished": ".attempt.attempt", "Run": ".run", "start": ".script"}
+_WHEN_ASKED_FOR |= dict.fromkeys(_ERRORS, ".errors")
 """Names whose modules are imported at their first use: the `outlast` command needs none of them to start."""
 
 

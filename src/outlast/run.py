@@ -27,6 +27,11 @@ class Run(RankAttempt):
 
         Returns:
             The Trainer's `TrainOutput`.
+
+        Raises:
+            ConfigError: a setting of the Trainer is refused: with it a resume would not be exact.
+            ResumeRefusedError: the checkpoint is another run's, or what was loaded is not what was saved.
+            CheckpointError: the finished model could not be written, or a kept object can't take its state.
         """
         from .huggingface.trainer import train
 
@@ -45,6 +50,9 @@ class Run(RankAttempt):
         """For a hand-written loop: everything is loaded, `step` optimizer steps are done. All ranks call it together.
 
         On a resume it sets the random state in which that step ended, of Python, NumPy and torch, GPUs included.
+
+        Raises:
+            CheckpointError: an object that :meth:`keep` was given can't take its state.
         """
         if not self._by_trainer:
             from .huggingface.own_loop import OwnLoop
@@ -77,6 +85,10 @@ class Run(RankAttempt):
         """For a hand-written loop that counts steps: batches without end, epoch after epoch, from where the run stands.
 
         See :meth:`epochs`.
+
+        Raises:
+            ConfigError: the loader's batches can't be found again after a resume.
+            ResumeRefusedError: this number of ranks can't go on with it.
         """
         return (batch for _, epoch in self.epochs(loader) for batch in epoch)
 

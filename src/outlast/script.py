@@ -1,12 +1,16 @@
 """The library in a user's own script: `run = outlast.start("runs/mine")`."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from .config.checkpoint import CheckpointSection
 from .config.preemption import PreemptionSection
 from .config.section import section
 from .config.storage import StorageSection
+from .errors import OutlastError
 from .preemption.signals import PreemptionGuard
 from .processes import ignore_output_errors
 from .run import Run
@@ -27,6 +31,8 @@ def start(
 ) -> Run:
     """Begin, or go on with, a run. Call it first: signals are caught from here on.
 
+    An error of outlast that the script does not catch ends it with the message alone and the error's exit code.
+
     Args:
         directory: the run directory; made if need be. On a cluster, on a file system that all nodes share.
         every: when to save: optimizer steps, a time (`"30min"`), or `"auto"`; None: a Trainer's own `save_steps`, and
@@ -45,6 +51,7 @@ def start(
         AlreadyFinished: (a `SystemExit` with code 0) the run has finished before.
         RunBusyError: another attempt is alive on the directory.
     """
+    _show_errors_as_messages()
     guard = PreemptionGuard(interrupt=True)
     guard.install()
     ignore_output_errors()
@@ -59,3 +66,24 @@ def start(
         loop_saves=every is None,
         requeue=requeue,
     )
+
+
+def _show_errors_as_messages() -> None:
+    """Have an error of outlast that nobody catches end the process as a command ends: no traceback, its exit code."""
+    if isinstance(sys.excepthook, _Hook):  # a second run in this process
+        return
+    sys.excepthook = _Hook(sys.excepthook)
+
+
+class _Hook:
+    """A `sys.excepthook`, before the one that was there."""
+
+    def __init__(self, previous: Any) -> None:
+        self._previous = previous
+
+    def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not isinstance(error, OutlastError) or hasattr(sys, "ps1"):  # an interactive session goes on
+            self._previous(kind, error, traceback)
+            return
+        print(f"outlast: {error}", file=sys.stderr, flush=True)
+        sys.exit(int(error.exit_code))

@@ -39,6 +39,7 @@ class Collator:
     def __init__(self) -> None:
         self.batches, self.scale, self.own = 0, 1.0, torch.Generator().manual_seed(3)
         self.turns = itertools.cycle([0.1, 0.2]) if "iterator" in words else None
+        self.late: Any = None
 
     def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
         self.batches += 1
@@ -48,13 +49,26 @@ class Collator:
         if "closure" in words:
             x = x + dice.random()
         if self.turns is not None:
-            x = x + next(self.turns)
+            self.late = self.late or (0.1 * number for number in itertools.count())
+            x = x + next(self.turns) + next(self.late)
         noise = torch.rand(x.shape) + random.random()
         return {"x": self.scale * (x + noise), "labels": torch.stack([row["labels"] for row in rows])}
 
 
+class Scale:
+    """Another number each time."""
+
+    def __init__(self) -> None:
+        self.calls, self.dice = 0, torch.Generator().manual_seed(4)
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return 1 + 0.1 * self.calls + torch.rand(1, generator=self.dice).item()
+
+
 class Curriculum(TrainerCallback):
     steps, epochs = 0, 0
+    trainer: Trainer
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         self.epochs += 1
@@ -82,6 +96,18 @@ class SizedStream(Stream):
 
 
 class Mine(Trainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale, self.scales = Scale(), [Scale(), Scale()]
+        self.turns, self.pool = (itertools.cycle([1, 2]), None) if "iterator" in words else (None, None)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        if "iterator" in words:
+            self.pool = self.pool or Scale()
+            return loss * next(self.turns) * self.pool()
+        return loss * self.scale() * self.scales[1]() if "parts" in words else loss
+
     def get_train_dataloader(self) -> Any:
         if "loader" in words:
             return DataLoader(data, batch_size=4, shuffle=True, collate_fn=self.data_collator)
@@ -110,7 +136,9 @@ arguments = TrainingArguments(
     disable_tqdm=True,
 )
 rows = SizedStream() if "sized" in words else Stream() if "stream" in words else data
-trainer = Mine(model=Net(), args=arguments, train_dataset=rows, data_collator=collator, callbacks=[Curriculum()])
+curriculum = Curriculum()
+trainer = Mine(model=Net(), args=arguments, train_dataset=rows, data_collator=collator, callbacks=[curriculum])
+curriculum.trainer = trainer
 if "iterator" not in words:
     run.keep("dice of the test", random.Random(1))
 run.train(trainer)

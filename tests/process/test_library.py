@@ -96,6 +96,42 @@ def test_two_at_once(tmp_path: Path) -> None:
         first.kill()
 
 
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("run = outlast.start('r', budget_gb=-1)", 2, "outlast: storage.budget_gb: -1 is refused; valid: a positive"),
+        ("outlast.start('r').keep('mine', object())", 2, "outlast: keep: 'mine (object)' is refused; valid: an object"),
+        ("outlast.start('r'); raise outlast.CheckpointError('no room')", 1, "outlast: no room"),
+        ("outlast.start('r'); raise KeyError('of the script')", 1, "their hook: KeyError"),
+    ],
+)
+def test_an_error_that_nobody_catches_is_a_message(tmp_path: Path, line: str, code: int, said: str) -> None:
+    """With the error's own exit code. The hook that was there gets every other error."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, sys\nimport outlast\natexit.register(print, 'clean up')\n"
+        f"sys.excepthook = lambda kind, *_: print('their hook:', kind.__name__, file=sys.stderr)\n{line}\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
+    assert done.stdout.endswith("clean up\n")
+
+
+def test_an_error_can_be_caught(tmp_path: Path) -> None:
+    """As a notebook or a test runner does: it is an exception as any other, under a name of `outlast`."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import outlast\n"
+        "try: outlast.start('r', budget_gb=-1)\n"
+        "except outlast.ConfigError as error: print(error.key, isinstance(error, outlast.OutlastError))\n"
+        "print(issubclass(outlast.ResumeRefusedError, outlast.CheckpointError), outlast.AlreadyFinished(3).code)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "storage.budget_gb True\nTrue 0\n"), done.stderr
+
+
 def test_ctrl_c_saves_and_leaves(tmp_path: Path) -> None:
     run = RunProbe(tmp_path / "r")
     script = Forked([sys.executable, SCRIPT, run.path, "100000"])

@@ -74,8 +74,9 @@ def test_interrupted_it_equals_the_loop_left_alone(tmp_path: Path, ranks: int, o
 
 def test_what_cannot_be_found_again_is_refused_by_name(tmp_path: Path) -> None:
     code, output = train(tmp_path / "r", 1, {"workers": 1, "persistent": True})
-    assert code == 1
+    assert code == 2
     assert "valid: persistent_workers=False" in output
+    assert "Traceback" not in output
 
 
 def test_a_loop_that_reads_its_data_by_itself_is_told_so(tmp_path: Path) -> None:

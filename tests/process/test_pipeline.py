@@ -13,7 +13,14 @@ from ..conftest import RunProbe
 
 SCRIPT = Path(__file__).with_name("pipeline_script.py")
 KINDS = (
-    *("own,model,closure", "own,workers,accumulate", "weighted,workers", "loader", "sized,own", "stream,own,workers"),
+    *(
+        "own,model,closure,parts",
+        "own,workers,accumulate",
+        "weighted,workers",
+        "loader",
+        "sized,own",
+        "stream,own,workers",
+    ),
     "stream,accumulate,own",
 )
 
@@ -46,10 +53,17 @@ def test_an_interrupted_run_is_the_undisturbed_one(tmp_path: Path, kind: str) ->
 
 
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
-    """An iterator's position: named when training begins, and the batch that came back as another one as well."""
+    """Once each, when training begins or after the step that made it; and the batch that came back as another one."""
     run, codes, output = train(tmp_path / "run", "iterator", "3")
     assert codes == [75, 0], output
-    named = run.events("not_saved")[0]["objects"]
-    assert list(named) == ["data_collator.turns"]
-    assert "WARNING: data_collator.turns: the position of an iterator (cycle) can't be saved" in output
+    named = [(event["attempt"], event["objects"]) for event in run.events("not_saved")]
+    turns = "the position of an iterator (cycle) can't be saved"
+    at_start = {"data_collator.turns": turns, "trainer.turns": turns}
+    after_a_step = {
+        "data_collator.late": "the position of an iterator (generator) can't be saved",
+        "trainer.pool": "it holds Scale, which can't be saved",
+    }
+    assert named == [(1, at_start), (1, after_a_step), (2, at_start), (2, after_a_step)]
+    for path, why in (at_start | after_a_step).items():
+        assert output.count(f"WARNING: {path}: {why}. After a resume the weights may differ") == 2
     assert [event["step"] for event in run.events("batch_differs")] == [3]

@@ -57,6 +57,42 @@ PREEMPTED = [
 ]
 
 
+def test_what_a_resume_does_not_restore_is_shown(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    """In both forms; and of a run of which all is restored, neither says anything."""
+
+    def printed(*, as_json: bool = False) -> str:
+        report.main(run.path.name, run.path.parent, as_json=as_json)
+        return capsys.readouterr().out
+
+    write(run, *PREEMPTED)
+    exact = json.loads(printed(as_json=True))
+    assert (exact["not_saved"], exact["batches_differ"], exact["batches_unknown"]) == ({}, [], False)
+    said = printed()
+    assert not any(label in said for label in ("not saved", "data differs", "data unknown"))
+    why = "the position of an iterator (cycle) can't be saved"
+    write(
+        run,
+        (91.0, 2, "not_saved", {"objects": {"data_collator.turns": why}}),
+        (92.0, 2, "not_saved", {"objects": {"trainer.pool": "it holds Pool, which can't be saved"}}),
+        (101.0, 2, "batch_differs", {"step": 80}),
+        (102.0, 2, "batch_differs", {"step": 81}),
+        (103.0, 2, "batches_unknown", {}),
+    )
+    inexact = json.loads(printed(as_json=True))
+    assert inexact["not_saved"] == {
+        "data_collator.turns": why,
+        "trainer.pool": "it holds Pool, which can't be saved",
+    }
+    assert (inexact["batches_differ"], inexact["batches_unknown"]) == ([80, 81], True)
+    lines = [line.rstrip() for line in printed().splitlines()]
+    assert f"not saved     data_collator.turns: {why}; trainer.pool: it holds Pool, which can't be saved" in lines
+    assert "data differs  after a resume at step 80, 81" in lines
+    assert (
+        "data unknown  the loop reads a DataLoader by itself, without run.epochs: a resume begins its epoch anew"
+        in lines
+    )
+
+
 def test_a_preempted_run_loses_no_step(run: RunDirectory) -> None:
     write(run, *PREEMPTED)
     run.config.write_text("storage: {budget_gb: 2.5}\ntrainer: {max_steps: 100}\n")

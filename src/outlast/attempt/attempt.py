@@ -360,7 +360,7 @@ class RankAttempt:
             weights_step: the step that its weights are from, if that is the best by the metric; None: the last.
 
         Raises:
-            CheckpointError: the model could not be written; the run is not finished.
+            OutlastError: the model (`CheckpointError`) or the ledger can't be written; the run is not finished.
         """
         of = step if weights_step is None else weights_step
         if save is not None and self._saver.save(of, save, kind=Kind.FINAL, best_step=weights_step) is None:

@@ -1,6 +1,6 @@
 """Keeps state for the user: `run.keep(name, obj)` puts it into each checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,15 @@ class Kept:
         if self._begun and self._read is not None and name in self._read:
             self._set(name, obj)
 
+    def snapshot(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """The states of now, to which :meth:`go_back` goes back."""
+        return {name: _state(obj) for name, obj in self._objects.items() if name not in without}
+
+    def go_back(self, snapshot: dict[str, Any]) -> None:
+        """Set the states that were kept in a snapshot; an object added since keeps its own."""
+        for name, state in snapshot.items():
+            _set_state(self._objects[name], state)
+
     def write(self, directory: Path) -> None:
         """Write this rank's file, if anything is kept."""
         if self._objects:
@@ -88,10 +97,7 @@ class Kept:
     def _set(self, name: str, obj: Any) -> None:
         assert self._read is not None
         try:
-            if is_generator(obj):
-                decode(self._read[name], into=obj)
-            else:
-                obj.load_state_dict(decode(self._read[name]))
+            _set_state(obj, self._read[name])
         except Exception as error:
             raise CheckpointError(f"{name!r} can't take its state from {self._checkpoint}: {error!r}") from error
 
@@ -101,3 +107,10 @@ class Kept:
 
 def _state(obj: Any) -> Any:
     return encode(obj if is_generator(obj) else obj.state_dict())
+
+
+def _set_state(obj: Any, state: Any) -> None:
+    if is_generator(obj):
+        decode(state, into=obj)
+    else:
+        obj.load_state_dict(decode(state))

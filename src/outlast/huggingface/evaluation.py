@@ -102,10 +102,11 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]
         trainer, numbers = self._trainer, random_state.capture()
         history, control = len(trainer.state.log_history), dict(vars(trainer.control))
         states = [OwnState(one) for one in (trainer, *trainer.callback_handler.callbacks) if one is not self]
-        values = [state.values() for state in states]
+        values, kept = [state.values() for state in states], self._run.kept.snapshot()
 
         def undo() -> None:
             random_state.restore(numbers)
+            self._run.kept.go_back(kept)
             del trainer.state.log_history[history:]
             vars(trainer.control).update(control)
             for state, value in zip(states, values, strict=True):

@@ -18,7 +18,7 @@ from outlast.errors import ConfigError, ResumeRefusedError
 from outlast.processes import shield_worker
 
 from . import random_state
-from .generators import derived, find, reseed, seed_process
+from .generators import derived, find, reseed, seed_process, too_large
 
 GIVE = "run.epochs and run.batches"
 
@@ -41,9 +41,9 @@ class Batches:
         self.loader, self._inner, self._ranks = loader, getattr(loader, "base_dataloader", loader), ranks
         _check(loader, self._inner)
         self._samplers = list(_samplers(loader))
-        self._generators = find(
-            [self._samplers, self._inner.generator, getattr(loader, "synchronized_generator", None)]
-        )
+        self._generators = find(self._samplers, self._inner.generator, getattr(loader, "synchronized_generator", None))
+        self.too_large = too_large(self._inner.dataset, self._inner.collate_fn)
+        """What can't be looked through for random generators."""
         own = [each.initial_seed() for each in self._generators if isinstance(each, torch.Generator)]
         self._seeds = saved["seeds"] if saved else [torch.initial_seed(), *own]
         self._first = [getattr(sampler, "initial_seed", None) for sampler in self._samplers]
@@ -107,7 +107,7 @@ class Batches:
             first = next(own, index) if isinstance(generator, torch.Generator) else index
             reseed(generator, derived(self._seeds[0], first, self.epoch))
         if self._numbered is None:  # no batch is seeded by itself
-            for index, generator in enumerate(find([self._inner.dataset, self._inner.collate_fn])):
+            for index, generator in enumerate(find(self._inner.dataset, self._inner.collate_fn)):
                 reseed(generator, derived(seed, index))
         for thing in (self.loader, *self._samplers, self._inner.dataset):
             if hasattr(thing, "set_epoch"):
@@ -226,7 +226,7 @@ class _Seeded:
             return batch
         seed_process(batch.seed)
         if self._generators is None:
-            self._generators = find([self.dataset, self._collate])
+            self._generators = find(self.dataset, self._collate)
         for index, generator in enumerate(self._generators):
             reseed(generator, derived(batch.seed, index))
         return batch.rows

@@ -22,6 +22,7 @@ from .resharding import with_batches
 if TYPE_CHECKING:
     from outlast.attempt.attempt import RankAttempt
 
+TOO_LARGE = "too many objects can be reached from it to look for random generators in all"
 _Iterator: Any = dataloader._BaseDataLoaderIter
 """What all iterators over DataLoaders are made of."""
 
@@ -54,6 +55,9 @@ class OwnLoop:
         if self._run.moved and type(loader).__name__ == "DataLoaderShard":
             loader = with_batches(loader, self._run.layout, self._run.rank)
         self._loaders.append(batches := Batches(loader, number, saved, ranks))
+        if large := {type(thing).__name__: TOO_LARGE for thing in batches.too_large}:
+            self._run.record("not_saved", objects=large)
+            self._run.say(f"WARNING: {', '.join(large)}: {TOO_LARGE}. After a resume its random numbers may differ")
         return batches.epochs(count)
 
     def write(self, directory: Path) -> None:

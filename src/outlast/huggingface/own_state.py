@@ -8,6 +8,7 @@ it) are compared by a sum over their bits, and saved as soon as they have change
 
 import dis
 import inspect
+import types
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -19,14 +20,19 @@ import torch
 from outlast.attempt.values import NotPlainError, decode, encode, same
 from outlast.errors import ConfigError
 
-PROCESS = {"_last_loaded_step"}
-"""Attributes that say what this process has done, not the run: which weights it has handed to a generating server."""
+from .reachable import PROCESS
+
+CODE = (torch.nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+"""Types of values that are no state, or are looked at as models."""
 FILE = "kept_state_trainer_{rank}.pt"
 """Name of a rank's file in a checkpoint."""
 
 
 class OwnState:
-    """The attributes of `owner` that hold plain values: numbers, text, tensors, and containers of them."""
+    """The attributes of `owner` that hold plain values: numbers, text, tensors, and containers of them.
+
+    Objects of the user's in other attributes are looked into by `objects.py`.
+    """
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
@@ -49,7 +55,7 @@ class OwnState:
                 raise ConfigError("sync_ref_model", True, valid)
         self._began = self.values()
         self._models = {name: _bits(model) for name, model in self._other_models()}
-        self._unknown = {name for name, _ in self._candidates()} - set(self._began)
+        self._unknown = set(vars(self._owner)) - set(self._began)
 
     def write(self, directory: Path, rank: int) -> None:
         """Write what has changed into `directory`; models are the same on all ranks, and rank 0 writes them."""
@@ -98,8 +104,8 @@ class OwnState:
     def lost(self) -> dict[str, str]:
         """What has changed and can't be saved: the attribute's name, and what is in it."""
         found = {}
-        for name, value in self._candidates():
-            if name not in self._unknown:
+        for name, value in list(vars(self._owner).items()):
+            if name not in self._unknown | self._skipped | PROCESS and not isinstance(value, CODE):
                 try:
                     encode(value)
                 except NotPlainError as error:

@@ -2,7 +2,7 @@
 
 Those are the data pipeline (collator, dataset, sampler), callbacks, what a model holds beside its weights, and what a
 user's Trainer class adds. Their state is one of the run's kept objects. What is known not to be saved is said when
-training begins, by name, and recorded.
+training begins, and after the first step, by name, and recorded.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from outlast.errors import ConfigError
 
 from .objects import Objects, State
-from .reachable import functions_of
+from .own_state import OwnState
+from .reachable import functions_of, is_users
 from .source import Position, Source
 
 if TYPE_CHECKING:
@@ -26,17 +27,30 @@ if TYPE_CHECKING:
 
 KEPT = "trainer"
 """The name under which a run keeps this state."""
+NOT_WALKED = (
+    *("model_wrapped", "optimizer", "lr_scheduler", "args", "accelerator", "state", "control"),
+    *("callback_handler", "processing_class", "eval_dataset", "train_dataset"),
+)
+"""Attributes of a Trainer that a checkpoint holds, or that belong to its own workings."""
+NOT_PARTS = (*NOT_WALKED, "model", "data_collator")
+"""Attributes of a Trainer that aren't looked into under their own names."""
 
 
 class Pipeline(TrainerCallback):  # type: ignore[misc]
     """Follows one Trainer's way through its data, by callbacks and by replacing some of its methods.
 
+    Args:
+        own: saves the Trainer's attributes that hold plain values; objects in the others are looked into here.
+
     Raises:
         ConfigError: the Trainer uses something whose state can't be saved.
     """
 
-    def __init__(self, run: "RankAttempt", trainer: "Trainer") -> None:
-        self._run, self._trainer = run, trainer
+    def __init__(self, run: "RankAttempt", trainer: "Trainer", own: OwnState) -> None:
+        self._run, self._trainer, self._own = run, trainer, own
+        self._named: dict[str, str] = {}  # what was said not to be saved
+        self._looked_after_step = False
+        self._parts = [name for name, value in vars(trainer).items() if name not in NOT_PARTS and is_users(value)]
         self._source: Source | None = None
         self._outer: Any = None
         self._at: Position | None = None
@@ -45,6 +59,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         self._mark = (0, 0, 0, 0)  # at the last step's end: epoch, batches taken and fetched, steps
         self._objects = Objects(self._roots, self._without)
         self._after_step: State | None = None
+        self._kept_after_step: dict[str, Any] = {}
         self._get_loader, trainer.get_train_dataloader = trainer.get_train_dataloader, self._train_dataloader
         self._init_state, trainer._init_training_state = trainer._init_training_state, self._init_training_state
         self._get_batches, trainer.get_batch_samples = trainer.get_batch_samples, self._batch_samples
@@ -81,17 +96,16 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
             at = Position(epoch=at.epoch, batches=batches, fetched=batches, start=at.start)
         self._at, self._steps = at, steps
 
+    def go_back(self) -> None:
+        """Leave the step that is not done: what the user keeps is set to what it was before it."""
+        self._run.kept.go_back(self._kept_after_step)
+
     def begin(self) -> None:
         """All is loaded, and an evaluation that was due is made: training goes on with the state of now."""
         if self._at is not None and self._source is not None and self._at.batches:
             self._source.resume, self._source.live = self._at, self._objects.capture()
         self._at = None
-        self._objects.unsaved.clear()  # named before by another way to them
-        self._objects.capture()
-        if found := dict(self._objects.unsaved):
-            self._run.record("not_saved", objects=found)
-            for path, why in found.items():
-                self._run.say(f"WARNING: {path}: {why}. After a resume the weights may differ; run.keep() adds state")
+        self._say_what_is_lost()
 
     # Callbacks ------------------------------------------------------------------------------------------------------
 
@@ -117,6 +131,9 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._steps, self._open = self._steps + 1, 0
         self._set_mark()
+        if not self._looked_after_step:  # some things are made by the first step
+            self._looked_after_step = True
+            self._say_what_is_lost()
 
     # Replacements of the Trainer's methods --------------------------------------------------------------------------
 
@@ -198,6 +215,18 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
 
     # Inside ---------------------------------------------------------------------------------------------------------
 
+    def _say_what_is_lost(self) -> None:
+        """Name what is known not to be saved, each once."""
+        self._objects.unsaved.clear()  # named before by another way to them
+        self._objects.capture()
+        own = {f"trainer.{name}": f"it holds {what}, which can't be saved" for name, what in self._own.lost().items()}
+        found = {path: why for path, why in (self._objects.unsaved | own).items() if path not in self._named}
+        self._named |= found
+        if found:
+            self._run.record("not_saved", objects=found)
+        for path, why in found.items():
+            self._run.say(f"WARNING: {path}: {why}. After a resume the weights may differ; run.keep() adds state")
+
     def _roots(self) -> dict[str, Any]:
         roots = dict(self._source.roots) if self._source is not None else {}
         for callback in self._trainer.callback_handler.callbacks:
@@ -205,24 +234,23 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
             if kind.__module__.partition(".")[0] not in ("transformers", "outlast"):
                 same = sum(name.partition("#")[0] == f"callbacks.{kind.__name__}" for name in roots)
                 roots[f"callbacks.{kind.__name__}" + (f"#{same + 1}" if same else "")] = callback
-        return roots | {"model": self._trainer.model, "trainer": functions_of(type(self._trainer))}
+        roots |= {"model": self._trainer.model, "trainer": functions_of(type(self._trainer))}
+        attributes = vars(self._trainer)
+        return roots | {f"trainer.{name}": attributes[name] for name in self._parts if name in attributes}
 
     def _without(self) -> list[Any]:
-        """What a checkpoint holds, or what belongs to the Trainer's own workings."""
+        """What is saved elsewhere, or belongs to the Trainer's own workings."""
         trainer = self._trainer
-        names = [
-            *("model_wrapped", "optimizer", "lr_scheduler", "args", "accelerator", "state", "control"),
-            *("callback_handler", "processing_class", "eval_dataset", "train_dataset"),
-        ]
-        found = [getattr(trainer, name, None) for name in names]
+        found = [getattr(trainer, name, None) for name in NOT_WALKED]
         modules = list(trainer.model.modules()) if trainer.model is not None else []
-        return [self._run, self._outer, *modules, *(thing for thing in found if thing is not None)]
+        return [self._run, trainer, self._outer, *modules, *(thing for thing in found if thing is not None)]
 
     def _note_for_mid_step(self) -> None:
         """Capture the state at a step's end, to which leaving in the middle of the next goes back."""
         if self._trainer.args.gradient_accumulation_steps > 1 and not self._open:
             live = self._source.live if self._source is not None else None
             self._after_step = live if live is not None else self._objects.capture()
+            self._kept_after_step = self._run.kept.snapshot(without=(KEPT,))
 
     def _set_mark(self) -> None:
         fetched = self._source.fetched if self._source is not None else 0

@@ -18,7 +18,7 @@ from outlast.attempt.values import PLAIN, is_generator
 _CLOSED = (
     *("tokenizers", "pyarrow", "pandas", "PIL", "logging", "threading", "multiprocessing", "concurrent", "asyncio"),
     *("pathlib", "typing", "outlast", "safetensors", "deepspeed", "tqdm", "wandb", "tensorboard"),
-    *("mlflow", "weakref", "queue", "_thread"),
+    *("mlflow", "weakref", "queue", "_thread", "vllm"),
 )
 """Packages whose instances aren't looked into."""
 CLOSED = frozenset(_CLOSED)
@@ -46,6 +46,8 @@ ITERATORS: tuple[type, ...] = (
     *(itertools.islice, itertools.repeat, type(iter([])), type(iter(())), type(iter({})), type(iter(range(0)))),
 )
 """Types whose position can be neither read nor set."""
+PROCESS = {"_last_loaded_step"}
+"""Attributes that say what this process has done, not the run: which weights it has handed to a generating server."""
 OBJECTS = 5_000
 """Objects looked at from one root, at most."""
 DATA = 1_000
@@ -145,12 +147,31 @@ def _of_object(path: str, value: Any) -> Iterator[Holder]:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                     attributes[name] = getattr(value, name)
-        if package == "datasets":
-            attributes = {name: item for name, item in attributes.items() if name not in DATASET_INTERNALS}
-        return attributes
+        left_out = {*PROCESS, *(DATASET_INTERNALS if package == "datasets" else ())}
+        return {name: item for name, item in attributes.items() if name not in left_out}
 
     yield Holder(path, read, lambda name, item: object.__setattr__(value, name, item), grows=True)
     yield from _of_classes(type(value))
+
+
+def is_users(value: Any, depth: int = 3) -> bool:
+    """Whether it is an object, a function or an iterator of the user's, or a container with one in it.
+
+    A model is not.
+    """
+    import torch
+
+    if isinstance(value, partial):
+        return is_users(value.func)
+    if isinstance(value, types.MethodType):
+        return is_users(value.__self__)
+    if isinstance(value, list | tuple | dict):
+        items = value.values() if isinstance(value, dict) else value
+        return depth > 0 and len(value) <= DATA and any(is_users(item, depth - 1) for item in items)
+    if isinstance(value, (type, types.ModuleType, torch.nn.Module)):
+        return False
+    kind = value if isinstance(value, types.FunctionType) else type(value)
+    return isinstance(value, ITERATORS) or (kind.__module__ or "").partition(".")[0] not in LIBRARIES
 
 
 def functions_of(kind: type) -> dict[str, types.FunctionType]:
@@ -200,7 +221,8 @@ def _of_function(path: str, function: types.FunctionType) -> Iterator[Holder]:
         cells[name].cell_contents = item
 
     yield Holder(path, closed_over, fill)
-    names = set(_names(function.__code__))
+    # in an order that is the same in each process: a thing with two names goes by the first
+    names = list(dict.fromkeys(_names(function.__code__)))
     space = function.__globals__
 
     # the path says whose globals they are, so that a counter has one name, whoever uses it

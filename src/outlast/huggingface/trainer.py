@@ -89,9 +89,9 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.conversion: Conversion | None = None
         self.save_at_epoch_end = False
         self.loaded_best: int | None = None
-        self._looked_for_frozen = self._looked_for_lost = False
+        self._looked_for_frozen = False
         self._own = OwnState(trainer)
-        self._accumulation = Accumulation(run, trainer, self._own, lambda: self.save(trainer.model_wrapped, None))
+        self._accumulation = Accumulation(run, trainer, self._own, self._save_step_before)
         self._evaluation = Evaluation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
         self._decisions = Decisions(run, trainer, self._evaluation, self.determine_best)
 
@@ -127,7 +127,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         )
         self.checkpoint = self.run.resume_point()
         adapt(trainer, self.run.layout)
-        self.pipeline = Pipeline(self.run, trainer)
+        self.pipeline = Pipeline(self.run, trainer, self._own)
         self.run.keep(KEPT, self.pipeline)
         if self.checkpoint is None:
             return None
@@ -161,7 +161,6 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         step = state.global_step
         self.run.progress.update(step=step, epoch=state.epoch) if self.run.rank == 0 else None
-        self._say_what_is_lost()
         epoch_ends = float(state.epoch).is_integer() or control.should_training_stop or control.should_epoch_stop
         action = self.run.steps.done(step)
         # An evaluation may follow at the end of the epoch: the checkpoint of this step holds its result too.
@@ -242,6 +241,11 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
 
     # Inside -----------------------------------------------------------------------------------------------------
 
+    def _save_step_before(self) -> None:
+        """Save the last step's end, in the middle of the next."""
+        self.pipeline.go_back()
+        self.save(self.trainer.model_wrapped, None)
+
     def _point_at_best(self, state: "TrainerState") -> None:
         """Set the path of the best checkpoint: the one in a saved state may be from before the run was moved."""
         if state.best_global_step:
@@ -265,17 +269,6 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             state.save_to_json(str(staged / "trainer_state.json"))
         self._own.write(staged, self.run.rank)
         self._check_whole(staged)
-
-    def _say_what_is_lost(self) -> None:
-        """Say once, after an attempt's first step, which state of the Trainer no checkpoint will hold."""
-        if self._looked_for_lost:
-            return
-        self._looked_for_lost = True
-        if lost := self._own.lost():
-            kind = type(self.trainer).__name__
-            named = ", ".join(f"{kind}.{name} ({why})" for name, why in lost.items())
-            self.run.record("not_saved", objects={f"trainer.{name}": why for name, why in lost.items()})
-            self.run.say(f"WARNING: {named}: this state can't be saved, so a resumed run will not be exactly the same")
 
     def _look_for_frozen_weights(self, sealed: Sealed) -> None:
         """Say once if each checkpoint carries weights that training never changes."""
