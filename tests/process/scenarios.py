@@ -316,6 +316,30 @@ def a_subclass_with_state() -> Trainer:
     return trainer(Curriculum, **STEPS, lr_scheduler_type="constant_with_warmup", warmup_steps=1)
 
 
+class PlainModule(torch.nn.Module):
+    """No model of transformers: tied weights, a layer that is used twice, and a weight that isn't contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+        layer, self.turned = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.rand(8, 8).t())
+        self.layers = torch.nn.ModuleList([layer, layer])
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.embedding(input_ids) @ self.turned
+        for layer in self.layers:
+            hidden = torch.dropout(torch.relu(layer(hidden)), 0.1, self.training)
+        logits = self.head(hidden)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+@scenario
+def plain_module_tied() -> Trainer:
+    return trainer(model=PlainModule(), **STEPS, load_best_model_at_end=True)
+
+
 class Lion(torch.optim.Optimizer):
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
