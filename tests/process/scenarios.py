@@ -366,6 +366,63 @@ def optimizer_and_schedule_passed_in() -> Trainer:
     return trainer(model=model, more={"optimizers": (optimizer, schedule), "compute_loss_func": loss}, **STEPS)
 
 
+class Noisy(torch.optim.SGD):
+    """Keeps what its `state_dict` leaves out: a counter, a generator, slow weights."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model.parameters(), lr=1e-2, momentum=0.9)
+        self.calls, self.noise, self.slow = 0, torch.Generator().manual_seed(5), torch.zeros(())
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        self.calls += 1
+        self.slow = 0.5 * self.slow + self.calls
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(1e-4 * self.slow * torch.randn(parameter.shape, generator=self.noise))
+
+
+class Follows(TrainerCallback):
+    """Holds the model's parameters, and changes arguments."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.parameters = list(model.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        args.max_grad_norm = 1.0 / state.global_step
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.average, strict=True):
+                average.lerp_(parameter, 0.1)
+                parameter.lerp_(average, 0.1)
+
+
+@scenario
+def optimizer_schedule_hooks_and_arguments_with_state() -> Trainer:
+    model, asked = gpt2(), [0, 0, 0]
+
+    def rate(step: int) -> float:
+        asked[0] += 1
+        return 1 / asked[0]
+
+    def turn(gradient: torch.Tensor) -> torch.Tensor:
+        asked[1] += 1
+        return gradient * (1 + asked[1] % 3)
+
+    def damp(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        asked[2] += 1
+        return output * (1 + 0.01 * asked[2])
+
+    model.transformer.wpe.weight.register_hook(turn)
+    model.lm_head.register_forward_hook(damp)
+    optimizer = Noisy(model)
+    more = {
+        "optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)),
+        "callbacks": [Follows(model)],
+    }
+    return trainer(model=model, more=more, **STEPS)
+
+
 class Stream(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Any:
         yield from rows(20)

@@ -18,6 +18,7 @@ from outlast.errors import ConfigError
 from .objects import Objects, State
 from .reachable import functions_of
 from .source import Position, Source
+from .training_objects import roots_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -205,6 +206,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
             if kind.__module__.partition(".")[0] not in ("transformers", "outlast"):
                 same = sum(name.partition("#")[0] == f"callbacks.{kind.__name__}" for name in roots)
                 roots[f"callbacks.{kind.__name__}" + (f"#{same + 1}" if same else "")] = callback
+        roots |= roots_of(self._trainer) | {"args": self._trainer.args}
         return roots | {"model": self._trainer.model, "trainer": functions_of(type(self._trainer))}
 
     def _without(self) -> list[Any]:
@@ -214,7 +216,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
             *("model_wrapped", "optimizer", "lr_scheduler", "args", "accelerator", "state", "control"),
             *("callback_handler", "processing_class", "eval_dataset", "train_dataset"),
         ]
-        found = [getattr(trainer, name, None) for name in names]
+        found = [*(getattr(trainer, name, None) for name in names), roots_of(trainer).get("optimizer")]
         modules = list(trainer.model.modules()) if trainer.model is not None else []
         return [self._run, self._outer, *modules, *(thing for thing in found if thing is not None)]
 
