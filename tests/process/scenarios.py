@@ -585,6 +585,36 @@ def refused_adalora() -> Trainer:
     return trainer(model=get_peft_model(gpt2(), config), **STEPS)
 
 
+@scenario
+def refused_two_active_adapters() -> Trainer:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["c_attn"])
+    model = get_peft_model(gpt2(), config)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    return trainer(model=model, **STEPS)
+
+
+@scenario
+def refused_adapter_of_transformers_own() -> Trainer:
+    from peft import LoraConfig
+
+    model = gpt2()
+    model.add_adapter(LoraConfig(target_modules=["c_attn"]))
+    return trainer(model=model, **STEPS)
+
+
+class SavesElsewhere(Trainer):  # type: ignore[misc]
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write nothing where it was told to."""
+
+
+@scenario
+def unsaved_model() -> Trainer:
+    return trainer(SavesElsewhere, **STEPS)
+
+
 def main(name: str, directory: str, result: str, strike: str) -> None:
     global OUTPUT
     run = outlast.start(directory)

@@ -302,6 +302,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             needed["optimizer's state"] = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
             needed["schedule"] = ("scheduler.pt", "global_step*")
+            needed["model"] = ("*.safetensors", "*.bin", "*/adapter_model.*", "pytorch_model*", "global_step*")
         for what, names in needed.items():
             if not any(any(staged.glob(name)) for name in names):
                 raise CheckpointError(f"the {what} is missing: the Trainer has written none of {', '.join(names)}")
