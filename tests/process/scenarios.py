@@ -316,6 +316,30 @@ def a_subclass_with_state() -> Trainer:
     return trainer(Curriculum, **STEPS, lr_scheduler_type="constant_with_warmup", warmup_steps=1)
 
 
+class PlainModule(torch.nn.Module):
+    """No model of transformers: tied weights, a layer that is used twice, and a weight that isn't contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+        layer, self.turned = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.rand(8, 8).t())
+        self.layers = torch.nn.ModuleList([layer, layer])
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.embedding(input_ids) @ self.turned
+        for layer in self.layers:
+            hidden = torch.dropout(torch.relu(layer(hidden)), 0.1, self.training)
+        logits = self.head(hidden)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+@scenario
+def plain_module_tied() -> Trainer:
+    return trainer(model=PlainModule(), **STEPS, load_best_model_at_end=True)
+
+
 class Lion(torch.optim.Optimizer):
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -340,6 +364,63 @@ def optimizer_and_schedule_passed_in() -> Trainer:
         return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) * 2
 
     return trainer(model=model, more={"optimizers": (optimizer, schedule), "compute_loss_func": loss}, **STEPS)
+
+
+class Noisy(torch.optim.SGD):
+    """Keeps what its `state_dict` leaves out: a counter, a generator, slow weights."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model.parameters(), lr=1e-2, momentum=0.9)
+        self.calls, self.noise, self.slow = 0, torch.Generator().manual_seed(5), torch.zeros(())
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        self.calls += 1
+        self.slow = 0.5 * self.slow + self.calls
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(1e-4 * self.slow * torch.randn(parameter.shape, generator=self.noise))
+
+
+class Follows(TrainerCallback):
+    """Holds the model's parameters, and changes arguments."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.parameters = list(model.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        args.max_grad_norm = 1.0 / state.global_step
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.average, strict=True):
+                average.lerp_(parameter, 0.1)
+                parameter.lerp_(average, 0.1)
+
+
+@scenario
+def optimizer_schedule_hooks_and_arguments_with_state() -> Trainer:
+    model, asked = gpt2(), [0, 0, 0]
+
+    def rate(step: int) -> float:
+        asked[0] += 1
+        return 1 / asked[0]
+
+    def turn(gradient: torch.Tensor) -> torch.Tensor:
+        asked[1] += 1
+        return gradient * (1 + asked[1] % 3)
+
+    def damp(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        asked[2] += 1
+        return output * (1 + 0.01 * asked[2])
+
+    model.transformer.wpe.weight.register_hook(turn)
+    model.lm_head.register_forward_hook(damp)
+    optimizer = Noisy(model)
+    more = {
+        "optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)),
+        "callbacks": [Follows(model)],
+    }
+    return trainer(model=model, more=more, **STEPS)
 
 
 class Stream(IterableDataset):  # type: ignore[type-arg]
@@ -502,6 +583,36 @@ def refused_adalora() -> Trainer:
 
     config = AdaLoraConfig(init_r=4, target_r=2, tinit=2, tfinal=2, total_step=9, target_modules=["c_attn"])
     return trainer(model=get_peft_model(gpt2(), config), **STEPS)
+
+
+@scenario
+def refused_two_active_adapters() -> Trainer:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["c_attn"])
+    model = get_peft_model(gpt2(), config)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    return trainer(model=model, **STEPS)
+
+
+@scenario
+def refused_adapter_of_transformers_own() -> Trainer:
+    from peft import LoraConfig
+
+    model = gpt2()
+    model.add_adapter(LoraConfig(target_modules=["c_attn"]))
+    return trainer(model=model, **STEPS)
+
+
+class SavesElsewhere(Trainer):  # type: ignore[misc]
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write nothing where it was told to."""
+
+
+@scenario
+def unsaved_model() -> Trainer:
+    return trainer(SavesElsewhere, **STEPS)
 
 
 def main(name: str, directory: str, result: str, strike: str) -> None:

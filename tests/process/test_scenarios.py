@@ -54,7 +54,7 @@ def check(run: RunProbe, right: tuple[dict[str, Any], str]) -> None:
     assert run.weights() == right[1]
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if not name.startswith("refused")])
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if not name.startswith(("refused", "unsaved"))])
 def test_struck_at_random_it_comes_back_exactly(tmp_path: Path, name: str, right: Right) -> None:
     run = RunProbe(tmp_path / "r")
     numbers, last = random.Random(f"{SEED} {name}"), right(name)[0]["events"] * 2 // 3
@@ -119,3 +119,13 @@ def test_what_can_not_come_back_exactly_is_refused_at_the_start(tmp_path: Path, 
     assert "is refused; valid: " in output, output
     assert run.events("attempt_ended")[-1]["refused"]
     assert not run.events("checkpoint")
+
+
+def test_a_save_that_would_always_fail_ends_the_run_at_the_first(tmp_path: Path) -> None:
+    run = RunProbe(tmp_path / "r")
+    code, output = attempt("unsaved_model", run)
+    assert code == 1
+    reason = "rank 0: the model is missing: the Trainer has written none of *.safetensors"
+    assert f"this attempt's first checkpoint, of step 3, can't be written, nor could those after it: {reason}" in output
+    assert [event["step"] for event in run.events("checkpoint_failed")] == [3]
+    assert run.events("attempt_ended")[-1]["refused"]

@@ -8,6 +8,8 @@ from outlast.checkpoint.interval import SaveInterval
 from outlast.checkpoint.manifest import Kind, Manifest, Sealed, versions
 from outlast.checkpoint.store import CheckpointStore, SaveError
 from outlast.config.checkpoint import CheckpointSection
+from outlast.errors import CheckpointError
+from outlast.preemption.repeats import will_repeat
 from outlast.ranks.collectives import Collectives
 from outlast.rundir.ledger import Event, Record
 
@@ -40,6 +42,7 @@ class Saver:
         self._collectives, self._store, self._limit, self._resuming = collectives, store, limit, resuming
         self._section, self._record, self._say = section, record, say
         self._interval: SaveInterval | None = None
+        self._saved_one = False
 
     def begin(self, events: list[Event], *, periodic: bool) -> None:
         """Count the time to the first periodic save from here: training begins.
@@ -82,6 +85,9 @@ class Saver:
 
         Returns:
             The sealed checkpoint, or None if it could not be written: the ledger says why, and what was there stands.
+
+        Raises:
+            CheckpointError: this attempt's first save failed for a reason of the program, as the others would.
         """
         began = time.time()
         manifest = Manifest(
@@ -101,6 +107,7 @@ class Saver:
                 sealed = self._store.save(write, manifest)
             except SaveError as error:
                 reason = str(error)
+                self._end_if_all_fail(error, step, kind)
                 may_write = (
                     kind != Kind.PERIODIC
                     and error.disk_full
@@ -110,6 +117,7 @@ class Saver:
             self._record("checkpoint_failed", step=step, kind=kind, reason=reason)
             self._say(f"WARNING: {kind} checkpoint of step {step} was not written: {reason}")
             return None
+        self._saved_one = True
         now = time.time()
         self._record(
             "checkpoint",
@@ -125,6 +133,17 @@ class Saver:
         if self._collectives.rank == 0 and kind == Kind.PERIODIC:
             self._after_periodic(step, began)
         return sealed
+
+    def _end_if_all_fail(self, error: SaveError, step: int, kind: Kind) -> None:
+        if self._saved_one or kind == Kind.FINAL:
+            return
+        mine = error.__cause__
+        repeats = self._collectives.from_all(None if mine is None else will_repeat(mine))
+        if not error.disk_full and all(answer is not False for answer in repeats):
+            self._record("checkpoint_failed", step=step, kind=kind, reason=str(error))
+            raise CheckpointError(
+                f"this attempt's first checkpoint, of step {step}, can't be written, nor could those after it: {error}"
+            ) from error
 
     def _after_periodic(self, step: int, began: float) -> None:
         try:

@@ -63,7 +63,8 @@ def decode(encoded: Any, into: Any = None) -> Any:
 
     Args:
         into: what is there now. A container or generator of the same kind, and a tensor of the same shape, is filled
-            and returned itself, so that whoever else holds it sees the change.
+            and returned itself, so that whoever else holds it sees the change; so are those in a container. A
+            parameter, which a checkpoint holds already, is kept if it is equal, and never filled.
     """
     import torch
 
@@ -71,6 +72,8 @@ def decode(encoded: Any, into: Any = None) -> Any:
         return encoded
     kind, content = encoded[0], encoded[1]
     if kind == "tensor":
+        if isinstance(into, torch.nn.Parameter):
+            return into if same(into.detach().cpu(), content.cpu()) else content.clone()
         if isinstance(into, torch.Tensor) and into.shape == content.shape and into.dtype == content.dtype:
             with torch.no_grad():
                 into.copy_(content)
@@ -83,9 +86,12 @@ def decode(encoded: Any, into: Any = None) -> Any:
         _set_state(generator, decode(encoded[2]))
         return generator
     if kind == "dict":
-        items: Any = {decode(key): decode(item) for key, item in content}
+        present = into if isinstance(into, dict) else {}
+        keys = [decode(key) for key, _ in content]
+        items: Any = {key: decode(item, present.get(key)) for key, (_, item) in zip(keys, content, strict=True)}
     else:
-        items = [decode(item) for item in content]
+        there = list(into) if isinstance(into, list | tuple | deque) else []
+        items = [decode(item, there[i] if i < len(there) else None) for i, item in enumerate(content)]
     if isinstance(into, list) and kind == "list":
         into[:] = items
         return into

@@ -264,18 +264,19 @@ class CheckpointStore:
 
     def _together(self, act: Callable[[], Any]) -> list[Any]:
         """Call `act` on every rank; return all results by rank, or raise SaveError for the first failure everywhere."""
-        value, problem = None, None
+        value, problem, cause = None, None, None
         try:
             value = act()
         except Exception as error:
+            cause = error
             full = isinstance(error, OSError) and error.errno in FULL
             # torch reports what its file refused as a RuntimeError of its own
             full |= any(os.strerror(number) in str(error) for number in FULL)
-            problem = (f"rank {self._collectives.rank}: {error}", full)
+            problem = (f"rank {self._collectives.rank}: {str(error).strip() or repr(error)}", full)
         answers = self._collectives.from_all((value, problem))
         for _, problem in answers:
             if problem is not None:
-                raise SaveError(problem[0], disk_full=any(p is not None and p[1] for _, p in answers))
+                raise SaveError(problem[0], disk_full=any(p is not None and p[1] for _, p in answers)) from cause
         return [value for value, _ in answers]
 
     def _publish(self, staged: Path, target: Path, manifest: Manifest) -> None:

@@ -80,9 +80,16 @@ def refuse_adapters(model: Any) -> None:
     """Refuse adapters that a checkpoint of the Trainer does not bring back.
 
     Raises:
-        ConfigError: names the kind of the adapter.
+        ConfigError: names the adapter, or its kind.
     """
     adapters = getattr(model, "peft_config", None)
+    if getattr(model, "_hf_peft_config_loaded", False):  # by transformers' own `add_adapter`
+        valid = "valid: peft.get_peft_model(model, config); a Trainer can't load what it saves of this one (measured)"
+        raise ConfigError("model.add_adapter", list(adapters or ()), valid)
+    active = list(getattr(model, "active_adapters", ())) if isinstance(adapters, Mapping) else []
+    if len(active) > 1 or (len(adapters or ()) > 1 and active and active != ["default"]):
+        valid = "valid: one active adapter, named default; a Trainer loads no other beside it (measured)"
+        raise ConfigError("active_adapters", active, valid)
     for config in adapters.values() if isinstance(adapters, Mapping) else ():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind in INEXACT_ADAPTERS:

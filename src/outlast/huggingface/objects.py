@@ -91,7 +91,7 @@ class Objects:
         for name, root in self._roots().items():
             if names is None or name in names:
                 seen.pop(id(root), None)
-                if id(root) not in seen and not isinstance(root, torch.nn.Module):
+                if id(root) not in seen and not isinstance(root, torch.nn.Module | torch.optim.Optimizer):
                     yield Holder("", lambda: {name: root}, lambda *_: None)  # noqa: B023  (used at once)
                 try:
                     yield from holders(name, root, seen)

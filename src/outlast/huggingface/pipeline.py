@@ -19,6 +19,7 @@ from .objects import Objects, State
 from .own_state import OwnState
 from .reachable import functions_of, is_users
 from .source import Position, Source
+from .training_objects import roots_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -234,6 +235,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
             if kind.__module__.partition(".")[0] not in ("transformers", "outlast"):
                 same = sum(name.partition("#")[0] == f"callbacks.{kind.__name__}" for name in roots)
                 roots[f"callbacks.{kind.__name__}" + (f"#{same + 1}" if same else "")] = callback
+        roots |= roots_of(self._trainer) | {"args": self._trainer.args}
         roots |= {"model": self._trainer.model, "trainer": functions_of(type(self._trainer))}
         attributes = vars(self._trainer)
         return roots | {f"trainer.{name}": attributes[name] for name in self._parts if name in attributes}
@@ -241,7 +243,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
     def _without(self) -> list[Any]:
         """What is saved elsewhere, or belongs to the Trainer's own workings."""
         trainer = self._trainer
-        found = [getattr(trainer, name, None) for name in NOT_WALKED]
+        found = [*(getattr(trainer, name, None) for name in NOT_WALKED), roots_of(trainer).get("optimizer")]
         modules = list(trainer.model.modules()) if trainer.model is not None else []
         return [self._run, trainer, self._outer, *modules, *(thing for thing in found if thing is not None)]
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from outlast.attempt.values import PLAIN, is_generator
 
+from .training_objects import hooks_of, is_settings, of_optimizer, settings_of
+
 _CLOSED = (
     *("tokenizers", "pyarrow", "pandas", "PIL", "logging", "threading", "multiprocessing", "concurrent", "asyncio"),
     *("pathlib", "typing", "outlast", "safetensors", "deepspeed", "tqdm", "wandb", "tensorboard"),
@@ -115,10 +117,14 @@ def _places(path: str, value: Any) -> Iterator[Holder]:
         yield Holder(path, lambda: {str(i): item for i, item in enumerate(value)}, _item(keep), "[")
     elif isinstance(value, dict):
         yield Holder(path, lambda: {repr(key): item for key, item in value.items()}, _key(value), "[")
+    elif is_settings(value):
+        yield Holder(path, lambda: settings_of(value), lambda name, item: setattr(value, name, item))
     elif package in CLOSED or _is_closed(value):
         return
     elif isinstance(value, torch.nn.Module):
         yield from _of_modules(path, value)
+    elif isinstance(value, torch.optim.Optimizer):
+        yield Holder(path, lambda: of_optimizer(value), lambda name, item: setattr(value, name, item), grows=True)
     else:
         yield from _of_object(path, value)
 
@@ -130,7 +136,7 @@ def _is_closed(value: Any) -> bool:
         return not samplers or type(value).__name__ == "SeedableRandomSampler"
     import transformers
 
-    kinds = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin, transformers.TrainingArguments)
+    kinds = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
     return isinstance(value, (*kinds, transformers.PretrainedConfig))
 
 
@@ -256,6 +262,8 @@ def _of_modules(path: str, model: Any) -> Iterator[Holder]:
 
         place = f"{path}.{name}" if name else path
         yield Holder(place, read, write, grows=True)
+        if hooks := hooks_of(module):
+            yield Holder(f"{place}.hooks", lambda hooks=hooks: hooks, _fixed)  # type: ignore[misc]
         if not library:
             yield from _of_classes(type(module))
 

@@ -36,6 +36,7 @@ from .names import own_names
 from .on_save import call_on_save, leave_out_on_save
 from .own_state import OwnState
 from .pipeline import KEPT, Pipeline
+from .plain_modules import save_shared_weights
 from .resharding import adapt, seed_rank
 from .universal_checkpoint import Conversion, needs_conversion
 from .verification import Verification
@@ -106,6 +107,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self._determine_best = trainer._determine_best_metric
         trainer._save_checkpoint = self.save
         leave_out_on_save(trainer)
+        save_shared_weights(trainer)
         trainer._load_rng_state = self.load_rng_state
         trainer._determine_best_metric = self.determine_best
         self._load_best, trainer._load_best_model = trainer._load_best_model, self.load_best
@@ -293,6 +295,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             needed["optimizer's state"] = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
             needed["schedule"] = ("scheduler.pt", "global_step*")
+            needed["model"] = ("*.safetensors", "*.bin", "*/adapter_model.*", "pytorch_model*", "global_step*")
         for what, names in needed.items():
             if not any(any(staged.glob(name)) for name in names):
                 raise CheckpointError(f"the {what} is missing: the Trainer has written none of {', '.join(names)}")
