@@ -264,12 +264,11 @@ class CheckpointStore:
 
     def _together(self, act: Callable[[], Any]) -> list[Any]:
         """Call `act` on every rank; return all results by rank, or raise SaveError for the first failure everywhere."""
-        value, problem, cause = None, None, None
+        value = problem = cause = None
         try:
             value = act()
         except Exception as error:
-            cause = error
-            full = isinstance(error, OSError) and error.errno in FULL
+            cause, full = error, isinstance(error, OSError) and error.errno in FULL
             # torch reports what its file refused as a RuntimeError of its own
             full |= any(os.strerror(number) in str(error) for number in FULL)
             problem = (f"rank {self._collectives.rank}: {str(error).strip() or repr(error)}", full)

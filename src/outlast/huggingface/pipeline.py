@@ -245,7 +245,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         found = [*(getattr(trainer, name, None) for name in NOT_WALKED), roots_of(trainer).get("optimizer")]
         modules = list(trainer.model.modules()) if trainer.model is not None else []
-        return [self._run, trainer, self._outer, *modules, *(thing for thing in found if thing is not None)]
+        return [self, trainer, self._run, self._outer, *modules, *(thing for thing in found if thing is not None)]
 
     def _note_for_mid_step(self) -> None:
         """Capture the state at a step's end, to which leaving in the middle of the next goes back."""
