@@ -8,6 +8,7 @@ import ctypes
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,20 @@ class Armourer(TrainerCallback):
     """Added last, so that nothing but the save comes between arming and disarming."""
 
     def __init__(self, attempt: Attempt, arming: Arming | None) -> None:
-        self.attempt, self.arming = attempt, arming
-        self.window = arming.window if arming else None
+        self.of_process = threading.local()  # its attributes are no state of the run, which a resume would restore
+        self.of_process.asked = attempt, arming
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.of_process.asked[0]  # type: ignore[no-any-return]
+
+    @property
+    def arming(self) -> Arming | None:
+        return self.of_process.asked[1]  # type: ignore[no-any-return]
+
+    @property
+    def window(self) -> str | None:
+        return self.arming.window if self.arming else None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         if self.window == "recovery":
