@@ -24,6 +24,7 @@ def slow_script(directory: Path) -> Path:
     assert forward in text
     wait = f"            open('slow', 'a').close(), time.sleep({MICRO_S})"
     text = text.replace(forward, f"        if self.training and {slow}:\n{wait}\n{forward}")
+    text = text.replace("start(sys.argv[1])", "start(sys.argv[1], requeue=True)")  # the job is a `--wrap`
     text = text.replace("    max_steps=", f"    gradient_accumulation_steps={MICRO_BATCHES},\n    max_steps=")
     text = text.replace("for _ in range(80)", f"for _ in range({8 * MICRO_BATCHES})")
     script = directory / "slow.py"

@@ -77,7 +77,7 @@ from pathlib import Path
 import torch.distributed as dist
 import outlast
 
-run = outlast.start(sys.argv[1], every=3)
+run = outlast.start(sys.argv[1], every=3, requeue=True)
 ranks = int(sys.argv[2])
 if ranks > 1:
     dist.init_process_group("gloo")
