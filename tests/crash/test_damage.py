@@ -136,9 +136,9 @@ def test_quarantine_is_not_retention_s(place: Path, bases: Bases, server: Server
     base = bases(True, 1)
     run = quarantined(base, place)
     resumed(server, base, run, limit=1)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["checkpoint-6"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["checkpoint-8"]
     assert (run / "quarantine/checkpoint-4/optimizer.pt").exists()
-    assert {e["checkpoint"] for e in events(run, "deleted")} == {"checkpoint-3"}
+    assert {e["checkpoint"] for e in events(run, "deleted")} == {"checkpoint-3", "checkpoint-6"}
 
 
 def test_quarantine_counts_against_the_budget(place: Path, bases: Bases, server: Server) -> None:
@@ -153,7 +153,7 @@ def test_quarantine_counts_against_the_budget(place: Path, bases: Bases, server:
     gone = [e["checkpoint"] for e in events(run, "deleted")]
     assert gone[0] == "quarantine/checkpoint-4"
     assert not (run / "quarantine/checkpoint-4").exists()
-    assert fault(run / "checkpoints/checkpoint-6") is None
+    assert fault(run / "checkpoints/checkpoint-8") is None
 
 
 # What is not the run's own ----------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_is_a_link_out_of_the_run(step: int, place: Path, base
     resumed(server, base, run, bound=False, limit=1)
     assert [e["step"] for e in events(run, "resumed")] == [4]
     assert everything_in(outside) == before
-    assert fault(run / "checkpoints/checkpoint-6") is None
+    assert fault(run / "checkpoints/checkpoint-8") is None
 
 
 @pytest.mark.parametrize("limit", [1, None])
@@ -207,7 +207,7 @@ def test_a_deletion_that_fails_is_reported_and_tried_again(place: Path, bases: B
     assert [e["checkpoint"] for e in events(run, "delete_failed")] == ["checkpoint-3"]
     assert re.search(r"WARNING: could not delete checkpoint-3: .*Permission denied", done.output)
     assert (run / "checkpoints/checkpoint-3").is_dir()
-    assert {e["checkpoint"] for e in events(run, "deleted")} == {"checkpoint-4"}
+    assert {e["checkpoint"] for e in events(run, "deleted")} == {"checkpoint-4", "checkpoint-6"}
 
 
 def test_a_failed_deletion_succeeds_later(place: Path, bases: Bases, server: Server) -> None:

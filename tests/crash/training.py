@@ -159,9 +159,9 @@ class Armourer(TrainerCallback):
         if self.arming and self.window == "save" and state.global_step == self.arming.step:
             arm(self.attempt.directory, self.arming)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.arming and self.window == "save" and state.global_step == self.arming.step:
-            disarm()
+            disarm()  # `on_save` is called inside the save
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self.arming and self.window == "final":
