@@ -69,7 +69,7 @@ def ignore_output_errors() -> None:
             stream.flush()
         raw = _Lossy(stream.fileno(), "w", closefd=False)
         lossy = io.TextIOWrapper(
-            io.BufferedWriter(raw),
+            raw if stream.write_through else io.BufferedWriter(raw),  # as `python -u` does
             encoding=stream.encoding,
             errors=stream.errors,
             line_buffering=stream.line_buffering,

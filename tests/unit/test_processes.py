@@ -1,0 +1,33 @@
+"""What a process prints, in processes of its own."""
+
+import subprocess
+import sys
+from typing import IO
+
+import pytest
+
+PRINTS = """
+import os
+from outlast.processes import ignore_output_errors
+ignore_output_errors()
+print("before")
+os._exit(0)  # nothing is flushed by this
+"""
+
+
+def run(*flags: str, code: str, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *flags, "-c", code]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=30)
+
+
+@pytest.mark.parametrize(("flags", "printed"), [(["-u"], "before\n"), ([], "")])
+def test_output_is_buffered_as_python_was_told_to(flags: list[str], printed: str) -> None:
+    assert run(*flags, code=PRINTS).stdout == printed
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_a_line_that_can_not_be_written_is_lost_and_no_more(flags: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        assert (
+            run(*flags, code=PRINTS.replace("os._exit(0)", "print('after', flush=True)"), stdout=full).returncode == 0
+        )
