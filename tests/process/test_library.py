@@ -151,6 +151,7 @@ def test_a_terminal_that_is_gone_loses_no_step(tmp_path: Path) -> None:
     run = RunProbe(tmp_path / "r")
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored, if the tests run under `nohup`
         os.execv(sys.executable, [sys.executable, str(SCRIPT), str(run.path), "100000"])
     run.reach(3)
     os.close(terminal)
