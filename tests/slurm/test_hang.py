@@ -32,7 +32,7 @@ def test_a_rank_stopped_in_the_grace_period(
     submit: Callable[..., str], run: RunProbe, short_grace: Cluster, stuck: int
 ) -> None:
     job = submit(*TWO_NODES, "trainer.max_steps=16", "trainer.step_s=2", "checkpoint.every=3")
-    run.reach(3)
+    wait_for(lambda: run.events("checkpoint"), "the save of step 3", 120)
     process = rank(job, stuck)
     preempt(short_grace)
     # Slurm sends CONT before TERM: one that has received TERM stays stopped
