@@ -55,10 +55,11 @@ class Run(RankAttempt):
             CheckpointError: an object that :meth:`keep` was given can't take its state.
         """
         if not self._by_trainer:
-            from .huggingface.own_loop import OwnLoop
+            from .huggingface.own_loop import KEPT, OwnLoop
 
             self.loop_saves = False
             self._loop = OwnLoop(self, self._newest)
+            self.keep(KEPT, self._loop)
         super().begin(step)
 
     def epochs(self, loader: Any, count: int | None = None) -> Iterator[tuple[int, Any]]:
@@ -110,15 +111,9 @@ class Run(RankAttempt):
             loss: the last loss, for the progress bar.
         """
         self.update_progress(step=step, total_steps=total, loss=loss)
-        loop = self._own_loop("step_end")
-        loop.step_done()
-
-        def write(directory: Path) -> None:
-            save(directory)
-            loop.write(directory)
-
+        self._own_loop("step_end").step_done()
         action = self.steps.done(step)
         if action != "go_on":
-            self.checkpoint(step, write)
+            self.checkpoint(step, save)
         if action == "stop":
             self.leave(step)

@@ -13,7 +13,7 @@ from outlast.config.preemption import PreemptionSection
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
 from outlast.preemption.outcome import Outcome
-from outlast.preemption.policy import decide, since_submission, taken_in_startup
+from outlast.preemption.policy import decide, since_submission, startup_warning
 from outlast.preemption.repeats import will_repeat
 from outlast.preemption.shutdown import ELASTIC_ENV, Shutdown
 from outlast.preemption.signals import PreemptionGuard
@@ -76,14 +76,22 @@ def test_progress_is_counted_from_where_an_attempt_started() -> None:
     assert decide("failed", crashes, LIMITS).action == "again"
 
 
+def test_who_begins_anew_makes_progress_from_there() -> None:
+    """`checkpoint.allow=[restart]`: what had been saved is lost, and what comes now is less for a long time."""
+    events = ledger(418, 60, cause="failed")
+    assert decide("failed", events, LIMITS).action == "fail"
+    events.insert(4, {"time": 0.0, "attempt": 2, "event": "restarted", "reason": "lost"})
+    assert decide("failed", events, LIMITS).action == "again"
+
+
 def test_who_is_taken_away_in_start_up_has_not_failed() -> None:
     events = ledger(5, 5, 5, 5, 5, 5, trained=0)
     assert decide("preempted", events, LIMITS).action == "again"
-    warning = taken_in_startup(since_submission(events))
+    warning = startup_warning(since_submission(events))
     assert warning is not None
     assert warning.startswith("the last 3 attempts were taken away before they had made a step, after 0 s at most")
     assert "preemption.max_requeues bounds" in warning
-    assert taken_in_startup(since_submission(ledger(5, 5, 5))) is None
+    assert startup_warning(since_submission(ledger(5, 5, 5))) is None
     assert decide("preempted", events, PreemptionSection(max_requeues=5)).action == "give_up"
     # a time limit that start-up alone uses up would be used up again
     assert decide("time_limit", ledger(5, 5, 5, 5, cause="time_limit", trained=0), LIMITS).action == "give_up"

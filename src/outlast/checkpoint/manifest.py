@@ -38,7 +38,7 @@ FileEntry = dict[str, Any]
 RESUME_ONLY = (
     "optimizer.pt", "optimizer.bin", "optimizer_*/*", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*.pth",
     "random_states_*.pkl", "sampler*.bin", "global_step*/*", "latest", "zero_to_*.py",
-    "kept_state_*.pt", "loop_state_*.pt", "digests_*.json",
+    "kept_state_*.pt", "digests_*.json",
 )  # fmt: skip
 """Files that only a resume needs, as the Trainer, accelerate and DeepSpeed name them."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")

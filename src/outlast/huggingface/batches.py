@@ -5,7 +5,6 @@ it; the state of the training's own random numbers is put back afterwards. The o
 of its own. So it does not matter what was fetched ahead when a run was interrupted.
 """
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -15,9 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from outlast.processes import shield_worker
-
 from . import random_state
+from .generators import derived, seed_process
 from .objects import Objects, State
 
 ORDER, CREATION, FETCH = range(3)
@@ -28,21 +26,13 @@ _END = object()
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Draw random numbers from generators seeded by `key`, if one is given; afterwards they are what they were."""
-    before = random_state.capture()
+    before = random_state.capture(devices=False)
     if key:
-        seed(key)
+        seed_process(derived(*key))
     try:
         yield
     finally:
         random_state.restore(before)
-
-
-def seed(key: tuple[int, ...]) -> None:
-    """Seed the generators of Python, NumPy and torch by `key`."""
-    numbers = np.random.SeedSequence([abs(number) for number in key]).generate_state(4)
-    random.seed(int(numbers[0]))
-    np.random.seed(int(numbers[1]))
-    torch.manual_seed((int(numbers[2]) << 31) ^ int(numbers[3]))
 
 
 class Indices:
@@ -59,7 +49,7 @@ class Indices:
 
 
 def _arrive(rows: Any, key: tuple[int, ...]) -> Any:
-    seed(key)
+    seed_process(derived(*key))
     return rows
 
 
@@ -79,7 +69,7 @@ class Order:
         with seeded(*key):
             indices = iter(self.inner)
             rows = next(islice(indices, number, None), _END)
-            stream = random_state.capture()
+            stream = random_state.capture(devices=False)
         before_first()
         while rows is not _END:
             yield wrap(rows, number)
@@ -87,7 +77,7 @@ class Order:
             with seeded():
                 random_state.restore(stream)
                 rows = next(indices, _END)
-                stream = random_state.capture()
+                stream = random_state.capture(devices=False)
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -127,7 +117,6 @@ class Worker:
 
     def init(self, worker_id: int) -> None:
         """Begin, as `worker_init_fn`."""
-        shield_worker(worker_id)
         if self._init is not None:
             self._init(worker_id)
         roots = self._roots

@@ -12,8 +12,8 @@ from .reachable import holders
 
 
 def derived(*parts: int) -> int:
-    """A seed of 32 bits that depends on each of `parts`, which are not negative."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    """A seed of 32 bits that depends on each of `parts`, but not on their signs."""
+    return int(np.random.SeedSequence([abs(part) for part in parts]).generate_state(1)[0])
 
 
 def seed_process(seed: int) -> None:

@@ -1,13 +1,11 @@
-"""What a run saves and restores for a loop of the user's own, beside what the loop itself writes.
+"""What a run keeps for a loop of the user's own, beside what the loop itself writes.
 
-Each rank's `loop_state_<rank>.pt` holds its random state at the end of the step, and how far each DataLoader was read.
+That is the random state at the end of the step, and how far each DataLoader was read. It is one of the kept objects.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import dataloader
 
@@ -22,6 +20,8 @@ from .resharding import with_batches
 if TYPE_CHECKING:
     from outlast.attempt.attempt import RankAttempt
 
+KEPT = "outlast.loop"
+"""The name under which a run keeps this state."""
 TOO_LARGE = "too many objects can be reached from it to look for random generators in all"
 _Iterator: Any = dataloader._BaseDataLoaderIter
 """What all iterators over DataLoaders are made of."""
@@ -36,22 +36,32 @@ class OwnLoop:
 
     def __init__(self, run: "RankAttempt", checkpoint: Sealed | None) -> None:
         self._run, self._loaders = run, list[Batches]()
-        self._saved: dict[str, Any] | None = _read(checkpoint, run.rank) if checkpoint else None
+        self._checkpoint, self._saved = checkpoint, list[dict[str, Any]]()
         self._watch: _Watch | None = _Watch()
-        if self._saved is None or checkpoint is None:
-            return
-        if checkpoint.manifest.world_size == run.world_size:
-            random_state.restore(_decoded(self._saved["random"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state, as of now."""
+        return {
+            "random": random_state.capture(),
+            "seed": torch.initial_seed() % 2**32,
+            "loaders": [batches.state() for batches in self._loaders],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the random state; the loaders go on from theirs as they are given."""
+        assert self._checkpoint is not None
+        self._saved = state["loaders"]
+        if self._checkpoint.manifest.world_size == self._run.world_size:
+            random_state.restore(state["random"])
         else:
-            seed = derived_seed(self._saved["seed"], checkpoint.step, run.rank, run.world_size)
+            seed = derived_seed(state["seed"], self._checkpoint.step, self._run.rank, self._run.world_size)
             seed_process(seed)
             torch.manual_seed(seed)
 
     def epochs(self, loader: Any, count: int | None) -> Iterator[tuple[int, Epoch]]:
         """See :meth:`outlast.Run.epochs`."""
         number, ranks = len(self._loaders), self._run.world_size
-        states = self._saved["loaders"] if self._saved else []
-        saved = states[number] if number < len(states) else None
+        saved = self._saved[number] if number < len(self._saved) else None
         if self._run.moved and type(loader).__name__ == "DataLoaderShard":
             loader = with_batches(loader, self._run.layout, self._run.rank)
         self._loaders.append(batches := Batches(loader, number, saved, ranks))
@@ -59,15 +69,6 @@ class OwnLoop:
             self._run.record("not_saved", objects=large)
             self._run.say(f"WARNING: {', '.join(large)}: {TOO_LARGE}. After a resume its random numbers may differ")
         return batches.epochs(count)
-
-    def write(self, directory: Path) -> None:
-        """Write this rank's state."""
-        state = {
-            "random": _encoded(random_state.capture()),
-            "seed": torch.initial_seed() % 2**32,
-            "loaders": [batches.state() for batches in self._loaders],
-        }
-        torch.save(state, directory / f"loop_state_{self._run.rank}.pt")
 
     def step_done(self) -> None:
         """Say once if a step's batches come from a DataLoader that the run does not know."""
@@ -113,26 +114,3 @@ class _Watch:
 
     def close(self) -> None:
         _Iterator.__next__ = self._next
-
-
-def _read(checkpoint: Sealed, rank: int) -> dict[str, Any] | None:
-    for number in (rank, rank % checkpoint.manifest.world_size):
-        path = checkpoint.path / f"loop_state_{number}.pt"
-        if path.exists():
-            return dict(torch.load(path, weights_only=True))
-    return None
-
-
-def _encoded(state: dict[str, Any]) -> dict[str, Any]:
-    """The state in tensors and plain values, which `weights_only` reads."""
-    version, numbers, gauss = state["python"]
-    kind, keys, *rest = state["numpy"]
-    python = (version, torch.tensor(numbers), gauss)
-    return state | {"python": python, "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest)}
-
-
-def _decoded(state: dict[str, Any]) -> dict[str, Any]:
-    version, numbers, gauss = state["python"]
-    kind, keys, *rest = state["numpy"]
-    python = (version, tuple(numbers.tolist()), gauss)
-    return state | {"python": python, "numpy": (kind, keys.numpy().astype(np.uint32), *rest)}

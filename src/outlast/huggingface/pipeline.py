@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from outlast.attempt.attempt import RankAttempt
 
-KEPT = "trainer"
+KEPT = "outlast.trainer"
 """The name under which a run keeps this state."""
 NOT_WALKED = (
     *("model_wrapped", "optimizer", "lr_scheduler", "args", "accelerator", "state", "control"),

@@ -113,7 +113,7 @@ def was_taken_in_startup(attempt: Attempt) -> bool:
     return attempt.ended is not None and attempt.ended["cause"] in TAKEN and not attempt.has_trained
 
 
-def taken_in_startup(chain: list[Attempt]) -> str | None:
+def startup_warning(chain: list[Attempt]) -> str | None:
     """A warning, if the last `PATIENCE` attempts were all taken away before they had made a step."""
     last = chain[-PATIENCE:]
     if len(last) < PATIENCE or not all(map(was_taken_in_startup, last)):

@@ -10,7 +10,7 @@ from outlast.slurm.environment import SlurmJob
 from outlast.slurm.view import STATE_CAUSES, accounted_state, restart_cause
 
 from .outcome import Outcome
-from .policy import decide, since_submission, taken_in_startup
+from .policy import decide, since_submission, startup_warning
 
 
 def end_previous_attempt(
@@ -32,8 +32,7 @@ def end_previous_attempt(
     outcome = Outcome.of(run, last.number, limits, say)
     if last.ended is None:
         outcome.ended(_cause(last, job), detail=KILLED)
-    warning = taken_in_startup(since_submission(ledger.read()))
-    if warning:
+    if warning := startup_warning(since_submission(ledger.read())):
         say(f"WARNING: {warning}")
     if job is None or last.requeued is not None or not _same_job(last, job):
         return None

@@ -89,7 +89,7 @@ class Shutdown:
         somebody has sent a signal on purpose: nothing. Where all ranks still agree, none has died; where they can't,
         only the batch script sees how each of them ended.
         """
-        if self._identity.job is None or not in_own_batch_script():
+        if not in_own_batch_script():
             return False
         self._cause.ask_why()
         return not self._cause.is_explained

@@ -23,7 +23,9 @@ class Attempt:
     requeued: Event | None = None
     last_time: float = 0.0
     saved_before: int = 0
-    """The step that the attempts before it left to start from, or 0."""
+    """The step that the attempts before it left to start from, or 0; also if it began anew, as the user allowed."""
+    restarted: bool = False
+    """Whether it began anew at step 0, with nothing left of what was saved."""
 
     @property
     def saved_step(self) -> int:
@@ -66,6 +68,8 @@ def attempts(events: list[Event]) -> list[Attempt]:
                 attempt.ended = event
             case "resumed":
                 attempt.resumed = event
+            case "restarted":
+                attempt.restarted = True
             case "requeued":
                 attempt.requeued = event
             case "signal":
@@ -74,7 +78,7 @@ def attempts(events: list[Event]) -> list[Attempt]:
                 attempt.checkpoints.append(event)
     in_order, saved = [grouped[number] for number in sorted(grouped)], 0
     for attempt in in_order:
-        attempt.saved_before = saved
+        attempt.saved_before = 0 if attempt.restarted else saved
         saved = attempt.saved_step or saved
     return in_order
 
