@@ -48,7 +48,7 @@ def footprint(config: Config) -> "Footprint":
     ranks, width = config.parallel.world_size, settings.hidden_size
     weights = 4 * (18 * width + 1) + 320  # 32-bit, and a header
     parts = {"weights": weights, "manifest": 900 + 130 * (2 + 2 * ranks)}
-    optimizer = {"optimizer": 8 * (18 * width + 1) + 4_200, "random states": 31_500 * ranks}
+    optimizer = {"optimizer": 8 * (18 * width + 1) + 4_200, "random states": 26_600 * ranks}
     fixed = {"records and logs": 65_536 + 16_384 * ranks + settings.max_steps}
     return Footprint(checkpoint=parts | optimizer, final=parts, fixed=fixed)
 
