@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from outlast.files import parse_yaml
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event
 
@@ -25,7 +26,7 @@ def settings_of(run: RunDirectory) -> dict[str, dict[str, Any]]:
 def _section(text: str, name: str) -> dict[str, Any]:
     found = re.search(rf"^{name}:.*\n?(?:[ #].*\n?|\n)*", text, re.MULTILINE)
     try:
-        tree = yaml.load(found[0], Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if found else None
+        tree = parse_yaml(found[0]) if found else None
     except yaml.YAMLError:
         tree = None
     section = tree.get(name) if isinstance(tree, dict) else None

@@ -165,6 +165,7 @@ def test_tasks_that_accounting_shows_in_one_line(words: str, ids: list[str]) -> 
     assert queue.expanded(words) == ids
 
 
+@pytest.mark.alone
 def test_a_thousand_runs_cost_seconds_of_neither_cpu_nor_reading(make: Make, tmp_path: Path) -> None:
     first = make("r0", dump(build({"run": {"name": "x"}})))
     ledger = start(first, job_id="7")

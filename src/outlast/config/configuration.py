@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args
 import yaml
 
 from outlast.errors import ConfigError
+from outlast.files import parse_yaml
 
 from .checkpoint import CheckpointSection
 from .cluster import LocalCluster, SlurmCluster
@@ -144,10 +145,6 @@ def build(tree: dict[str, Any]) -> Config:
     return section("", Config, checked)
 
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The one in C is several times as fast, which shows with a sweep's cells."""
-
-
 def load(path: Path) -> Config:
     """Read a frozen `config.yaml`.
 
@@ -155,7 +152,7 @@ def load(path: Path) -> Config:
         ConfigError: the file is missing, is not YAML, or does not hold a configuration.
     """
     try:
-        tree = yaml.load(path.read_text(), Loader=_LOADER)
+        tree = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("config.yaml", str(path), f"it can't be read: {error}") from None
     saving = tree.get("checkpoint") if isinstance(tree, dict) else None

@@ -23,7 +23,7 @@ class Attempt:
     requeued: Event | None = None
     last_time: float = 0.0
     saved_before: int = 0
-    """The step that the attempts before it left to start from, or 0; also if it began anew, as the user allowed."""
+    """The step that the attempts before it left to start from, or 0 (if it began anew, too)."""
     restarted: bool = False
     """Whether it began anew at step 0, with nothing left of what was saved."""
 
