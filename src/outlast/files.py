@@ -52,7 +52,7 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, by the parser in C where there is one: a sweep has a thousand such files.
+    """Parse YAML, in C where that parser is installed: a sweep has a thousand such files.
 
     Raises:
         yaml.YAMLError: it is no YAML.
