@@ -87,7 +87,11 @@ def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, co
     assert attempt.ended is not None
     _say(f"attempt {number} ended: {describe(attempt.ended)}")
     try:
-        decision = outcome.follow(attempt.ended["cause"], lambda: _start_next(run, job, limits))
+        decision = outcome.follow(
+            attempt.ended["cause"],
+            lambda: _start_next(run, job, limits),
+            is_cancelled=lambda: _is_cancelled(run, job, attempt, view),
+        )
     except SlurmError as error:
         _say(f"it could not be started again: {error}. The same command again resumes.")
         return Exit.RESUME_ME
@@ -115,6 +119,16 @@ def _ask(job: SlurmJob) -> JobView | None:
                 _say(f"{error}; waiting for Slurm to answer")
             said = True
             time.sleep(5.0)
+
+
+def _is_cancelled(run: RunDirectory, job: SlurmJob, attempt: Attempt, before: JobView | None) -> bool:
+    """Whether the job was cancelled since Slurm was asked, or since a rank has written how the attempt ended."""
+    try:
+        now = show_job(job.job_id)
+    except SlurmError:
+        return False  # neither will it requeue the job
+    began = attempt.started["time"] if attempt.started else now.start_time
+    return now.is_cancelled(job, before) or (began is not None and cancelled_after(run.path, began))
 
 
 def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attempt, code: int, lead_s: float) -> Event:

@@ -123,6 +123,15 @@ def test_a_job_that_slurm_has_put_back_by_itself_is_noted_as_that(run: Run, slur
     assert not slurm.calls("sbatch")
 
 
+def test_a_job_cancelled_after_a_rank_had_said_how_it_ended_is_not_brought_back(run: Run, slurm: Slurm) -> None:
+    run.start()
+    run.ledger.append("attempt_ended", 1, cause="failed", step=3, error="ValueError: no", rank=1)
+    slurm.says("scontrol", "JobState=COMPLETING")
+    assert run.follow_up(1) == 75
+    assert not run.events("requeued")
+    assert not slurm.calls("scontrol requeue")
+
+
 def test_what_outlast_cancel_has_marked_stays_cancelled(run: Run, slurm: Slurm) -> None:
     run.start()
     (run.directory.path / "cancelled.json").write_text(json.dumps({"time": time.time() + 1}))

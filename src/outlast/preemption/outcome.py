@@ -81,11 +81,14 @@ class Outcome:
         """Write that the attempt ended by finishing the run, whatever was written of it before."""
         self._record("attempt_ended", cause="finished", step=step)
 
-    def follow(self, cause: Cause, start_next: Next | None) -> Decision:
+    def follow(
+        self, cause: Cause, start_next: Next | None, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> Decision:
         """Do what the policy says of an attempt that ended with `cause`.
 
         Args:
             start_next: called if another attempt is due; None: somebody else starts it.
+            is_cancelled: asked just before that: a job that was cancelled meanwhile stays so.
 
         Raises:
             SlurmError: the next attempt could not be started; nothing is written.
@@ -94,6 +97,8 @@ class Outcome:
         if decision.action == "give_up":
             self.gave_up(decision.reason)
         elif decision.action == "again" and start_next is not None:
+            if is_cancelled():
+                return Decision("stop", "the job was cancelled meanwhile")
             self.requeued(cause, **start_next())
         return decision
 

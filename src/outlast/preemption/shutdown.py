@@ -166,7 +166,7 @@ class Shutdown:
         if isinstance(error, LostRankError):
             self._end(cause, step=step, rank=error.rank, detail=str(error))
             if self._identity.job is not None and self.ended_it and not in_own_batch_script():
-                return self._follow(cause, step)  # it may be its node's fault
+                return self._follow(cause, step, self._cause.is_cancelled)  # it may be its node's fault
             return Exit.FAILED
         text = f"{type(error).__name__}: {error}"[:2000]
         more = {"repeats": True} if repeats and not refused else {}
@@ -182,10 +182,11 @@ class Shutdown:
         stragglers = [("straggler", asdict(one)) for one in self._lost]
         self.ended_it = self._outcome.ended(cause, before=stragglers, speaks=self._speaks, **values)
 
-    def _follow(self, cause: Cause, step: int) -> Exit:
+    def _follow(self, cause: Cause, step: int, is_cancelled: Callable[[], bool] = lambda: False) -> Exit:
         """Do what the policy says of an attempt that this rank has noted as ended."""
+        start_next = self._requeue_job if self._identity.job is not None else None
         try:
-            decision = self._outcome.follow(cause, self._requeue_job if self._identity.job is not None else None)
+            decision = self._outcome.follow(cause, start_next, is_cancelled)
         except SlurmError as error:
             what = "the batch script looks for another way" if in_own_batch_script() else "submit it again"
             self._say(f"could not requeue: {error}; step {step} is saved, {what}")

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "out_of_memory"]
+Cause = Literal[
+    "finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "requeued", "out_of_memory"
+]
+"""Why an attempt ended. `requeued`: somebody else than the run has put the job back into the queue."""
 Event = dict[str, Any]
 
 RESERVE = 65_536
