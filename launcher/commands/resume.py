@@ -1,5 +1,6 @@
 """`outlast resume`: what is unfinished goes on, also what failed, was cancelled or gave up."""
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -9,10 +10,11 @@ from rich.console import Console
 
 from outlast.config.cluster import LocalCluster, SlurmCluster
 from outlast.errors import ConfigError, Exit, SlurmError
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.sweep import read_sweep_manifest
 
 from ..execution import local
-from ..execution.submit import submit
+from ..execution.submit import LEAVING_S, POLL_S, submit
 from ..execution.sweep import submit_sweep
 from ..planning.expand import Combination
 from ..planning.plan import Plan, plan_run
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str], root: Path) -> int:
         SlurmError: Slurm does not answer: whether a run is in the queue can't be known, so nothing is submitted.
     """
     names, overrides = sorted_out(arguments, root)
-    rows = collect(runs_named(names, root), ask=partial(queue.ask, limit_s=LIMIT_S))
+    rows = _settled(runs_named(names, root))
     for row in rows:
         if row.note is not None:
             raise SlurmError(f"{row.note}. Whether {row.name} is in the queue can't be known: nothing was submitted.")
@@ -61,7 +63,22 @@ def main(arguments: Sequence[str], root: Path) -> int:
             print(f"{name}: " + (f"job {job.job_id} is in the queue already" if job.again else f"job {job.job_id}"))
     for directory, members in cells.items():
         _submit_cells(directory, members)
-    return _train_here([plan for plan in plans.values() if isinstance(plan.config.cluster, LocalCluster)])
+    code = _train_here([plan for plan in plans.values() if isinstance(plan.config.cluster, LocalCluster)])
+    return code or (Exit.FAILED if any(map(_is_leaving, rows)) else Exit.DONE)
+
+
+def _settled(runs: list[RunDirectory]) -> list[RunStatus]:
+    """Where the runs stand. A job that is on its way out is waited for, within limits: it may end, or come back."""
+    deadline = time.monotonic() + LEAVING_S
+    while True:
+        rows = collect(runs, ask=partial(queue.ask, limit_s=LIMIT_S))
+        if not any(map(_is_leaving, rows)) or time.monotonic() > deadline:
+            return rows
+        time.sleep(POLL_S)
+
+
+def _is_leaving(row: RunStatus) -> bool:
+    return row.slurm_state == "COMPLETING" and row.state != State.FINISHED
 
 
 def sorted_out(arguments: Sequence[str], root: Path) -> tuple[list[str], list[str]]:
@@ -102,6 +119,8 @@ def _train_here(plans: list[Plan]) -> int:
 
 def _left_alone(row: RunStatus) -> str | None:
     """Why a run is left alone; None if it is to go on."""
+    if _is_leaving(row):
+        return f"is on its way out (job {row.job_id}), and did not leave; try again when it has"
     match row.state:
         case State.FINISHED:
             return "has finished already"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from outlast.config.cluster import SlurmCluster
 from outlast.files import write_atomically
+from outlast.rundir.place import place_of
 from outlast.rundir.submission import Submission, new_token
 from outlast.rundir.sweep import SweepManifest
 from outlast.slurm.actions import max_array_size
@@ -71,6 +72,7 @@ def submit(
             log=str(target.log),
             indices=indices,
             offset=target.offset,
+            place=place_of(sweep.directory),
         )
     )
 

@@ -91,6 +91,8 @@ def _states(sweep: SweepPlan) -> dict[str, State | None]:
         elif job.state == "CANCELLED":  # by `scancel`, while it waited: Slurm forgets that, so it is written down
             mark_cancelled(runs[path.name], job_id)
             states[path.name] = State.CANCELLED
+        else:
+            states[path.name] = left_alone(runs[path.name])  # it may have been on its way out, and waited for
     return states
 
 

@@ -22,6 +22,7 @@ from .processes import SIGNALS
 from .rundir.attempts import Attempt, attempt_of, attempts, finished
 from .rundir.directory import RunDirectory, RunLock, cancelled_after
 from .rundir.ledger import KILLED, AttemptNumber, Event, Ledger, Recorder
+from .rundir.place import place_of
 from .rundir.submission import Submission, new_token, submission_lock
 from .slurm.actions import requeue_job
 from .slurm.environment import SlurmJob, current_job, slurm_conf
@@ -190,6 +191,7 @@ def _submit_dependent(run: RunDirectory, job: SlurmJob) -> str:
                 cluster=load(run.config).cluster.kind,
                 slurm_conf=slurm_conf(),
                 log=str((run.path.parent if task else run.path) / "logs" / ("%A_%a.log" if task else "%j.log")),
+                place=place_of(run.path),
             ),
             run.path / SCRIPT,
             flags,

@@ -13,7 +13,6 @@ import sys
 import traceback
 
 from . import agent
-from .attempt.attempt import AlreadyFinished
 from .config.configuration import load
 from .errors import OutlastError
 from .preemption.signals import PreemptionGuard
@@ -45,8 +44,11 @@ def main(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         run = Run(run_directory, guard, config.preemption, config.checkpoint, config.storage)
-    except AlreadyFinished:
-        return
+    except OutlastError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise
     _log_by_attempt(run)
     run.describe(config=config.digest_of_any_ranks[:16])
     try:

@@ -1,13 +1,12 @@
 """One attempt of one rank, from start to leave. All its parts are made here, in order, each complete."""
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from outlast.checkpoint.manifest import Kind, Sealed, versions
+from outlast.checkpoint.manifest import Kind, Sealed
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore
 from outlast.config.checkpoint import CheckpointSection
@@ -31,27 +30,20 @@ from outlast.ranks.gradient_buckets import keep_one_layout
 from outlast.ranks.identity import Identity
 from outlast.ranks.layout import Layout
 from outlast.ranks.lost import LostRankError
-from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, attempts, finished
+from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, attempts
 from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
 from outlast.rundir.ledger import Ledger, Recorder
 from outlast.rundir.progress import ProgressWriter, read
-from outlast.slurm.environment import current_job, export_ranks, hostnames, in_own_batch_script
+from outlast.slurm.environment import current_job, export_ranks, in_own_batch_script
 from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
 from .kept import Kept
 from .limit import CheckpointLimit, planned_footprint
+from .opening import AlreadyFinished, leave_if_finished, write_start
 from .resuming import Resuming
 from .saving import Saver
 from .steps import Steps
-
-
-class AlreadyFinished(SystemExit):
-    """The run has finished before: the process ends well, having done nothing."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(int(Exit.DONE))
-        self.step = step
 
 
 class RankAttempt:
@@ -86,14 +78,17 @@ class RankAttempt:
         export_ranks()
         self.collectives = collectives = Collectives()
         self._ledger = Ledger(directory.ledger)
-        if done := finished(self._ledger.read()):
-            self.say(f"{directory.path} has finished already, at step {done['step']}; nothing to do")
-            raise AlreadyFinished(done["step"])
+        leave_if_finished(directory, self.say)
         directory.create()
         self._lock = RunLock(directory)
         if self.rank == 0 and LOCK_FD_ENV not in os.environ:
             # A predecessor of the same job may still be on its way out, on another node.
             self._lock.acquire(f"job {job.job_id}" if job else "a training script", wait_s=60.0)
+            try:  # it may have finished meanwhile
+                leave_if_finished(directory, self.say, Exit.DONE if self.world_size == 1 else Exit.RESUME_ME)
+            except AlreadyFinished:
+                self._lock.release()
+                raise
         number = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(
             self._ledger.read(), (job.job_id, job.restart_count) if job else None
         )
@@ -226,16 +221,7 @@ class RankAttempt:
             self._outcome.gave_up(reason)
             raise SystemExit(int(Exit.GAVE_UP))
         self.store.clean_up()
-        hosts = hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
-        self.record(
-            "attempt_started",
-            job_id=job.job_id if job else None,
-            restart_count=job.restart_count if job else 0,
-            hosts=hosts,
-            world_size=self.collectives.world_size,
-            versions=versions(),
-        )
-        self.say(f"attempt {self.attempt} on {', '.join(hosts)}, {self.collectives.world_size} rank(s)")
+        write_start(self.directory, self._identity, self.record, self.say)
         self.progress.now.attempt = self.attempt
         self.update_progress(phase="starting")
         view = self._cause.ask_for_limits()

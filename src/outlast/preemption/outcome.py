@@ -10,6 +10,7 @@ from outlast.config.preemption import PreemptionSection
 from outlast.rundir.attempts import last_step
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import AttemptNumber, Cause, Event, Ledger, Numbered, Record
+from outlast.rundir.place import place_of
 
 from .policy import Decision, decide
 
@@ -104,7 +105,7 @@ class Outcome:
 
     def requeued(self, cause: Cause, **values: Any) -> None:
         """Write that another attempt follows; `values` are `job_id`, and by what means it was started."""
-        self._record("requeued", cause=cause, **values)
+        self._record("requeued", cause=cause, place=place_of(self._run.path), **values)
 
     def gave_up(self, reason: str) -> None:
         """Write that no other attempt follows, and why."""
