@@ -82,7 +82,17 @@ def choose(run: RunDirectory, attempt: int | None = None, rank: int | None = Non
     if rank is not None and number in ranks and rank not in ranks[number]:
         raise ConfigError("--rank", rank, [str(one) for one in sorted(ranks[number])])
     path = run.log(number, chosen)
+    if number not in ranks and (log := _before_the_ranks(run, number, tries.get(number))) is not None:
+        return Source(log, f"no rank of attempt {number} has begun; what was printed before: {log}", number)
     return Source(path, f"attempt {number}, rank {chosen}: {path}", number)
+
+
+def _before_the_ranks(run: RunDirectory, number: int, attempt: Attempt | None) -> Path | None:
+    """The log of what starts the ranks: the agent's, else the batch job's."""
+    if run.agent_log(number).is_file():
+        return run.agent_log(number)
+    ended, submission = (attempt.ended if attempt else None) or {}, submission_of(run)
+    return Path(ended["log"]) if "log" in ended else submission.log if submission else None
 
 
 def _ranks(run: RunDirectory) -> dict[int, set[int]]:

@@ -138,6 +138,10 @@ def _shortened(text: str, longest: int | None) -> str:
 def _below(rows: list[RunStatus]) -> list[Text]:
     found = [Text(note, style="yellow") for note in sorted({row.note for row in rows if row.note})]
     states = {row.state for row in rows}
-    long = [row for row in rows if row.state == State.FAILED and len(row.reason or "") > REASON]
+    long = [
+        row
+        for row in rows
+        if row.state in (State.FAILED, State.STOPPED_UNEXPECTEDLY) and len(row.reason or "") > REASON
+    ]
     found += [Text(f"{row.name}: {row.reason}", style="red") for row in long[:WHOLE]]
     return found + [Text(HINTS[state], style="dim") for state in State if state in HINTS and state in states]

@@ -12,6 +12,7 @@ from outlast.files import bytes_used
 from outlast.rundir import progress
 from outlast.rundir.attempts import Attempt
 from outlast.rundir.directory import RunDirectory
+from outlast.rundir.job_log import last_words
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.progress import Progress
 from outlast.slurm.environment import slurm_conf
@@ -207,10 +208,12 @@ def _state(row: RunStatus, job: JobState | None) -> State:
 
 
 def _reason(row: RunStatus, state: State, job: JobState | None) -> str | None:
-    if job is None:
-        return row.reason
-    if state == State.QUEUED:
+    if job is not None and state == State.QUEUED:
         return job.reason if job.state == "PENDING" else job.state.lower()
-    if state == State.FAILED and row.state != State.FAILED:
-        return f"{job.state} by Slurm's word"
-    return row.reason
+    said = None
+    if row.state == State.QUEUED and state in (State.FAILED, State.STOPPED_UNEXPECTEDLY):  # no rank has begun
+        submitted = submission_of(row.directory)
+        said = last_words(submitted.log) if submitted and submitted.log else None
+    if job is not None and state == State.FAILED and row.state != State.FAILED:
+        return f"{job.state} by Slurm's word" + (f": {said}" if said else "")
+    return said or row.reason

@@ -21,6 +21,7 @@ from .preemption.policy import describe
 from .processes import SIGNALS
 from .rundir.attempts import Attempt, attempt_of, attempts, finished
 from .rundir.directory import RunDirectory, RunLock, cancelled_after
+from .rundir.job_log import last_words, own_log
 from .rundir.ledger import KILLED, AttemptNumber, Event, Ledger, Recorder
 from .rundir.place import place_of
 from .rundir.submission import Submission, new_token, submission_lock
@@ -62,11 +63,32 @@ def follow_up(run: RunDirectory, code: int) -> int:
         lock.acquire(f"the end of job {job.job_id}", wait_s=WAIT_S)
     except RunBusyError as error:  # another attempt holds it, and writes the ledger
         _say(str(error))
-        return code or Exit.FAILED
+        return _wait_in_the_queue(run, job, limits, code or Exit.FAILED)
     try:
+        if finished(Ledger(run.ledger).read()):  # meanwhile, by another job
+            return Exit.DONE
         return _end_attempt(run, job, limits, code)
     finally:
         lock.release()
+
+
+def _wait_in_the_queue(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int) -> int:
+    """Have a job start again that found its run in use, `preemption.max_crashes` times in a row.
+
+    Whoever uses the run will leave, or finish it. The ledger is theirs.
+    """
+    begun = [e for e in Ledger(run.ledger).read() if e["event"] == "attempt_started" and e["job_id"] == job.job_id]
+    starts = job.restart_count - max((int(e["restart_count"]) for e in begun), default=-1)
+    if code != Exit.FAILED or not 0 < starts <= limits.max_crashes:
+        return code
+    try:
+        now = show_job(job.job_id)
+        if now.is_cancelled(job) or (now.start_time is not None and cancelled_after(run.path, now.start_time)):
+            return Exit.RESUME_ME
+        _start_next(run, job, limits)
+    except SlurmError as error:
+        _say(f"it could not be started again: {error}. The same command again resumes.")
+    return Exit.RESUME_ME
 
 
 def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int) -> int:
@@ -148,8 +170,12 @@ def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attemp
     if code > 128:
         name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
         return {"cause": "failed", "detail": f"a rank was killed by {name}"}
-    where = "" if attempt.started else " before the run began"
-    end: Event = {"cause": "failed", "detail": f"the ranks ended with exit code {code}{where}"}
+    end: Event = {"cause": "failed", "detail": f"the ranks ended with exit code {code}"}
+    if not attempt.started:
+        log = own_log()
+        why = last_words(log) if log else None
+        end["detail"] += " before the run began" + (f": {why}" if why else "")
+        end |= {"log": str(log)} if log else {}
     return end | ({"refused": True} if code in (Exit.REFUSED, 126, 127) else {})
 
 

@@ -15,6 +15,7 @@ import traceback
 from . import agent
 from .config.configuration import load
 from .errors import OutlastError
+from .preemption.repeats import exit_code_of
 from .preemption.signals import PreemptionGuard
 from .processes import PARENT_ENV, SIGNALS, die_with, ignore_output_errors
 from .run import Run
@@ -91,11 +92,17 @@ def _command() -> int:
             if config.parallel.launch == "accelerate":
                 die_with(PARENT_ENV, signal.SIGTERM)
                 os.environ.pop(PARENT_ENV, None)
-                agent.main(config, sys.argv[1:])
+                try:
+                    agent.main(config, sys.argv[1:])
+                except OutlastError:
+                    raise
+                except Exception:
+                    traceback.print_exc()
+                    raise
         main(arguments)
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code_of(error)
     except Exception:
         return 1
     return 0

@@ -11,6 +11,7 @@ from .config.preemption import PreemptionSection
 from .config.section import section
 from .config.storage import StorageSection
 from .errors import OutlastError
+from .preemption.repeats import exit_code_of
 from .preemption.signals import PreemptionGuard
 from .processes import ignore_output_errors
 from .run import Run
@@ -86,4 +87,4 @@ class _Hook:
             self._previous(kind, error, traceback)
             return
         print(f"outlast: {error}", file=sys.stderr, flush=True)
-        sys.exit(int(error.exit_code))
+        sys.exit(int(exit_code_of(error)))

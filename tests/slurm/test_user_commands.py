@@ -25,7 +25,8 @@ from .cluster import Cluster
 Run = Callable[..., str]
 Probe = Callable[[str], RunProbe]
 LONG = ["trainer.max_steps=80", "trainer.step_s=0.1"]
-JOB = ["cluster=devcluster", *SMOKE, *LONG]
+JOB = ["cluster=devcluster", *SMOKE, *LONG, "cluster.sbatch.export=NIL"]
+"""Nothing of the submitter's environment is passed on, not even a PATH."""
 
 
 @pytest.fixture

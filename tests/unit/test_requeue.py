@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from outlast.config.preemption import PreemptionSection
+from outlast.errors import ConfigError, RunBusyError, SlurmError
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
 from outlast.preemption.outcome import Outcome
 from outlast.preemption.policy import decide, since_submission, startup_warning
-from outlast.preemption.repeats import will_repeat
+from outlast.preemption.repeats import exit_code_of, will_repeat
 from outlast.preemption.shutdown import ELASTIC_ENV, Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.ranks.identity import Identity
@@ -170,10 +171,40 @@ def _raised(error: Exception, on_account_of: Exception | None) -> Exception:
         (ConnectionError("the hub"), False),
         (MemoryError(), False),
         (_raised(ValueError("can't be loaded"), OSError("Stale file handle")), False),
+        (ConfigError("trainer.optim", "sdg", ["sgd"]), True),
+        (_raised(ConfigError("data.train", "/mnt/x", "it can't be read"), FileNotFoundError("/mnt/x")), False),
+        (RunBusyError("in use"), False),
+        (SlurmError("node n0: no address"), False),
+        (RuntimeError("The server socket has failed to listen: errno: 98, Address already in use"), False),
     ],
 )
 def test_which_errors_repeat(error: Exception, repeats: bool) -> None:
     assert will_repeat(error) is repeats
+
+
+def test_a_refusal_whose_reason_is_hidden_from_the_user_still_has_one() -> None:
+    def refuse() -> None:
+        try:
+            Path("/nowhere/train.jsonl").read_text()
+        except OSError as error:
+            raise ConfigError("data.train", "train.jsonl", str(error)) from None
+
+    with pytest.raises(ConfigError) as raised:
+        refuse()
+    assert not will_repeat(raised.value)
+
+
+def test_in_a_job_exit_code_2_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, refused = RunBusyError("in use"), ConfigError("trainer.optim", "sdg", ["sgd"])
+    assert (exit_code_of(busy), exit_code_of(refused)) == (2, 2)
+    in_batch_script_of_ours(monkeypatch)
+    assert (exit_code_of(busy), exit_code_of(refused)) == (1, 2)
+
+
+@pytest.mark.parametrize(("error", "refused"), [(SlurmError("no address"), False), (ConfigError("a", 1, "2"), True)])
+def test_only_what_would_be_refused_again_is_final(slurm: Slurm, rank: "Rank", error: Exception, refused: bool) -> None:
+    rank.shutdown.fail(error, 0)
+    assert rank.events[-1]["refused"] is refused
 
 
 NOW = time.time()

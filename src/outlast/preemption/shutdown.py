@@ -22,6 +22,7 @@ from outlast.slurm.environment import in_own_batch_script
 
 from .cause import StopCause
 from .outcome import Outcome
+from .repeats import exit_code_of, will_repeat
 from .signals import PreemptionGuard
 
 ELASTIC_ENV = "TORCHELASTIC_RUN_ID"
@@ -142,10 +143,10 @@ class Shutdown:
             return self._failed
 
     def _fail(self, error: BaseException, step: int, repeats: bool) -> Exit:
-        lost, refused = isinstance(error, LostRankError), isinstance(error, OutlastError)
+        lost, ours = isinstance(error, LostRankError), isinstance(error, OutlastError)
         if isinstance(error, LostRankError):
             self._lost = error.lost
-        if not refused and in_own_batch_script() and self._identity.world_size > 1:
+        if not ours and in_own_batch_script() and self._identity.world_size > 1:
             deadline = time.monotonic() + ECHO_S
             while self._guard.requested is None and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -154,7 +155,7 @@ class Shutdown:
         stopping = None if died else self._guard.requested
         if stopping is not None and self._identity.rank != 0:
             return Exit.RESUME_ME  # rank 0 speaks for all
-        if stopping is not None and not refused:
+        if stopping is not None and not ours:
             self._say(f"{type(error).__name__} while leaving: {error}")
             if self.left_to_epilogue():
                 return Exit.FAILED
@@ -169,9 +170,10 @@ class Shutdown:
                 return self._follow(cause, step, self._cause.is_cancelled)  # it may be its node's fault
             return Exit.FAILED
         text = f"{type(error).__name__}: {error}"[:2000]
-        more = {"repeats": True} if repeats and not refused else {}
+        more = {"repeats": True} if repeats and not ours else {}
+        refused = ours and will_repeat(error)
         self._end(cause, step=step, rank=self._identity.rank, error=text, refused=refused, **more)
-        return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
+        return exit_code_of(error) if isinstance(error, OutlastError) else Exit.FAILED
 
     def note_late(self, one: Lost) -> None:
         """Write down a rank that has kept the others waiting."""
