@@ -91,10 +91,10 @@ def is_locked(run: RunDirectory) -> bool | None:
 def job_id_of(run: RunDirectory, newest: Attempt | None) -> str | None:
     """The job that was named last: by the submission, by the newest attempt, or by its requeue."""
     submission = submission_of(run)
-    if submission is not None and (newest is None or submission.time > newest.last_time):
+    event = (newest.requeued or newest.started) if newest else None
+    if submission is not None and (newest is None or event is None or submission.time > newest.last_time):
         return submission.job_id
-    event = newest and (newest.requeued or newest.started)
-    if newest is None or not event or event["job_id"] is None or _is_copied(run, newest):
+    if newest is None or event is None or event["job_id"] is None or _is_copied(run, newest):
         return None
     return str(event["job_id"])
 

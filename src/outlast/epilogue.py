@@ -39,11 +39,12 @@ WAIT_S = 20.0
 """How long ranks of this job, on other nodes, may take to be gone after `srun` has returned."""
 
 
-def follow_up(run: RunDirectory, code: int) -> int:
+def follow_up(run: RunDirectory, code: int, before: str | None = None) -> int:
     """Decide what follows, and do it.
 
     Args:
         code: `srun`'s exit code.
+        before: why the batch script has not come to `srun`.
 
     Returns:
         The exit code for the batch script.
@@ -67,7 +68,7 @@ def follow_up(run: RunDirectory, code: int) -> int:
     try:
         if finished(Ledger(run.ledger).read()):  # meanwhile, by another job
             return Exit.DONE
-        return _end_attempt(run, job, limits, code)
+        return _end_attempt(run, job, limits, code, before)
     finally:
         lock.release()
 
@@ -91,7 +92,7 @@ def _wait_in_the_queue(run: RunDirectory, job: SlurmJob, limits: PreemptionSecti
     return Exit.RESUME_ME
 
 
-def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int) -> int:
+def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int, before: str | None) -> int:
     ledger = Ledger(run.ledger)
     events = ledger.read()
     number = attempt_of(events, (job.job_id, job.restart_count))
@@ -105,7 +106,7 @@ def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, co
         return Exit.GAVE_UP
     view = _ask(job)
     if attempt.ended is None:
-        outcome.ended(**_end(run, job, view, attempt, code, limits.lead_s))
+        outcome.ended(**_end(run, job, view, attempt, code, limits.lead_s, before))
         attempt = next(a for a in attempts(ledger.read()) if a.number == number)
     assert attempt.ended is not None
     _say(f"attempt {number} ended: {describe(attempt.ended)}")
@@ -154,7 +155,15 @@ def _is_cancelled(run: RunDirectory, job: SlurmJob, attempt: Attempt, before: Jo
     return now.is_cancelled(job, before) or (began is not None and cancelled_after(run.path, began))
 
 
-def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attempt, code: int, lead_s: float) -> Event:
+def _end(
+    run: RunDirectory,
+    job: SlurmJob,
+    view: JobView | None,
+    attempt: Attempt,
+    code: int,
+    lead_s: float,
+    before: str | None = None,
+) -> Event:
     """Find out why an attempt ended: from what Slurm says about the job, else from the ranks' exit code."""
     began = attempt.started["time"] if attempt.started else 0.0
     if attempt.started and cancelled_after(run.path, began):
@@ -163,6 +172,11 @@ def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attemp
     cause = view.stop_cause(job, lead_s if attempt.signals else -math.inf) if view else None
     if cause is not None:
         return {"cause": cause, "detail": KILLED}
+    log = None if attempt.started else own_log()
+    said = (last_words(log) if log else None) or ""
+    if before:
+        detail = ": ".join(filter(None, (before, said)))
+        return {"cause": "failed", "detail": detail, "refused": True} | ({"log": str(log)} if log else {})
     if code == 0 and attempt.signals:
         return {"cause": "preempted"}  # in start-up, by a signal that somebody sent on purpose
     if code > 128 and ran_out_of_memory(job.job_id):
@@ -172,9 +186,7 @@ def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attemp
         return {"cause": "failed", "detail": f"a rank was killed by {name}"}
     end: Event = {"cause": "failed", "detail": f"the ranks ended with exit code {code}"}
     if not attempt.started:
-        log = own_log()
-        why = last_words(log) if log else None
-        end["detail"] += " before the run began" + (f": {why}" if why else "")
+        end["detail"] += " before the run began" + (f": {said}" if said else "")
         end |= {"log": str(log)} if log else {}
     return end | ({"refused": True} if code in (Exit.REFUSED, 126, 127) else {})
 
@@ -246,9 +258,10 @@ def _command() -> int:
         signal.signal(number, signal.SIG_IGN)
     parser = target_arguments("outlast.epilogue")
     parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's")
+    parser.add_argument("--before", metavar="TEXT", help="why the script has not come to srun")
     arguments = parser.parse_args()
     try:
-        return follow_up(run_named_by(arguments), arguments.exit_code)
+        return follow_up(run_named_by(arguments), arguments.exit_code, arguments.before)
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return arguments.exit_code or error.exit_code

@@ -135,6 +135,19 @@ def test_a_job_that_waits(outlast_on: Run, devcluster: Cluster, probe: Probe) ->
     assert status(outlast_on)["r"]["state"] == "cancelled"
 
 
+def test_a_setup_that_fails_says_so(outlast_on: Run, devcluster: Cluster, probe: Probe) -> None:
+    outlast_on("train", *JOB, "run.name=r", "cluster.setup=['export A=1','module load cuda/99']")
+    run = probe("r")
+    wait_for(lambda: run.events("attempt_ended"), "the job's end", 60)
+    row = status(outlast_on)["r"]
+    devcluster.wait_for_state(row["job_id"], "FAILED", 30)
+    assert row["state"] == "failed"
+    assert row["reason"].startswith("cluster.setup: exit code 127 of: module load cuda/99: ")
+    assert "module: command not found" in row["reason"]
+    assert "module: command not found" in outlast_on("logs", "r")
+    assert not run.events("requeued")
+
+
 @contextmanager
 def silent(cluster: Cluster) -> Iterator[None]:
     """slurmctld hangs: it takes connections and does not answer."""

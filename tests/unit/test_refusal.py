@@ -6,8 +6,10 @@ import pytest
 
 from outlast.errors import ConfigError, Exit, SlurmError
 from outlast.launcher.execution.submit import submit
+from outlast.launcher.execution.sweep import submit_sweep
 from outlast.launcher.planning.compose import compose
 from outlast.launcher.planning.plan import plan_run
+from outlast.launcher.planning.sweep import plan_sweep
 from outlast.slurm.refusal import refusal_of
 
 from .conftest import Slurm
@@ -43,13 +45,37 @@ def test_a_slurm_that_does_not_answer_refuses_nothing(slurm: Slurm) -> None:
         assert refusal_of(SlurmError(text), {}) is None
 
 
-def test_nothing_is_left_of_a_refused_submission(slurm: Slurm, tmp_path: Path) -> None:
-    (slurm.directory / "srun").write_text("#!/bin/sh\n")
-    (slurm.directory / "srun").chmod(0o755)
+@pytest.fixture
+def refusing(slurm: Slurm) -> Slurm:
+    """Refuses the partition `gpuu`; an array in another gets the number 8."""
     (slurm.directory / "sbatch").write_text(
-        "#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpuu' >&2\n"
+        '#!/bin/sh\nfor script; do true; done\ngrep -q partition=gpuu "$script" || { echo 8; exit; }\n'
+        "echo 'sbatch: error: invalid partition specified: gpuu' >&2\n"
         "echo 'sbatch: error: Batch job submission failed: Invalid partition name specified' >&2\nexit 1\n"
     )
+    for name in ("srun", "squeue"):
+        (slurm.directory / name).write_text("#!/bin/sh\n")
+        (slurm.directory / name).chmod(0o755)
+    return slurm
+
+
+def test_nothing_is_left_of_a_refused_sweep(refusing: Slurm, tmp_path: Path) -> None:
+    overrides = ["job=smoke", "cluster=slurm", f"run.root={tmp_path}/runs", "run.name=s"]
+    refused = [*overrides, "cluster.partition=gpuu", "seed=1,2"]
+    with pytest.raises(ConfigError, match=r"cluster\.partition: 'gpuu' is refused; Slurm refuses the job"):
+        submit_sweep(plan_sweep(refused))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+    assert submit_sweep(plan_sweep([*overrides, "seed=1,2"])).submitted == ["seed=1", "seed=2"]
+    (refusing.directory / "squeue").write_text("#!/bin/sh\necho '8_0|8|PENDING|None|'; echo '8_1|8|PENDING|None|'\n")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "runs").rglob("*")) if path.is_file()}
+    with pytest.raises(ConfigError, match=r"cluster\.partition"):
+        submit_sweep(plan_sweep([*refused[:-1], "seed=1,2,3"]))
+    after = {path: path.read_bytes() for path in sorted((tmp_path / "runs").rglob("*")) if path.is_file()}
+    assert after == before
+
+
+def test_nothing_is_left_of_a_refused_submission(refusing: Slurm, tmp_path: Path) -> None:
     overrides = ["job=smoke", "cluster=slurm", "cluster.partition=gpuu", f"run.root={tmp_path}/runs", "run.name=r"]
     with pytest.raises(ConfigError, match=r"cluster\.partition: 'gpuu' is refused; Slurm refuses the job") as refused:
         submit(plan_run(compose(overrides)))
