@@ -21,7 +21,7 @@ from ..planning.plan import Plan, plan_run
 from ..planning.resume import changed
 from ..planning.sweep import PlannedCell, SweepPlan
 from ..runs import queue
-from ..runs.find import is_named, runs_named
+from ..runs.find import is_named, is_writable, runs_named
 from ..runs.standing import RunStatus, collect
 from ..runs.state import State
 from ..runs.submissions import sweep_at
@@ -47,6 +47,9 @@ def main(arguments: Sequence[str], root: Path) -> int:
         if row.note is not None:
             raise SlurmError(f"{row.note}. Whether {row.name} is in the queue can't be known: nothing was submitted.")
     for row in rows:
+        if not is_writable(row.directory.path):
+            reason = f"it is {row.owner}'s, and you may not write there; a copy of the directory is a run of your own"
+            raise ConfigError("RUN", row.name, reason)
         changed(row.directory, overrides)  # refused whatever the run is doing
     plans = {row.name: plan_of(row, overrides) for row in rows if _left_alone(row) is None}
     if overrides and not plans:
