@@ -107,13 +107,13 @@ class Run(RankAttempt):
 
         Args:
             save: called on every rank with an existing directory; writes all that a resume needs into it.
-            total: optimizer steps in all, for the progress bar.
+            total: optimizer steps in all, for the progress bar; the last of them is saved in any case.
             loss: the last loss, for the progress bar.
         """
         self.update_progress(step=step, total_steps=total, loss=loss)
         self._own_loop("step_end").step_done()
         action = self.steps.done(step)
-        if action != "go_on":
+        if action != "go_on" or (total is not None and step >= total):
             self.checkpoint(step, save)
         if action == "stop":
             self.leave(step)
