@@ -13,7 +13,7 @@ import sys
 import traceback
 
 from . import agent
-from .attempt.attempt import AlreadyFinished
+from .attempt.joining import AlreadyFinished
 from .config.configuration import load
 from .errors import OutlastError
 from .preemption.signals import PreemptionGuard

@@ -1,6 +1,5 @@
 """One attempt of one rank, from start to leave. All its parts are made here, in order, each complete."""
 
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -28,30 +27,22 @@ from outlast.ranks.agreement import StepAgreement
 from outlast.ranks.channel import ControlChannel
 from outlast.ranks.collectives import Collectives
 from outlast.ranks.gradient_buckets import keep_one_layout
-from outlast.ranks.identity import Identity
 from outlast.ranks.layout import Layout
 from outlast.ranks.lost import LostRankError
-from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, attempts, finished
-from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
+from outlast.rundir.attempts import attempts
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Recorder
 from outlast.rundir.progress import ProgressWriter, read
-from outlast.slurm.environment import current_job, export_ranks, hostnames, in_own_batch_script
+from outlast.slurm.environment import export_ranks, hostnames
 from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
+from .joining import join
 from .kept import Kept
 from .limit import CheckpointLimit, planned_footprint
 from .resuming import Resuming
 from .saving import Saver
 from .steps import Steps
-
-
-class AlreadyFinished(SystemExit):
-    """The run has finished before: the process ends well, having done nothing."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(int(Exit.DONE))
-        self.step = step
 
 
 class RankAttempt:
@@ -81,23 +72,10 @@ class RankAttempt:
         self.directory, self.loop_saves = directory, loop_saves
         self._started, self._guard, self._preemption = time.time(), guard, preemption
         # Who this process is.
-        around = current_job()
-        job = around if requeue or in_own_batch_script() else None
         export_ranks()
         self.collectives = collectives = Collectives()
         self._ledger = Ledger(directory.ledger)
-        if done := finished(self._ledger.read()):
-            self.say(f"{directory.path} has finished already, at step {done['step']}; nothing to do")
-            raise AlreadyFinished(done["step"])
-        directory.create()
-        self._lock = RunLock(directory)
-        if self.rank == 0 and LOCK_FD_ENV not in os.environ:
-            # A predecessor of the same job may still be on its way out, on another node.
-            self._lock.acquire(f"job {job.job_id}" if job else "a training script", wait_s=60.0)
-        number = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(
-            self._ledger.read(), (job.job_id, job.restart_count) if job else None
-        )
-        self._identity = identity = Identity(self.rank, collectives.world_size, job, number, around)
+        self._identity, self._lock = identity, _ = join(directory, collectives, self.say, requeue=requeue)
         self._recorder = Recorder(self._ledger, identity, _print)
         self.progress = ProgressWriter(directory)
         # What it saves, and what it resumes from.

@@ -101,7 +101,7 @@ class Saver:
             versions=versions(),
         )
         sealed, reason = None, NO_SPACE
-        may_write = self._on_rank_0(lambda: self._store.make_space(kind=kind))
+        may_write = self._on_rank_0(lambda: self._store.room.make_space(kind=kind))
         while may_write and sealed is None:
             try:
                 sealed = self._store.save(write, manifest)
@@ -111,7 +111,7 @@ class Saver:
                 may_write = (
                     kind != Kind.PERIODIC
                     and error.disk_full
-                    and self._on_rank_0(lambda: self._store.free_some(kind=kind, reason="disk full"))
+                    and self._on_rank_0(lambda: self._store.room.free_some(kind=kind, reason="disk full"))
                 )
         if sealed is None:
             self._record("checkpoint_failed", step=step, kind=kind, reason=reason)
@@ -148,8 +148,8 @@ class Saver:
     def _after_periodic(self, step: int, began: float) -> None:
         try:
             self._limit.apply()
-            self._store.retire()
-            self._store.keep_reserve()
+            self._store.room.retire()
+            self._store.room.keep_reserve()
         except OSError as error:
             self._say(f"WARNING: older checkpoints could not be looked through: {error}")
         if self._interval is not None:
