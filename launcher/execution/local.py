@@ -22,8 +22,9 @@ from outlast.errors import Exit
 from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, free_ports, python_module_command, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
-from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock, cancelled_after
-from outlast.rundir.ledger import Ledger
+from outlast.rundir.cancelled import CancelMark
+from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
+from outlast.rundir.ledger import Event, Ledger
 from outlast.rundir.progress import Progress, read
 from outlast.slurm.environment import environment_without_job
 
@@ -32,6 +33,7 @@ from ..planning.plan import Plan
 from .freeze import freeze, make_run_directory
 
 POLL_S = 0.1
+RESUMES = "The same command again resumes."
 STRAGGLER_S = 10.0
 """How long the other ranks may outlive the first that left: an orderly leave takes milliseconds."""
 
@@ -87,7 +89,7 @@ class Launcher:
         assert isinstance(self.config.cluster, LocalCluster)
         if attempts(self.ledger.read()):
             bar.note(f"resuming {self.run.path}")
-        began = time.time()
+        cancelled = CancelMark(self.run.path)
         while True:
             number = next_attempt(self.ledger.read())
             code = self._attempt(number, lock_fd, bar)
@@ -103,16 +105,16 @@ class Launcher:
                 self._explain(code, number, bar)
                 return code if code in (Exit.REFUSED, Exit.GAVE_UP) else Exit.FAILED
             if self.stop_requested.is_set():
-                bar.note("saved. The same command again resumes.")
+                bar.note(_left(events, number))
                 return Exit.RESUME_ME
-            if cancelled_after(self.run.path, began):
+            if cancelled.is_set:
                 bar.note("cancelled; `outlast resume`, or the same command, goes on")
                 return Exit.RESUME_ME
             outcome.requeued("preempted", job_id=None)
             bar.note(
                 f"attempt {number} was preempted; the next one starts in {self.config.cluster.requeue_delay_s:g} s"
             )
-            if self.stop_requested.wait(self.config.cluster.requeue_delay_s) or cancelled_after(self.run.path, began):
+            if self.stop_requested.wait(self.config.cluster.requeue_delay_s) or cancelled.is_set:
                 return Exit.RESUME_ME
 
     def _attempt(self, number: int, lock_fd: int, bar: Shown) -> int:
@@ -203,6 +205,17 @@ class Launcher:
             bar.note(f"The same command again resumes from step {saved}.")
         elif code != Exit.REFUSED:
             bar.note("No step was saved: the same command begins again, and fails again unless the cause is gone.")
+
+
+def _left(events: list[Event], number: int) -> str:
+    """What an attempt that was told to stop has left behind, in words."""
+    last = next((attempt for attempt in attempts(events) if attempt.number == number), None)
+    if last is None or not last.has_trained or last.saved_step >= last.last_step:
+        return f"saved. {RESUMES}"
+    failed = [e["reason"] for e in events if e["attempt"] == number and e["event"] == "checkpoint_failed"]
+    why = f": {failed[-1]}" if failed else ""
+    resumes = f"resumes from step {last.saved_step}" if last.saved_step else "begins again"
+    return f"WARNING: step {last.last_step} was not saved{why}. The same command again {resumes}."
 
 
 @contextmanager

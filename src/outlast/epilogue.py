@@ -20,7 +20,8 @@ from .preemption.outcome import Outcome
 from .preemption.policy import describe
 from .processes import SIGNALS
 from .rundir.attempts import Attempt, attempt_of, attempts, finished
-from .rundir.directory import RunDirectory, RunLock, cancelled_after
+from .rundir.cancelled import cancelled_after
+from .rundir.directory import RunDirectory, RunLock
 from .rundir.ledger import KILLED, AttemptNumber, Event, Ledger, Recorder
 from .rundir.submission import Submission, new_token, submission_lock
 from .slurm.actions import requeue_job

@@ -4,6 +4,7 @@
 
     OutlastError                 exit 1   something failed; the message says what to do next
     ├── ConfigError              exit 2   a key, value, group or file is refused, before anything starts
+    ├── BudgetError              exit 2   the byte budget can't hold the run, by what was measured
     ├── RunBusyError             exit 2   another attempt is alive on this run directory
     ├── CheckpointError          exit 1   a checkpoint could not be written or does not verify
     │   └── ResumeRefusedError   exit 2   a checkpoint was made by a run other than the one about to resume
@@ -54,6 +55,12 @@ class ConfigError(OutlastError):
             if close:
                 hint = f"did you mean {close[0]}? {hint}"
         super().__init__(f"{key}: {value!r} is refused; {hint}")
+
+
+class BudgetError(OutlastError):
+    """The byte budget can't hold the run, by what was measured."""
+
+    exit_code = Exit.REFUSED
 
 
 class RunBusyError(OutlastError):

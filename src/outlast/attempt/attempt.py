@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from outlast import clock
 from outlast.checkpoint.manifest import Kind, Sealed, versions
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore
@@ -70,7 +71,7 @@ class RankAttempt:
         requeue: bool = False,
     ) -> None:
         self.directory, self.loop_saves = directory, loop_saves
-        self._started, self._guard, self._preemption = time.time(), guard, preemption
+        self._started, self._guard, self._preemption = clock.now(), guard, preemption
         # Who this process is.
         export_ranks()
         self.collectives = collectives = Collectives()
@@ -232,6 +233,7 @@ class RankAttempt:
         self._newest = self._resuming.find()
         if self._newest is not None:
             self.kept.read(self._newest)
+            self._shutdown.saved_step = self._newest.step
         return self._newest
 
     def _connect(self) -> None:
@@ -245,10 +247,14 @@ class RankAttempt:
             self._cause.ask_why_in_background()
 
     def begin(self, step: int) -> None:
-        """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together."""
+        """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together.
+
+        Raises:
+            BudgetError: the budget has no room for the saves to come, by what is there now.
+        """
         self._connect()
         self.kept.restore()
-        seconds = time.time() - self._started
+        seconds = clock.now() - self._started
         if self._newest is not None:
             name, differences = self._newest.path.name, self._resuming.differences
             self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences)
@@ -306,7 +312,7 @@ class RankAttempt:
             best_step=best_step,
         )
         if sealed is not None:
-            self._newest = sealed
+            self._newest, self._shutdown.saved_step = sealed, step
             self.progress.now.checkpoint_step, self.progress.now.checkpoint_time = step, time.time()
             self._planner.saved(time.monotonic() - began)
             self._warn_of_short_notice()
@@ -347,7 +353,7 @@ class RankAttempt:
         self._watchdog.close()
         if self.rank == 0:
             first = attempts(self._ledger.read())[0].started
-            seconds = time.time() - (first["time"] if first else self._started)
+            seconds = clock.now() - min(first["time"] if first else self._started, self._started)
             self._outcome.finished(step)
             self.update_progress(phase="done", step=step, force=True)
             # The very last: who finds it has nothing to clear up.

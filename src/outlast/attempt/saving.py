@@ -1,14 +1,14 @@
 """When this attempt saves, and what happens when it does: room in the budget, the store, the ledger."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from outlast import clock
 from outlast.checkpoint.interval import SaveInterval
 from outlast.checkpoint.manifest import Kind, Manifest, Sealed, versions
 from outlast.checkpoint.store import CheckpointStore, SaveError
 from outlast.config.checkpoint import CheckpointSection
-from outlast.errors import CheckpointError
+from outlast.errors import BudgetError, CheckpointError
 from outlast.preemption.repeats import will_repeat
 from outlast.ranks.collectives import Collectives
 from outlast.rundir.ledger import Event, Record
@@ -50,11 +50,13 @@ class Saver:
         Args:
             events: the run's ledger.
             periodic: false if a Trainer decides when to save.
+
+        Raises:
+            BudgetError: no save of this attempt would fit the budget.
         """
         if periodic:
-            self._interval = SaveInterval(self._section, events, time.time())
-        if self._collectives.rank == 0:
-            self._limit.begin()
+            self._interval = SaveInterval(self._section, events, clock.now())
+        self._collectives.on_rank_0(self._limit.begin, BudgetError)
 
     def due_by_step(self, step: int) -> bool:
         """Whether a periodic save is due after `step` by its number, which all ranks answer alike."""
@@ -62,7 +64,7 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Whether a periodic save is due after `step` (rank 0's answer counts)."""
-        return self._interval is not None and self._interval.due(step, time.time())
+        return self._interval is not None and self._interval.due(step, clock.now())
 
     def save(
         self,
@@ -80,7 +82,7 @@ class Saver:
         one deletes nothing for that.
 
         Args:
-            asked_at: when it was asked for (the signal), if that was before this call; Unix seconds.
+            asked_at: when it was asked for (the signal), if that was before this call; by `outlast.clock`.
             best_step: step of the best by the metric, as known now.
 
         Returns:
@@ -88,8 +90,9 @@ class Saver:
 
         Raises:
             CheckpointError: this attempt's first save failed for a reason of the program, as the others would.
+            BudgetError: the budget can't hold this attempt's first save, or, by what was measured now, a second one.
         """
-        began = time.time()
+        began = clock.now()
         manifest = Manifest(
             step=step,
             kind=kind,
@@ -100,25 +103,28 @@ class Saver:
             origin=self._resuming.origin,
             versions=versions(),
         )
-        sealed, reason = None, NO_SPACE
-        may_write = self._on_rank_0(lambda: self._store.room.make_space(kind=kind))
+        sealed, reason, first = None, NO_SPACE, not self._saved_one
+        fits = self._on_rank_0(lambda: self._store.room.make_space(kind=kind))
+        may_write, over_budget = fits is True, fits is False
         while may_write and sealed is None:
             try:
                 sealed = self._store.save(write, manifest)
             except SaveError as error:
-                reason = str(error)
+                reason, over_budget = str(error), error.over_budget
                 self._end_if_all_fail(error, step, kind)
                 may_write = (
                     kind != Kind.PERIODIC
                     and error.disk_full
-                    and self._on_rank_0(lambda: self._store.room.free_some(kind=kind, reason="disk full"))
+                    and self._on_rank_0(lambda: self._store.room.free_some(kind=kind, reason="disk full")) is True
                 )
         if sealed is None:
             self._record("checkpoint_failed", step=step, kind=kind, reason=reason)
             self._say(f"WARNING: {kind} checkpoint of step {step} was not written: {reason}")
+            if first and over_budget and kind != Kind.FINAL:
+                self._collectives.on_rank_0(lambda: self._refuse(step, reason), BudgetError)
             return None
         self._saved_one = True
-        now = time.time()
+        now = clock.now()
         self._record(
             "checkpoint",
             step=step,
@@ -130,9 +136,16 @@ class Saver:
         )
         if self._collectives.rank == 0 and kind != Kind.FINAL:
             self._limit.saved(sealed)
-        if self._collectives.rank == 0 and kind == Kind.PERIODIC:
-            self._after_periodic(step, began)
+        if kind == Kind.PERIODIC:
+            if self._collectives.rank == 0:
+                self._after_periodic(step, began)
+            if first:
+                self._collectives.on_rank_0(self._limit.check, BudgetError)
         return sealed
+
+    def _refuse(self, step: int, reason: str) -> None:
+        """Refuse to train on unsaved (rank 0)."""
+        raise self._limit.too_small(f"this attempt's first checkpoint, of step {step}, does not fit: {reason}")
 
     def _end_if_all_fail(self, error: SaveError, step: int, kind: Kind) -> None:
         if self._saved_one or kind == Kind.FINAL:
@@ -153,15 +166,16 @@ class Saver:
         except OSError as error:
             self._say(f"WARNING: older checkpoints could not be looked through: {error}")
         if self._interval is not None:
-            now = time.time()  # what was deleted to make place is part of what saving costs
+            now = clock.now()  # what was deleted to make place is part of what saving costs
             self._interval.saved(step, now - began, now)
             if changed := self._interval.changed():
                 self._record("interval", **changed)
                 self._say(f"checkpoints: {self._interval.explanation}")
 
-    def _on_rank_0(self, act: Callable[[], bool]) -> bool:
+    def _on_rank_0(self, act: Callable[[], bool]) -> bool | None:
+        """What `act` returns on rank 0, on every rank; None if the file system let it down."""
         try:
             return self._collectives.on_rank_0(act, OSError)
         except OSError as error:
             self._say(f"WARNING: could not make room: {error}")
-            return False
+            return None

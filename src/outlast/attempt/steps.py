@@ -1,8 +1,8 @@
 """What all ranks do at the end of a step, of a micro-batch, or between two batches of an evaluation."""
 
-import time
 from typing import Literal
 
+from outlast import clock
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit, Work
 from outlast.preemption.shutdown import Shutdown
@@ -32,7 +32,7 @@ class Steps:
     ) -> None:
         self._guard, self._collectives, self._agreement, self._cause = guard, collectives, agreement, cause
         self._planner, self._shutdown, self._watchdog, self._saver = planner, shutdown, watchdog, saver
-        self._time_limit = TimeLimit(cause, planner, time.time())
+        self._time_limit = TimeLimit(cause, planner, clock.now())
         self._save_asked = self._save_pending = False
         self.made_one = False
         """Whether this attempt has done an optimizer step."""
@@ -77,7 +77,7 @@ class Steps:
         if self._collectives.rank == 0:
             each = self._planner.each_s(work)
             seconds = None if each is None or count is None else each * count
-            fits = self._planner.time_for(seconds, self._cause.deadline(), time.time())
+            fits = self._planner.time_for(seconds, self._cause.deadline(), clock.now())
         found: bool | None = self._collectives.from_rank_0(fits)
         return found
 

@@ -3,12 +3,23 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import margin
 
 from .manifest import Sealed
+
+RECORDS = "records and logs"
+OTHER_FILES = "other files"
+PARTS = {
+    "code": "code",
+    "prepared": "prepared data",
+    **dict.fromkeys(("logs", "ledger.jsonl", "progress.json", "config.yaml", "plan.json", "job.sbatch", ".lock",
+                     "submitted.json"), RECORDS),
+}  # fmt: skip
+"""What the entries of a run directory are, in words."""
 
 
 class Space:
@@ -45,9 +56,20 @@ class Space:
         budget = self.budget()
         return budget - margin(budget) - self.used()
 
-    def beside(self) -> int:
-        """Bytes in use outside the checkpoints."""
-        return self.used() - bytes_used(self._run.checkpoints, skip_unreadable=True)
+    def beside_by_part(self) -> dict[str, int]:
+        """Bytes of what stays for the whole run, by part: all but checkpoints, the finished model, and what may go."""
+        parts: dict[str, int] = {}
+        going = (self._run.checkpoints, self._run.quarantine, self._run.final, self._run.reserve)
+        with os.scandir(self._run.path) as entries:
+            for entry in entries:
+                if Path(entry.path) in going or entry.is_symlink():
+                    continue
+                folder = entry.is_dir()
+                part = PARTS.get(entry.name, f"{entry.name}/" if folder else OTHER_FILES)
+                with contextlib.suppress(FileNotFoundError):  # a temporary file, renamed by now
+                    size = bytes_used(Path(entry.path), skip_unreadable=True) if folder else entry.stat().st_size
+                    parts[part] = parts.get(part, 0) + size
+        return parts
 
     def need(self, sealed: Sequence[Sealed], *, final: bool = False) -> int:
         """Bytes that the next save takes: those of the largest whole checkpoint, or the estimate before the first.

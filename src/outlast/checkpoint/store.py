@@ -35,7 +35,7 @@ from .manifest import (
 from .removal import Remover
 from .room import KEPT, Room
 from .space import Space
-from .writer import Writer, adopt
+from .writer import OverBudgetError, Writer, adopt
 
 RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"
 PREFIX = "checkpoint-"
@@ -43,11 +43,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SaveError(CheckpointError):
-    """A checkpoint could not be written; `disk_full` says that a rank found no space for it."""
+    """A checkpoint could not be written.
 
-    def __init__(self, reason: str, *, disk_full: bool = False) -> None:
+    `disk_full` says that a rank found no space for it, and `over_budget` that it was the budget that had none.
+    """
+
+    def __init__(self, reason: str, *, disk_full: bool = False, over_budget: bool = False) -> None:
         super().__init__(reason)
-        self.disk_full = disk_full
+        self.disk_full, self.over_budget = disk_full, over_budget
 
 
 class CheckpointStore:
@@ -269,17 +272,18 @@ class CheckpointStore:
             cause, full = error, isinstance(error, OSError) and error.errno in FULL
             # torch reports what its file refused as a RuntimeError of its own
             full |= any(os.strerror(number) in str(error) for number in FULL)
-            problem = (f"rank {self._collectives.rank}: {str(error).strip() or repr(error)}", full)
+            text = f"rank {self._collectives.rank}: {str(error).strip() or repr(error)}"
+            problem = (text, full, isinstance(error, OverBudgetError))
         answers = self._collectives.from_all((value, problem))
-        for _, problem in answers:
-            if problem is not None:
-                raise SaveError(problem[0], disk_full=any(p is not None and p[1] for _, p in answers)) from cause
+        if problems := [problem for _, problem in answers if problem is not None]:
+            full, over = any(full for _, full, _ in problems), any(over for _, _, over in problems)
+            raise SaveError(problems[0][0], disk_full=full, over_budget=over) from cause
         return [value for value, _ in answers]
 
     def _publish(self, staged: Path, target: Path, manifest: Manifest) -> None:
         adopt(staged, manifest.files)
         if self.space.used() > self.space.budget():
-            raise OSError(errno.EDQUOT, "storage.budget_gb does not allow so many bytes")
+            raise OverBudgetError
         manifest.time = time.time()
         write_manifest(staged, manifest)
         flush_directory(staged.parent)
@@ -288,7 +292,10 @@ class CheckpointStore:
         elif os.path.lexists(target):
             self.quarantine(target, "it stood, unsealed, where a new checkpoint was published")
         os.rename(staged, target)
-        flush_directory(target.parent)
+        try:
+            flush_directory(target.parent)
+        except OSError as error:  # it is sealed: after a power loss the one before it may be the newest, no more
+            self._say(f"WARNING: {target.name} is saved, but its name could not be flushed to disk: {error}")
         self._remover.remove_tree(self._run.staging)
 
     def mark_pending(self, step: int) -> None:

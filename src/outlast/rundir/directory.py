@@ -168,11 +168,3 @@ def _try_flock(fd: int) -> bool:
 
 def _is_dead(holder: dict[str, Any]) -> bool:
     return holder.get("host") == socket.gethostname() and not psutil.pid_exists(int(holder.get("pid", 0) or 0))
-
-
-def cancelled_after(run: Path, moment: float) -> bool:
-    """Whether a user has cancelled the run in directory `run` since `moment` (Unix seconds)."""
-    try:
-        return float((read_json(run / "cancelled.json") or {})["time"]) > moment
-    except (KeyError, TypeError, ValueError):
-        return False

@@ -8,13 +8,15 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import math
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from outlast import clock
 
 Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "out_of_memory"]
 Event = dict[str, Any]
@@ -98,7 +100,7 @@ class Ledger:
         missing = [name for name in EVENTS[event] if name not in values] if event in EVENTS else None
         if missing is None or missing:
             raise ValueError(f"ledger event {event!r}: " + (f"missing {missing}" if missing else "unknown"))
-        line = json.dumps({"time": at or time.time(), "attempt": attempt, "event": event, **values}) + "\n"
+        line = json.dumps({"time": at or clock.now(), "attempt": attempt, "event": event, **values}) + "\n"
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(fd).st_size
@@ -144,7 +146,7 @@ class Ledger:
             )  # parsing them at once is twice as fast, which shows with many runs
         except ValueError:
             parsed = [_parsed(line) for line in lines]
-        return [e for e in parsed if isinstance(e, dict) and {"time", "attempt", "event"} <= e.keys()]
+        return [_clamped(e) for e in parsed if isinstance(e, dict) and {"time", "attempt", "event"} <= e.keys()]
 
 
 def _reserve(fd: int, size: int) -> None:
@@ -153,6 +155,18 @@ def _reserve(fd: int, size: int) -> None:
     fallocate = getattr(ctypes.CDLL(None), "fallocate", None)
     if fallocate is not None:
         fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(size), ctypes.c_int64(RESERVE))
+
+
+def _clamped(event: Event) -> Event:
+    """Give the event with its durations as numbers from 0: a clock that was set while one was measured made others."""
+    for name, value in event.items():
+        if (
+            (name == "seconds" or name.endswith("_s"))
+            and isinstance(value, int | float)
+            and not 0.0 <= value < math.inf
+        ):
+            event[name] = 0.0
+    return event
 
 
 def _parsed(line: bytes) -> Any:
@@ -178,7 +192,7 @@ class Recorder:
 
     def __call__(self, event: str, **values: Any) -> None:
         with self._writing:
-            self.waiting.append((event, time.time(), values))
+            self.waiting.append((event, clock.now(), values))
             try:
                 while self.waiting:
                     name, at, fields = self.waiting[0]

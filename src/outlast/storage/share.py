@@ -20,8 +20,13 @@ from outlast.rundir.sweep import SWEEP_MANIFEST, read_sweep_manifest
 class Share:
     """The bytes that one run directory may take; call it to ask.
 
+    While the sweep's directory does not answer, the last answer counts.
+
     Args:
         storage: the run's configuration.
+
+    Raises:
+        OSError: (the call) the sweep can't be read, and was not before.
     """
 
     def __init__(self, run: RunDirectory, storage: StorageSection) -> None:
@@ -36,8 +41,10 @@ class Share:
             return self._storage.budget_bytes
         try:
             names = [cell.directory for cell in read_sweep_manifest(sweep).cells]
-        except OutlastError:  # a shared file system that does not answer just now
-            return 0 if self._last is None else self._last
+        except OutlastError as error:
+            if self._last is None:
+                raise OSError(str(error)) from None
+            return self._last
         for name in names:
             run = RunDirectory(sweep / name)
             if name not in self._finished and finished(Ledger(run.ledger).read()):
