@@ -23,8 +23,9 @@ from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, free_ports, python_module_command, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
 from outlast.rundir.cancelled import CancelMark
-from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event, Ledger
+from outlast.rundir.lock import RunLock
 from outlast.rundir.progress import Progress, read
 from outlast.slurm.environment import environment_without_job
 
@@ -69,8 +70,7 @@ class Launcher:
         lock.acquire("outlast train")
         try:
             freeze(self.plan)  # not before: a command that is refused changes nothing
-            assert lock.fd is not None
-            return self._attempts(lock.fd, shown)
+            return self._attempts(lock, shown)
         finally:
             lock.release()
 
@@ -85,14 +85,14 @@ class Launcher:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def _attempts(self, lock_fd: int, bar: Shown) -> int:
+    def _attempts(self, lock: RunLock, bar: Shown) -> int:
         assert isinstance(self.config.cluster, LocalCluster)
         if attempts(self.ledger.read()):
             bar.note(f"resuming {self.run.path}")
         cancelled = CancelMark(self.run.path)
         while True:
             number = next_attempt(self.ledger.read())
-            code = self._attempt(number, lock_fd, bar)
+            code = self._attempt(number, lock, bar)
             events = self.ledger.read()
             if finished(events):
                 bar.note(f"finished; the model is in {self.run.final}")
@@ -117,11 +117,11 @@ class Launcher:
             if self.stop_requested.wait(self.config.cluster.requeue_delay_s) or cancelled.is_set:
                 return Exit.RESUME_ME
 
-    def _attempt(self, number: int, lock_fd: int, bar: Shown) -> int:
+    def _attempt(self, number: int, lock: RunLock, bar: Shown) -> int:
         """Start the ranks, wait until the last has gone, and return what the first to leave said."""
         world_size = self.config.parallel.world_size
         with signals_blocked():  # held back in the ranks until their guards are in place
-            self.ranks = [self._start(rank, number, lock_fd) for rank in range(1 if self.agent else world_size)]
+            self.ranks = [self._start(rank, number, lock) for rank in range(1 if self.agent else world_size)]
         if self.stop_requested.is_set():
             self.send(signal.SIGTERM)
         first_code, deadline = None, 0.0
@@ -145,11 +145,11 @@ class Launcher:
         # A rank that was killed is the cause; what its peers then raised is the effect.
         return min((code for code in codes if code < 0), default=first_code or max(codes))
 
-    def _start(self, rank: int, number: int, lock_fd: int) -> subprocess.Popen[bytes]:
+    def _start(self, rank: int, number: int, lock: RunLock) -> subprocess.Popen[bytes]:
         world_size = self.config.parallel.world_size
         env = environment_without_job() | {
             ATTEMPT_ENV: str(number),
-            LOCK_FD_ENV: str(lock_fd),
+            **lock.environment,
             PARENT_ENV: str(os.getpid()),
             "OMP_NUM_THREADS": str(self.config.parallel.cpus_per_rank),
         }
@@ -171,7 +171,7 @@ class Launcher:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=env,
-                pass_fds=[lock_fd],
+                pass_fds=[lock.fd] if lock.fd is not None else [],
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes on what it means
             )
 

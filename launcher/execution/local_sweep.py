@@ -10,7 +10,8 @@ from rich.console import Console
 from outlast.config.cluster import LocalCluster
 from outlast.errors import OutlastError
 from outlast.rundir.cancelled import CancelMark
-from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.lock import RunLock
 from outlast.rundir.progress import Progress
 
 from ..display.live_table import LiveTable

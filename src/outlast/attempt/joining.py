@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable
 
-from outlast.errors import Exit
+from outlast.errors import ConfigError, Exit, denied
 from outlast.ranks.collectives import Collectives
 from outlast.ranks.identity import Identity
 from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, finished
-from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.lock import LOCK_FD_ENV, RunLock
 from outlast.slurm.environment import current_job, in_own_batch_script
 
 
@@ -32,7 +33,19 @@ def join(
     Raises:
         AlreadyFinished: the run has finished before.
         RunBusyError: another attempt is alive on the directory.
+        ConfigError: this user may not write there.
     """
+    try:
+        return _join(run, collectives, say, requeue)
+    except OSError as error:
+        if (text := denied(error)) is None:
+            raise
+        raise ConfigError("run", str(run.path), text) from None
+
+
+def _join(
+    run: RunDirectory, collectives: Collectives, say: Callable[[str], None], requeue: bool
+) -> tuple[Identity, RunLock]:
     around = current_job()
     job = around if requeue or in_own_batch_script() else None
     ledger = Ledger(run.ledger)
@@ -41,6 +54,7 @@ def join(
         raise AlreadyFinished(done["step"])
     run.create()
     lock = RunLock(run)
+    lock.share()
     if collectives.rank == 0 and LOCK_FD_ENV not in os.environ:
         # A predecessor of the same job may still be on its way out, on another node.
         lock.acquire(f"job {job.job_id}" if job else "a training script", wait_s=60.0)

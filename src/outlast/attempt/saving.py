@@ -78,8 +78,8 @@ class Saver:
     ) -> Sealed | None:
         """Make one checkpoint.
 
-        An emergency save that finds the disk full makes room in the order of retention and tries again; a periodic
-        one deletes nothing for that.
+        A save that finds the disk full makes room in the order of retention and tries again: an emergency save as long
+        as anything may go, a periodic one as far as it takes the place of an older one.
 
         Args:
             asked_at: when it was asked for (the signal), if that was before this call; by `outlast.clock`.
@@ -103,20 +103,18 @@ class Saver:
             origin=self._resuming.origin,
             versions=versions(),
         )
-        sealed, reason, first = None, NO_SPACE, not self._saved_one
+        sealed, first = None, not self._saved_one
         fits = self._on_rank_0(lambda: self._store.room.make_space(kind=kind))
         may_write, over_budget = fits is True, fits is False
+        reason = NO_SPACE if over_budget else "the file system did not let room be made"
         while may_write and sealed is None:
             try:
                 sealed = self._store.save(write, manifest)
             except SaveError as error:
                 reason, over_budget = str(error), error.over_budget
                 self._end_if_all_fail(error, step, kind)
-                may_write = (
-                    kind != Kind.PERIODIC
-                    and error.disk_full
-                    and self._on_rank_0(lambda: self._store.room.free_some(kind=kind, reason="disk full")) is True
-                )
+                why = "budget" if over_budget else "disk full"
+                may_write = error.disk_full and self._make_more_room(kind, why)
         if sealed is None:
             self._record("checkpoint_failed", step=step, kind=kind, reason=reason)
             self._say(f"WARNING: {kind} checkpoint of step {step} was not written: {reason}")
@@ -171,6 +169,9 @@ class Saver:
             if changed := self._interval.changed():
                 self._record("interval", **changed)
                 self._say(f"checkpoints: {self._interval.explanation}")
+
+    def _make_more_room(self, kind: Kind, why: str) -> bool:
+        return self._on_rank_0(lambda: self._store.room.replace(kind=kind, reason=why)) is True
 
     def _on_rank_0(self, act: Callable[[], bool]) -> bool | None:
         """What `act` returns on rank 0, on every rank; None if the file system let it down."""

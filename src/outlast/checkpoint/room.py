@@ -7,6 +7,7 @@ from outlast.errors import CheckpointError
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
+from outlast.storage.budget import MARGIN
 
 from .manifest import Kind, Sealed, TransientError, UnreadableError, verify
 from .removal import Remover
@@ -42,32 +43,66 @@ class Room:
         self.retention = Retention()
         self.verified: set[int] = set()
         """Steps whose checkpoints this attempt has compared with their manifests."""
+        self._replacing = self._replaced = 0
 
     def make_space(self, *, kind: Kind, need: int | None = None) -> bool:
-        """Free bytes, in the order of `retention.py`, until the next save fits the budget.
+        """Free bytes, in the order of `retention.py`, until the next save fits the budget and the disk.
 
         Args:
             kind: an emergency or final save takes precedence over the best checkpoint.
             need: the bytes that must fit; None: those of the next save.
 
         Returns:
-            Whether it fits. If removing all that may go would not be enough, nothing is removed.
+            Whether it fits the budget. If removing all that may go would not be enough, nothing is removed. Whether
+            it fits the disk, the save will tell: others write there too, and a quota may not be seen.
         """
-        sealed, emergency = self._sealed(), kind != Kind.PERIODIC
-        need, freed = self._space.need(sealed, final=kind == Kind.FINAL) if need is None else need, {}
+        need = self._space.need(self._sealed(), final=kind == Kind.FINAL) if need is None else need
+        self._replacing, self._replaced = need, 0
         free = self._space.free()
-        if free >= need:
-            return True
-        for removal in self.retention.for_space(sealed, emergency=emergency):
-            checkpoint = removal.checkpoint
-            freed[checkpoint.step] = checkpoint.bytes if removal.action == "delete" else checkpoint.resume_bytes
-        aside = bytes_used(self._run.quarantine, skip_unreadable=True) + (self._space.reserved() if emergency else 0)
-        if free + sum(freed.values()) + aside < need:
+        if free < need and free + self._freeable(kind) < need:
             return False
         while self._space.free() < need:
             if not self.free_some(kind=kind, reason="budget"):
                 return False
+        self._fit_disk(kind, need)
         return True
+
+    def replace(self, *, kind: Kind, reason: str) -> bool:
+        """Remove something more, since a save that should have fitted has found no space.
+
+        A periodic save takes the place of as many bytes as it has itself, and only if there are so many that may go.
+        If that does not help, others fill the disk as fast.
+
+        Returns:
+            Whether bytes were freed, so that the save is worth another try.
+        """
+        if kind == Kind.PERIODIC and (
+            self._replaced >= self._replacing or self._replaced + self._freeable(kind) < self._replacing
+        ):
+            return False
+        before = self._space.used()
+        freed = self.free_some(kind=kind, reason=reason)
+        self._replaced += max(before - self._space.used(), 0)
+        return freed
+
+    def _fit_disk(self, kind: Kind, need: int) -> None:
+        """Remove as much as the disk has too little for `need` bytes, if so much may go."""
+        free, before = self._space.free_on_disk(), self._space.used()
+        missing = 0 if free is None else need + MARGIN - free
+        if not 0 < missing <= self._freeable(kind):
+            return
+        while before - self._space.used() < missing and self.free_some(kind=kind, reason="disk full"):
+            pass
+        self._replaced += max(before - self._space.used(), 0)
+
+    def _freeable(self, kind: Kind) -> int:
+        """Bytes of all that may go for a save."""
+        emergency, freed = kind != Kind.PERIODIC, dict[int, int]()
+        for removal in self.retention.for_space(self._sealed(), emergency=emergency):
+            checkpoint = removal.checkpoint
+            freed[checkpoint.step] = checkpoint.bytes if removal.action == "delete" else checkpoint.resume_bytes
+        aside = bytes_used(self._run.quarantine, skip_unreadable=True) + (self._space.reserved() if emergency else 0)
+        return sum(freed.values()) + aside
 
     def free_some(self, *, kind: Kind, reason: str) -> bool:
         """Remove the next thing that frees bytes, if there is one left.

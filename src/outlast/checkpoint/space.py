@@ -8,6 +8,7 @@ from pathlib import Path
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import margin
+from outlast.storage.file_system import free_space
 
 from .manifest import Sealed
 
@@ -56,6 +57,13 @@ class Space:
         budget = self.budget()
         return budget - margin(budget) - self.used()
 
+    def free_on_disk(self) -> int | None:
+        """Bytes that the file system has left, quotas not counted; None if it does not say."""
+        try:
+            return free_space(self._run.path).free_bytes
+        except OSError:
+            return None
+
     def beside_by_part(self) -> dict[str, int]:
         """Bytes of what stays for the whole run, by part: all but checkpoints, the finished model, and what may go."""
         parts: dict[str, int] = {}
@@ -93,7 +101,7 @@ class Space:
             return None
         if self.free() < 2 * size:  # the next save goes before it
             return "storage.budget_gb has no room for it beside the next save"
-        fd = os.open(self._run.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self._run.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:

@@ -39,7 +39,7 @@ from .writer import OverBudgetError, Writer, adopt
 
 RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"
 PREFIX = "checkpoint-"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # EFBIG is a limit on each file: deleting others would not help
 
 
 class SaveError(CheckpointError):
@@ -200,7 +200,7 @@ class CheckpointStore:
         self._say(f"WARNING: {path.name} is put aside in quarantine/: {reason}")
         try:
             if not path.is_symlink():
-                os.chmod(path, 0o700)  # a directory that may not be written to can't be moved
+                os.chmod(path, path.stat().st_mode | 0o700)  # a directory that may not be written to can't be moved
             os.rename(path, target)
         except OSError as error:
             self._say(f"WARNING: {path.name} could not be moved and stays where it is: {error}")

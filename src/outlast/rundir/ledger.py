@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from outlast import clock
+from outlast.errors import RunBusyError
+
+from .lease import wait_for_lease
 
 Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "out_of_memory"]
 Event = dict[str, Any]
@@ -101,7 +104,7 @@ class Ledger:
         if missing is None or missing:
             raise ValueError(f"ledger event {event!r}: " + (f"missing {missing}" if missing else "unknown"))
         line = json.dumps({"time": at or clock.now(), "attempt": attempt, "event": event, **values}) + "\n"
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(fd).st_size
             _reserve(fd, size)
@@ -124,9 +127,12 @@ class Ledger:
         Returns:
             Whether this caller appended it.
         """
-        with open(self.path, "ab") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks
+        with open(self.path, "ab") as lock, contextlib.ExitStack() as held:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                with contextlib.suppress(RunBusyError):
+                    held.callback(wait_for_lease(self.path.with_name(f".{self.path.name}.lease")).release)
             if any(e["event"] == event and e["attempt"] == attempt for e in self.read()):
                 return False
             for name, fields in before:
