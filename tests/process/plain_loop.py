@@ -2,7 +2,8 @@
 
 Arguments: run directory, and options as JSON: steps, arguments of `outlast.start`, bytes of each checkpoint, and what
 else happens. `beside`: a file in the run directory of so many bytes, at a step. `prints`: characters a step. `clock`:
-the wall clock is set by so many seconds inside the first save from a step on.
+the wall clock is set by so many seconds inside the first save from a step on. `uid`, `umask`: of the
+process. `until`: four steps before the end, it waits for this word in the ledger.
 """
 
 import json
@@ -18,6 +19,11 @@ import numpy as np
 import outlast
 
 options = json.loads(sys.argv[2])
+os.umask(options.get("umask", 0o022))
+if "uid" in options:
+    os.setgroups([])
+    os.setegid(options["uid"])
+    os.seteuid(options["uid"])
 run = outlast.start(sys.argv[1], **options.get("start", {}))
 checkpoint = run.resume_point()
 step, state = 0, 1
@@ -49,5 +55,9 @@ while step < options["steps"]:
     if options.get("prints"):
         print(f"step {step} " + "x" * options["prints"], flush=True)
     time.sleep(options.get("step_s", 0.0))
+    if options.get("until") and step == options["steps"] - 4:
+        limit = time.monotonic() + 30
+        while options["until"] not in (run.directory.path / "ledger.jsonl").read_text() and time.monotonic() < limit:
+            time.sleep(0.1)
     run.step_end(step, save)
 run.finish(step, save)

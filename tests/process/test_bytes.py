@@ -1,6 +1,7 @@
 """The bytes of real runs: a budget that is used up, a disk that is smaller, other writers."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from outlast.files import bytes_used
+from outlast.launcher import cli
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.logs import bound
 
 from .. import forked
 from ..conftest import RunProbe
@@ -91,3 +97,82 @@ def test_a_clock_that_is_set_during_a_save_changes_nothing(tmp_path: Path, right
     assert code == 0, output
     assert RunProbe(run).events("resumed")[-1]["step"] == 6
     assert state(run) == right
+
+
+def test_modes_are_those_of_the_umask_and_denied_access_is_a_message(
+    tmp_path: Path, right: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    run.chmod(0o2775)
+    code, output = train(run, steps=12, start={"every": 4}, umask=0o002, signal_at=6)
+    assert code == 75, output
+    modes = {path: oct(path.stat().st_mode & 0o777) for path in run.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {"0o664"}, modes
+    if os.geteuid() != 0:
+        pytest.skip("only root becomes another user")
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o755)
+    before = RunProbe(run).events()
+    code, output = train(run, steps=12, uid=65534)
+    assert code == 2, output
+    assert f"{run} belongs to root (drwxrwsr-x), and this is nobody" in output
+    assert "Traceback" not in output
+    code, output = train(tmp_path / "other", steps=12, uid=65534)
+    assert code == 2, output
+    assert f"{tmp_path} belongs to root" in output
+    assert "Traceback" not in output
+    assert RunProbe(run).events() == before
+    monkeypatch.setattr(sys, "argv", ["outlast", "report", "run", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()  # root can: and Python has imported what the other user can't reach
+    assert ended.value.code == 0
+    (run / "ledger.jsonl").chmod(0o600)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        os.seteuid(0)
+    assert ended.value.code == 1
+    assert "ledger.jsonl: Permission denied; " in capsys.readouterr().err
+    code, output = train(run, steps=12)
+    assert code == 0, output
+    assert state(run) == right
+
+
+def test_what_others_write_into_the_run_is_noticed_said_and_made_up_for(tmp_path: Path, right: int) -> None:
+    run = tmp_path / "run"
+    writes = [[7, "cache.bin", 2_500_000]]
+    start = {"budget_gb": 0.0045, "every": 2}
+    code, output = train(run, steps=12, bytes=800_000, beside=writes, until="over_budget", start=start)
+    assert code == 0, output
+    (over,) = RunProbe(run).events("over_budget")
+    assert over["bytes"] > over["budget_bytes"] == 4_500_000
+    assert over["parts"]["other files"] == 2_500_000
+    assert "WARNING: the run directory takes 4.9" in output
+    gone = [e for e in RunProbe(run).events("deleted") if e["reason"] == "budget" and e["time"] >= over["time"]]
+    assert gone, "the next step's end makes up for it"
+    assert bytes_used(run) <= 4_500_000
+    assert state(run) == right
+
+
+def test_the_logs_are_kept_within_bounds_and_the_newest_lines_stay(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    old, now = run.log(1, 0), run.log(2, 0)
+    old.write_bytes(b"old\n" * 100_000)
+    with open(now, "ab", buffering=0) as writer:  # as the launcher opens it
+        for number in range(100_000):
+            writer.write(b"line %d\n" % number)
+        assert bound(run, 1_000_000, 2) > 0
+        assert not old.exists()
+        for number in range(100_000, 200_000):
+            writer.write(b"line %d\n" % number)
+        assert bound(run, 1_000_000, 2) > 0
+        writer.write(b"the last\n")
+    lines = now.read_bytes().splitlines()
+    assert lines[0].startswith(b"[outlast] what was here before is cut")
+    assert lines[-2:] == [b"line 199999", b"the last"]
+    assert now.stat().st_size < 600_000
+    assert bound(run, 1_000_000, 2) == 0

@@ -453,3 +453,33 @@ def test_the_manifest_lists_every_file(harness: Harness) -> None:
     manifest = json.loads((harness.store.path(10) / "manifest.json").read_text())
     assert set(manifest["files"]) == {"model.safetensors", "optimizer.pt"}
     assert manifest["format"] == 1
+
+
+def test_a_checkpoint_whose_name_can_not_be_flushed_is_saved(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flush = store_module.flush_directory
+
+    def fails(path: Path) -> None:
+        if path == harness.run.checkpoints and harness.store.path(10).exists():
+            raise OSError(errno.EIO, "Input/output error")
+        flush(path)
+
+    monkeypatch.setattr(store_module, "flush_directory", fails)
+    harness.save(10)
+    assert harness.steps() == [10]
+    assert "checkpoint-10 is saved, but its name could not be flushed to disk" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_as_much_as_a_periodic_save_needs_and_no_more(harness: Harness) -> None:
+    """A quota that the file system does not show: the save itself finds it full."""
+    for step in (10, 20, 30, 40):
+        harness.save(step)
+    assert harness.store.room.make_space(kind=Kind.PERIODIC)
+    assert harness.store.room.replace(kind=Kind.PERIODIC, reason="disk full")
+    assert harness.steps() == [20, 30, 40]
+    assert not harness.store.room.replace(kind=Kind.PERIODIC, reason="disk full"), "others fill the disk as fast"
+    assert harness.store.room.make_space(kind=Kind.EMERGENCY)
+    while harness.store.room.replace(kind=Kind.EMERGENCY, reason="disk full"):
+        pass
+    assert harness.steps() == [40]

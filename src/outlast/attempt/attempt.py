@@ -38,6 +38,7 @@ from outlast.slurm.environment import export_ranks, hostnames
 from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
+from .bytes_watch import BytesWatch
 from .joining import join
 from .kept import Kept
 from .limit import CheckpointLimit, planned_footprint
@@ -94,6 +95,7 @@ class RankAttempt:
         self._resuming = Resuming(directory, collectives, self.store, checkpoint.allow, self.say)
         limit = CheckpointLimit(self.store, storage, planned, self.record, self.say)
         self._saver = Saver(collectives, self.store, limit, self._resuming, checkpoint, self.record, self.say)
+        self._bytes_watch = BytesWatch(directory, self.store, identity.attempt, self.record, self.say)
         self.kept = Kept(self.rank, self.say)
         """What :meth:`keep` was given."""
         self._newest: Sealed | None = None
@@ -108,7 +110,15 @@ class RankAttempt:
             guard, collectives, self._channel, agreement, self._cause, self._shutdown, self._outcome, preemption
         )
         self.steps = Steps(
-            guard, collectives, agreement, self._cause, self._planner, self._shutdown, self._watchdog, self._saver
+            guard,
+            collectives,
+            agreement,
+            self._cause,
+            self._planner,
+            self._shutdown,
+            self._watchdog,
+            self._saver,
+            self._bytes_watch,
         )
         self._agreement = agreement
         self._leave_in_startup = LeaveInStartup(identity, self._shutdown, self._outcome, self.store)
@@ -263,6 +273,8 @@ class RankAttempt:
         self._saver.begin(events, periodic=not self.loop_saves)
         self._planner.begin(events)
         self._warn_of_short_notice()
+        if self.rank == 0:
+            self._bytes_watch.begin()
         self._guard.end_startup()
         self.update_progress(phase="training", step=step, force=True)
         if self.steps.should_stop(step):
@@ -352,6 +364,7 @@ class RankAttempt:
         self.collectives.barrier()
         self._watchdog.close()
         if self.rank == 0:
+            self._bytes_watch.end()
             first = attempts(self._ledger.read())[0].started
             seconds = clock.now() - min(first["time"] if first else self._started, self._started)
             self._outcome.finished(step)

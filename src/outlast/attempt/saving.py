@@ -59,8 +59,14 @@ class Saver:
         self._collectives.on_rank_0(self._limit.begin, BudgetError)
 
     def due_by_step(self, step: int) -> bool:
-        """Whether a periodic save is due after `step` by its number, which all ranks answer alike."""
-        return self._interval is not None and self._interval.due_by_step(step)
+        """Whether a periodic save is due after `step` by its number, which all ranks answer alike.
+
+        Milestones are, also where a Trainer decides when else to save.
+        """
+        milestone_every = self._section.milestone_every
+        if self._interval is None:
+            return milestone_every is not None and step % milestone_every == 0
+        return self._interval.due_by_step(step)
 
     def due(self, step: int) -> bool:
         """Whether a periodic save is due after `step` (rank 0's answer counts)."""

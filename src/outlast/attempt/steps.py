@@ -11,6 +11,7 @@ from outlast.preemption.watchdog import Watchdog
 from outlast.ranks.agreement import StepAgreement
 from outlast.ranks.collectives import Collectives
 
+from .bytes_watch import BytesWatch
 from .saving import Saver
 
 Action = Literal["go_on", "save", "stop"]
@@ -29,9 +30,11 @@ class Steps:
         shutdown: Shutdown,
         watchdog: Watchdog,
         saver: Saver,
+        bytes_watch: BytesWatch,
     ) -> None:
         self._guard, self._collectives, self._agreement, self._cause = guard, collectives, agreement, cause
         self._planner, self._shutdown, self._watchdog, self._saver = planner, shutdown, watchdog, saver
+        self._bytes_watch = bytes_watch
         self._time_limit = TimeLimit(cause, planner, clock.now())
         self._save_asked = self._save_pending = False
         self.made_one = False
@@ -60,6 +63,7 @@ class Steps:
         """What all ranks do now that `step` optimizer steps are done."""
         self.made_one = True
         self._planner.reached("step")
+        self._bytes_watch.make_up()
         by_step = self._saver.due_by_step(step)
         action = self._agree(step, save=self._collectives.rank == 0 and not by_step and self._saver.due(step))
         if action == "go_on" and (by_step or self._save_asked):

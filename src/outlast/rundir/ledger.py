@@ -41,6 +41,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "evaluated": ("step", "metrics"),
     "checkpoint": ("step", "kind", "bytes", "stall_s", "sealed_s"),
     "checkpoint_failed": ("step", "kind", "reason"),
+    "over_budget": ("bytes", "budget_bytes", "parts"),
     "measured": ("bytes", "save_total_limit", "off"),
     "batches_unknown": (),
     "frozen_weights": ("bytes", "tensors"),

@@ -21,7 +21,7 @@ LOCK_FD_ENV = "OUTLAST_LOCK_FD"
 
 
 class RunLock:
-    """An exclusive lock on the run directory: a `flock`, released by the kernel when the last holder of it is gone.
+    """An exclusive lock on the run directory: a `flock`, which the kernel releases with its last holder.
 
     The file descriptor is inheritable: a launcher that passes it to its ranks keeps the run locked until every one
     of them has left, also when the launcher itself was killed. Where there is no such lock, or none that reaches other
