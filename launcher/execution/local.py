@@ -20,7 +20,7 @@ from rich.console import Console
 from outlast.config.cluster import LocalCluster
 from outlast.errors import Exit
 from outlast.preemption.outcome import Outcome
-from outlast.processes import PARENT_ENV, free_ports, python_module_command, signals_blocked
+from outlast.processes import PARENT_ENV, free_ports, ignore_output_errors, python_module_command, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
 from outlast.rundir.cancelled import CancelMark
 from outlast.rundir.directory import RunDirectory
@@ -254,6 +254,7 @@ def train(plan: Plan, console: Console | None = None) -> int:
         RunBusyError: the run directory is in use.
     """
     launcher = Launcher(plan)
+    ignore_output_errors()  # the ranks end with this process: a full disk behind its output must not end it
     with (
         ProgressBar(launcher.run.path.name, console or Console(highlight=False)) as bar,
         passing_on_signals(launcher.stop, launcher.send),

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from outlast.config.cluster import LocalCluster
 from outlast.errors import OutlastError
+from outlast.processes import ignore_output_errors
 from outlast.rundir.cancelled import CancelMark
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.lock import RunLock
@@ -103,6 +104,7 @@ def run(sweep: SweepPlan, console: Console) -> list[RunStatus]:
         RunBusyError: the same sweep is run by another command.
     """
     make_sweep_directory(sweep)
+    ignore_output_errors()
     lock = RunLock(RunDirectory(sweep.directory))
     lock.acquire("outlast train -m")
     try:

@@ -97,7 +97,7 @@ def denied(error: BaseException) -> str | None:
 
 
 def whose(path: str | os.PathLike[str]) -> str:
-    """Whose a path is, and what others can do; if it is hidden, this is said of its nearest visible parent."""
+    """Whose a path is, and what others can do; of a hidden one, its nearest visible parent."""
     place = os.path.abspath(path)
     while True:
         try:

@@ -16,7 +16,8 @@ from outlast.rundir.directory import RunDirectory
 from outlast.rundir.logs import bound
 
 from .. import forked
-from ..conftest import RunProbe
+from ..conftest import OUTLAST, SMOKE, RunProbe
+from ..forked import Forked
 
 SCRIPT = Path(__file__).with_name("plain_loop.py")
 
@@ -176,3 +177,13 @@ def test_the_logs_are_kept_within_bounds_and_the_newest_lines_stay(tmp_path: Pat
     assert lines[-2:] == [b"line 199999", b"the last"]
     assert now.stat().st_size < 600_000
     assert bound(run, 1_000_000, 2) == 0
+
+
+def test_a_command_whose_output_goes_to_a_full_disk_trains_to_the_end(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        command = Forked([OUTLAST, "train", *SMOKE, "trainer.max_steps=30", "run.name=r"], cwd=tmp_path, stdout=full)
+        try:
+            assert command.wait(120) == 0
+        finally:
+            command.kill()
+    assert RunProbe(tmp_path / "runs" / "r").events("finished")

@@ -346,6 +346,7 @@ class RankAttempt:
             code = self.collectives.from_rank_0(code)
             self.collectives.close()
         finally:  # the requeue may have ended a peer already: what is saved is saved, and this rank leaves
+            self._lock.release()
             exit_at_once(code)
 
     def finish(self, step: int, save: Callable[[Path], None] | None = None, *, weights_step: int | None = None) -> None:

@@ -6,6 +6,7 @@ seconds; who wants it watches, by its own clock, whether that goes on. A holder 
 lease somebody else has taken, ends at its next touch.
 """
 
+import atexit
 import json
 import os
 import secrets
@@ -70,6 +71,10 @@ class Lease:
     def keep(self) -> None:
         """Touch the file from here on, in a thread, until :meth:`release` or the end of this process."""
         threading.Thread(target=self._beat, name="outlast-lease", daemon=True).start()
+
+    def release_at_exit(self) -> None:
+        """Give it back when this process ends in good order, so that the next one need not find it stale."""
+        atexit.register(self.release)
 
     def release(self) -> None:
         """Give it back."""

@@ -82,6 +82,8 @@ class RunLock:
         os.pwrite(fd, json.dumps(record).encode(), 0)
         os.set_inheritable(fd, True)
         self.fd, self._lease = fd, lease
+        if lease is not None:
+            lease.release_at_exit()
 
     def release(self) -> None:
         if self.fd is not None:
