@@ -7,6 +7,7 @@ the queue.
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from outlast.config.configuration import load
 from outlast.errors import ConfigError
@@ -15,10 +16,10 @@ from outlast.rundir.ledger import Ledger
 from outlast.rundir.submission import Submission, submission_lock
 
 from ..planning.plan import check_run_directory
-from ..planning.sweep import PlannedCell, SweepPlan, check_cells, merged
+from ..planning.sweep import PlannedCell, SweepPlan, check_budget, check_cells, merged
 from ..runs.state import State, is_locked, state_of
 from ..runs.submissions import mark_cancelled
-from . import arrays
+from . import arrays, snapshot
 from .freeze import freeze
 from .submit import in_queue, take_code, use_cluster
 
@@ -68,6 +69,7 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
                 outcome.unchanged[cell.name] = list(changes)
         if not todo:
             return outcome
+        check_budget([cell.plan for cell in sweep.cells], manifest, code_bytes=snapshot.size(Path.cwd()))
         found = arrays.arrays_of(todo, manifest)
         _freeze(todo)
         # Cells that this command does not know of may wait, or run, with what was frozen for them.

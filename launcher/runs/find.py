@@ -28,7 +28,14 @@ def runs_under(root: Path) -> list[RunDirectory]:
 def unreadable_under(root: Path) -> list[Path]:
     """Directories under `root` that this user may not look into: others' runs, as a rule."""
     here = sorted(root.iterdir()) if root.is_dir() else []
-    return [path for path in here if path.is_dir() and not os.access(path, os.R_OK | os.X_OK, effective_ids=True)]
+    return [path for path in here if path.is_dir() and not _readable(path)]
+
+
+def _readable(path: Path) -> bool:
+    ledger = path / "ledger.jsonl"
+    return os.access(path, os.R_OK | os.X_OK, effective_ids=True) and (
+        not ledger.exists() or os.access(ledger, os.R_OK, effective_ids=True)
+    )
 
 
 def cells_of(directory: Path) -> list[RunDirectory]:

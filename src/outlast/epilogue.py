@@ -20,8 +20,10 @@ from .preemption.outcome import Outcome
 from .preemption.policy import describe
 from .processes import SIGNALS
 from .rundir.attempts import Attempt, attempt_of, attempts, finished
-from .rundir.directory import RunDirectory, RunLock, cancelled_after
+from .rundir.cancelled import cancelled_after
+from .rundir.directory import RunDirectory
 from .rundir.ledger import KILLED, AttemptNumber, Event, Ledger, Recorder
+from .rundir.lock import RunLock
 from .rundir.submission import Submission, new_token, submission_lock
 from .slurm.actions import requeue_job
 from .slurm.environment import SlurmJob, current_job, slurm_conf

@@ -1,10 +1,12 @@
 """What a training script holds: :class:`Run`, with which a Hugging Face Trainer or a loop of one's own is trained."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .attempt.attempt import RankAttempt
+from .errors import OutlastError
 from .processes import exit_at_once
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class Run(RankAttempt):
         except Exception as error:
             code = self.fail(error)
             if self._guard.requested is not None:
+                if isinstance(error, OutlastError):
+                    print(f"outlast: {error}", file=sys.stderr)
                 exit_at_once(code)  # on its way out: nothing may hold it up
             raise
         self._guard.uninstall()

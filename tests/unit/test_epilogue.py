@@ -13,8 +13,9 @@ import pytest
 
 from outlast.config.configuration import build, dump
 from outlast.epilogue import follow_up
-from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.lock import RunLock
 
 from .conftest import Slurm
 

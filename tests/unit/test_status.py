@@ -12,8 +12,9 @@ from outlast.launcher.runs.queue import Answer, JobKey, JobState
 from outlast.launcher.runs.standing import collect
 from outlast.launcher.runs.state import is_locked, state_of
 from outlast.launcher.runs.submissions import cancelled_at, mark_cancelled, submission_of
-from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.lock import RunLock
 
 from .runs import Make, end, progress, row, save, says, shown, start, submit, sweep_of
 

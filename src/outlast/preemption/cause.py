@@ -2,14 +2,15 @@
 
 import math
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from outlast import clock
 from outlast.config.preemption import PreemptionSection
 from outlast.errors import SlurmError
 from outlast.ranks.identity import Identity
-from outlast.rundir.directory import RunDirectory, cancelled_after
+from outlast.rundir.cancelled import CancelMark
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Cause
 from outlast.slurm.view import JobView, Notice, end_time_of, notice_of, show_job
 
@@ -31,9 +32,9 @@ class StopCause:
         preemption: PreemptionSection,
         say: Callable[[str], None],
     ) -> None:
-        self._run, self._job, self._guard, self._preemption, self._say = run, identity.around, guard, preemption, say
+        self._job, self._guard, self._preemption, self._say = identity.around, guard, preemption, say
         self._in_own_job = identity.job is not None
-        self._since = time.time()
+        self._cancelled = CancelMark(run.path)
         self._asking = threading.Lock()
         self._view: JobView | None = None
         self.end_time: float | None = None
@@ -93,7 +94,7 @@ class StopCause:
             return "cancelled"  # somebody wanted that, and is there
         if self._job is None:
             return "preempted"
-        if cancelled_after(self._run.path, self._since):
+        if self._cancelled.is_set:
             return "cancelled"
         self.ask_why()
         if self._view is None:
@@ -115,7 +116,7 @@ class StopCause:
         except SlurmError:
             return cause
         restarted = now.restarts > self._job.restart_count
-        in_grace = first is not None and not first.is_ending and time.time() < (first.end_time or 0.0) - 1.0
+        in_grace = first is not None and not first.is_ending and clock.now() < (first.end_time or 0.0) - 1.0
         if now.is_ending and not restarted and (in_grace or not now.is_preempted):
             return "cancelled"
         return cause
@@ -126,7 +127,7 @@ class StopCause:
         Where Slurm does not say why the job was signalled, the time limit says nothing of it: then it is what the user
         has said (`preemption.grace_s`); while Slurm has not answered, also what it gives at a preemption.
         """
-        asked_at, view = self._guard.requested_at or time.time(), self._view
+        asked_at, view = self._guard.requested_at or clock.now(), self._view
         if self._job is None or self._guard.requested == CLOCK:
             return self.end_time
         if view and view.is_ending:  # while a job is ending, its end time is when the ending began
