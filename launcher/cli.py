@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from outlast.errors import Exit, OutlastError
+from outlast.errors import Exit, OutlastError, denied
 
 from .arguments import parser
 
@@ -20,6 +20,11 @@ def main() -> None:
         print(f"outlast: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(Exit.REFUSED)
     except BrokenPipeError:
+        sys.exit(Exit.FAILED)
+    except OSError as error:
+        if (text := denied(error)) is None:
+            raise
+        print(f"outlast: {text}", file=sys.stderr)
         sys.exit(Exit.FAILED)
 
 

@@ -210,7 +210,18 @@ def set_user_signal(directory: Path, on: bool) -> None:
         record.options = replace(record.options, user_signal=on)
         write_conf(directory, record)
         record.write(directory)
-        slurm(directory, "scontrol", "reconfigure")
+        _reconfigure(directory)
+
+
+def _reconfigure(directory: Path) -> None:
+    """Have slurmctld read its configuration again, in a later second than the last time.
+
+    What it has parsed of the parameters it parses again only if the configuration is of another second.
+    """
+    last = slurm(directory, "scontrol", "show", "config").splitlines()[0].split()[-1]
+    while time.strftime("%Y-%m-%dT%H:%M:%S") == last:
+        time.sleep(0.05)
+    slurm(directory, "scontrol", "reconfigure")
 
 
 @contextlib.contextmanager

@@ -20,10 +20,12 @@ from rich.console import Console
 from outlast.config.cluster import LocalCluster
 from outlast.errors import Exit
 from outlast.preemption.outcome import Outcome
-from outlast.processes import PARENT_ENV, free_ports, python_module_command, signals_blocked
+from outlast.processes import PARENT_ENV, free_ports, ignore_output_errors, python_module_command, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
-from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock, cancelled_after
-from outlast.rundir.ledger import Ledger
+from outlast.rundir.cancelled import CancelMark
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Event, Ledger
+from outlast.rundir.lock import RunLock
 from outlast.rundir.progress import Progress, read
 from outlast.slurm.environment import environment_without_job
 
@@ -32,6 +34,7 @@ from ..planning.plan import Plan
 from .freeze import freeze, make_run_directory
 
 POLL_S = 0.1
+RESUMES = "The same command again resumes."
 STRAGGLER_S = 10.0
 """How long the other ranks may outlive the first that left: an orderly leave takes milliseconds."""
 
@@ -67,8 +70,7 @@ class Launcher:
         lock.acquire("outlast train")
         try:
             freeze(self.plan)  # not before: a command that is refused changes nothing
-            assert lock.fd is not None
-            return self._attempts(lock.fd, shown)
+            return self._attempts(lock, shown)
         finally:
             lock.release()
 
@@ -83,14 +85,14 @@ class Launcher:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def _attempts(self, lock_fd: int, bar: Shown) -> int:
+    def _attempts(self, lock: RunLock, bar: Shown) -> int:
         assert isinstance(self.config.cluster, LocalCluster)
         if attempts(self.ledger.read()):
             bar.note(f"resuming {self.run.path}")
-        began = time.time()
+        cancelled = CancelMark(self.run.path)
         while True:
             number = next_attempt(self.ledger.read())
-            code = self._attempt(number, lock_fd, bar)
+            code = self._attempt(number, lock, bar)
             events = self.ledger.read()
             if finished(events):
                 bar.note(f"finished; the model is in {self.run.final}")
@@ -103,23 +105,23 @@ class Launcher:
                 self._explain(code, number, bar)
                 return code if code in (Exit.REFUSED, Exit.GAVE_UP) else Exit.FAILED
             if self.stop_requested.is_set():
-                bar.note("saved. The same command again resumes.")
+                bar.note(_left(events, number))
                 return Exit.RESUME_ME
-            if cancelled_after(self.run.path, began):
+            if cancelled.is_set:
                 bar.note("cancelled; `outlast resume`, or the same command, goes on")
                 return Exit.RESUME_ME
             outcome.requeued("preempted", job_id=None)
             bar.note(
                 f"attempt {number} was preempted; the next one starts in {self.config.cluster.requeue_delay_s:g} s"
             )
-            if self.stop_requested.wait(self.config.cluster.requeue_delay_s) or cancelled_after(self.run.path, began):
+            if self.stop_requested.wait(self.config.cluster.requeue_delay_s) or cancelled.is_set:
                 return Exit.RESUME_ME
 
-    def _attempt(self, number: int, lock_fd: int, bar: Shown) -> int:
+    def _attempt(self, number: int, lock: RunLock, bar: Shown) -> int:
         """Start the ranks, wait until the last has gone, and return what the first to leave said."""
         world_size = self.config.parallel.world_size
         with signals_blocked():  # held back in the ranks until their guards are in place
-            self.ranks = [self._start(rank, number, lock_fd) for rank in range(1 if self.agent else world_size)]
+            self.ranks = [self._start(rank, number, lock) for rank in range(1 if self.agent else world_size)]
         if self.stop_requested.is_set():
             self.send(signal.SIGTERM)
         first_code, deadline = None, 0.0
@@ -143,11 +145,11 @@ class Launcher:
         # A rank that was killed is the cause; what its peers then raised is the effect.
         return min((code for code in codes if code < 0), default=first_code or max(codes))
 
-    def _start(self, rank: int, number: int, lock_fd: int) -> subprocess.Popen[bytes]:
+    def _start(self, rank: int, number: int, lock: RunLock) -> subprocess.Popen[bytes]:
         world_size = self.config.parallel.world_size
         env = environment_without_job() | {
             ATTEMPT_ENV: str(number),
-            LOCK_FD_ENV: str(lock_fd),
+            **lock.environment,
             PARENT_ENV: str(os.getpid()),
             "OMP_NUM_THREADS": str(self.config.parallel.cpus_per_rank),
         }
@@ -169,7 +171,7 @@ class Launcher:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=env,
-                pass_fds=[lock_fd],
+                pass_fds=[lock.fd] if lock.fd is not None else [],
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes on what it means
             )
 
@@ -203,6 +205,17 @@ class Launcher:
             bar.note(f"The same command again resumes from step {saved}.")
         elif code != Exit.REFUSED:
             bar.note("No step was saved: the same command begins again, and fails again unless the cause is gone.")
+
+
+def _left(events: list[Event], number: int) -> str:
+    """What an attempt that was told to stop has left behind, in words."""
+    last = next((attempt for attempt in attempts(events) if attempt.number == number), None)
+    if last is None or not last.has_trained or last.saved_step >= last.last_step:
+        return f"saved. {RESUMES}"
+    failed = [e["reason"] for e in events if e["attempt"] == number and e["event"] == "checkpoint_failed"]
+    why = f": {failed[-1]}" if failed else ""
+    resumes = f"resumes from step {last.saved_step}" if last.saved_step else "begins again"
+    return f"WARNING: step {last.last_step} was not saved{why}. The same command again {resumes}."
 
 
 @contextmanager
@@ -241,6 +254,7 @@ def train(plan: Plan, console: Console | None = None) -> int:
         RunBusyError: the run directory is in use.
     """
     launcher = Launcher(plan)
+    ignore_output_errors()  # the ranks end with this process: a full disk behind its output must not end it
     with (
         ProgressBar(launcher.run.path.name, console or Console(highlight=False)) as bar,
         passing_on_signals(launcher.stop, launcher.send),

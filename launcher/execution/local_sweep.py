@@ -9,7 +9,10 @@ from rich.console import Console
 
 from outlast.config.cluster import LocalCluster
 from outlast.errors import OutlastError
-from outlast.rundir.directory import RunDirectory, RunLock, cancelled_after
+from outlast.processes import ignore_output_errors
+from outlast.rundir.cancelled import CancelMark
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.lock import RunLock
 from outlast.rundir.progress import Progress
 
 from ..display.live_table import LiveTable
@@ -44,7 +47,8 @@ class Cells:
 
     def __init__(self, sweep: SweepPlan, table: LiveTable) -> None:
         self.sweep, self.table = sweep, table
-        self.stopping, self.began = threading.Event(), time.time()
+        self.stopping = threading.Event()
+        self._cancelled = {cell.name: CancelMark(cell.plan.directory.path) for cell in sweep.cells}
         self._launchers: list[Launcher] = []
 
     def run(self, cells: list[PlannedCell]) -> None:
@@ -64,7 +68,7 @@ class Cells:
             future.result()  # raises what is no cell's own failure
 
     def _cell(self, cell: PlannedCell) -> None:
-        if self.stopping.is_set() or cancelled_after(cell.plan.directory.path, self.began):
+        if self.stopping.is_set() or self._cancelled[cell.name].is_set:
             return
         launcher = Launcher(cell.plan)
         self._launchers.append(launcher)
@@ -100,6 +104,7 @@ def run(sweep: SweepPlan, console: Console) -> list[RunStatus]:
         RunBusyError: the same sweep is run by another command.
     """
     make_sweep_directory(sweep)
+    ignore_output_errors()
     lock = RunLock(RunDirectory(sweep.directory))
     lock.acquire("outlast train -m")
     try:

@@ -98,6 +98,17 @@ def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
     return snapshot
 
 
+def size(project: Path) -> int:
+    """Bytes that :func:`take` would copy, what is written beside them not counted."""
+    own = Path(outlast.__path__[0])
+    rooms = [own, *(Path(importlib.import_module(f"outlast.{name}").__path__[0]) for name in ROOMS)]
+    copied = {file for room in rooms for file in room.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+    top, own_top = _toplevel(project)[0], _toplevel(own)[0]
+    if top is not None and top != own_top:
+        copied |= {top / name for name in _files(top, [])}
+    return sum(os.lstat(file).st_size for file in copied)
+
+
 def _copy_package(own: Path, target: Path) -> None:
     """Copy outlast as it is imported: an editable install has its rooms elsewhere, a wheel has them inside."""
     skip = shutil.ignore_patterns("__pycache__", "*.pyc")

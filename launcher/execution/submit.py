@@ -22,6 +22,7 @@ from outlast.slurm.refusal import refusal_of
 from outlast.slurm.submit import submit_recorded
 
 from ..devcluster import cluster as devcluster
+from ..planning import storage
 from ..planning.batch_script import Target, batch_script, target_of
 from ..planning.plan import Plan
 from ..runs import queue
@@ -92,6 +93,12 @@ def submit(plan: Plan) -> SubmittedJob:
             time.sleep(0.1)
         if is_locked(run):
             raise RunBusyError(f"{run.path} is in use by a process of this machine, and not by a job. Stop it first.")
+        try:
+            check_code(plan)
+        except ConfigError:
+            if fresh:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
         freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
         take_code(plan.config, target)
         write_atomically(run.path / SCRIPT, batch_script(plan.config, target))
@@ -137,6 +144,16 @@ def check_same(plan: Plan, job_id: str) -> None:
         way = f"stop it first: outlast cancel {plan.directory.path.name}, then the same command"
         first = next(iter(changes))
         raise ConfigError(first, changes[first][0], f"no effect: job {job_id} is in the queue already: {text}; {way}")
+
+
+def check_code(plan: Plan) -> None:
+    """See that the budget holds the run together with the code that is about to be copied into its directory.
+
+    Raises:
+        ConfigError: it does not; the message has the arithmetic.
+    """
+    if parts := plan.storage.get("parts"):
+        storage.check_code(parts, plan.config, snapshot.size(Path.cwd()))
 
 
 def take_code(config: Config, target: Target) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from outlast.config.configuration import load
 from outlast.errors import ConfigError
@@ -18,10 +19,10 @@ from outlast.rundir.submission import Submission, submission_lock
 from outlast.rundir.sweep import SWEEP_MANIFEST
 
 from ..planning.plan import check_run_directory
-from ..planning.sweep import PlannedCell, SweepPlan, check_cells, merged
+from ..planning.sweep import PlannedCell, SweepPlan, check_budget, check_cells, merged
 from ..runs.state import State, is_locked, state_of
 from ..runs.submissions import mark_cancelled
-from . import arrays
+from . import arrays, snapshot
 from .freeze import freeze
 from .submit import in_queue, take_code, use_cluster
 
@@ -74,6 +75,7 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
                 outcome.unchanged[cell.name] = list(changes)
         if not todo:
             return outcome
+        check_budget([cell.plan for cell in sweep.cells], manifest, code_bytes=snapshot.size(Path.cwd()))
         found = arrays.arrays_of(todo, manifest)
         fresh = [cell.plan.directory for cell in todo if not cell.plan.directory.path.exists()]
         _freeze(todo)

@@ -1,6 +1,7 @@
 """The storage part of a plan: what a run will write, and whether budget and file system have room."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +65,22 @@ def decide(config: Config, job: ModuleType, *, own_code: bool) -> tuple[dict[str
         "file_system": here,
     }
     return plan, hazards
+
+
+def check_code(parts: dict[str, Any], config: Config, code_bytes: int) -> None:
+    """See that the budget still holds a run, now that the size of its code is known.
+
+    Args:
+        parts: what the plan expects the run to take, as in `plan.json`.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    footprint = Footprint.from_dict(parts)
+    known = replace(footprint, fixed=footprint.fixed | {"code": code_bytes})
+    found = verdict(known, config.storage.budget_bytes, reserve=config.storage.reserve)
+    if not found.fits:
+        raise refusal(found, config.storage.budget_gb, [])
 
 
 def _with_code(footprint: Footprint, config: Config, own_code: bool) -> Footprint:

@@ -114,20 +114,30 @@ def plan_sweep(overrides: Sequence[str], *, config_dir: Path | None = None) -> S
     if len(kinds) > 1:
         raise ConfigError("cluster", ", ".join(sorted(kinds)), "valid: one for the whole sweep")
     cells = [PlannedCell(combination, plans[combination.name]) for combination in combinations]
-    _check_budget([cell.plan for cell in cells])
     sweep = SweepPlan(name, root, list(overrides), cells)
     sweep.script()  # refuses what a batch script can't have
     check_sweep_directory(sweep)
+    check_budget([cell.plan for cell in cells], merged(sweep))
     return sweep
 
 
-def _check_budget(plans: list[Plan]) -> None:
-    """See that an even share of the sweep's budget does for each cell."""
-    total = plans[0].config.storage.sweep_budget_gb
+def check_budget(plans: list[Plan], manifest: SweepManifest, *, code_bytes: int = CODE_BYTES) -> None:
+    """See that an even share of the sweep's budget does for each cell, those of earlier commands included.
+
+    Args:
+        manifest: all cells that the sweep's directory will hold.
+        code_bytes: what the cells share.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    total, count = plans[0].config.storage.sweep_budget_gb, len(manifest.cells)
+    if total is None:
+        return
     each = max(plan.storage.get("smallest_budget_gb", 0.0) for plan in plans)
-    if total is not None and len(plans) * each + CODE_BYTES / GB > total:
-        least = round_up(len(plans) * each + CODE_BYTES / GB)
-        valid = f"valid: {least:g} or more, for {len(plans)} cells that need up to {each:g} GB each, and their code"
+    if count * each + code_bytes / GB > total:
+        least = round_up(count * each + code_bytes / GB)
+        valid = f"valid: {least:g} or more, for {count} cells that need up to {each:g} GB each, and their code"
         raise ConfigError("storage.sweep_budget_gb", total, valid)
 
 

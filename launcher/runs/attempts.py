@@ -64,7 +64,7 @@ def _signal_to_sealed(attempt: Attempt) -> float | None:
     for event in attempt.checkpoints:
         if event["kind"] == "emergency":
             sealed = event["sealed_s"]
-            return float(event["time"] - signal["time"] if sealed is None else sealed)
+            return float(max(event["time"] - signal["time"], 0.0) if sealed is None else sealed)
     safe = [event["step"] for event in (attempt.resumed, *attempt.checkpoints) if event is not None]
     return 0.0 if signal["step"] in safe else None
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attempt.opening import AlreadyFinished
+    from .attempt.joining import AlreadyFinished
     from .errors import CheckpointError, ConfigError, OutlastError, ResumeRefusedError, RunBusyError, SlurmError
     from .run import Run
     from .script import start
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _ERRORS = ("CheckpointError", "ConfigError", "OutlastError", "ResumeRefusedError", "RunBusyError", "SlurmError")
-_WHEN_ASKED_FOR = {"AlreadyFinished": ".attempt.opening", "Run": ".run", "start": ".script"}
+_WHEN_ASKED_FOR = {"AlreadyFinished": ".attempt.joining", "Run": ".run", "start": ".script"}
 _WHEN_ASKED_FOR |= dict.fromkeys(_ERRORS, ".errors")
 """Names whose modules are imported at their first use: the `outlast` command needs none of them to start."""
 

@@ -20,9 +20,11 @@ from .preemption.outcome import Outcome
 from .preemption.policy import describe
 from .processes import SIGNALS
 from .rundir.attempts import Attempt, attempt_of, attempts, finished
-from .rundir.directory import RunDirectory, RunLock, cancelled_after
+from .rundir.cancelled import cancelled_after
+from .rundir.directory import RunDirectory
 from .rundir.job_log import last_words, own_log
 from .rundir.ledger import KILLED, AttemptNumber, Event, Ledger, Recorder
+from .rundir.lock import RunLock
 from .rundir.place import place_of
 from .rundir.submission import Submission, new_token, submission_lock
 from .slurm.actions import requeue_job

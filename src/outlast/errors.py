@@ -4,16 +4,23 @@
 
     OutlastError                 exit 1   something failed; the message says what to do next
     ├── ConfigError              exit 2   a key, value, group or file is refused, before anything starts
+    ├── BudgetError              exit 2   the byte budget can't hold the run, by what was measured
     ├── RunBusyError             exit 2   another attempt is alive on this run directory
     ├── CheckpointError          exit 1   a checkpoint could not be written or does not verify
     │   └── ResumeRefusedError   exit 2   a checkpoint was made by a run other than the one about to resume
     └── SlurmError               exit 1   a Slurm command failed or did not answer
 """
 
+import errno
+import os
+import pwd
+import stat
 from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import IntEnum
 from typing import Any
+
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Exit(IntEnum):
@@ -56,6 +63,12 @@ class ConfigError(OutlastError):
         super().__init__(f"{key}: {value!r} is refused; {hint}")
 
 
+class BudgetError(OutlastError):
+    """The byte budget can't hold the run, by what was measured."""
+
+    exit_code = Exit.REFUSED
+
+
 class RunBusyError(OutlastError):
     """Another attempt is alive on the run directory."""
 
@@ -74,3 +87,35 @@ class ResumeRefusedError(CheckpointError):
     """The checkpoint was made by a run other than the one about to resume from it."""
 
     exit_code = Exit.REFUSED
+
+
+def denied(error: BaseException) -> str | None:
+    """What to tell a user whom the system denies a file or a directory; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in DENIED or error.filename is None:
+        return None
+    return f"{error.filename}: {error.strerror}; {whose(error.filename)}"
+
+
+def whose(path: str | os.PathLike[str]) -> str:
+    """Whose a path is, and what others can do; of a hidden one, its nearest visible parent."""
+    place = os.path.abspath(path)
+    while True:
+        try:
+            status = os.stat(place)
+            break
+        except OSError:
+            if place == os.path.dirname(place):
+                return "nothing is known of it"
+            place = os.path.dirname(place)
+    mode = stat.filemode(status.st_mode)
+    return (
+        f"{place} belongs to {_name(status.st_uid)} ({mode}), and this is {_name(os.geteuid())}. "
+        "Ask for access, or choose another directory"
+    )
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"

@@ -14,7 +14,7 @@ import traceback
 
 from . import agent
 from .config.configuration import load
-from .errors import OutlastError
+from .errors import OutlastError, denied
 from .preemption.repeats import exit_code_of
 from .preemption.signals import PreemptionGuard
 from .processes import PARENT_ENV, SIGNALS, die_with, ignore_output_errors
@@ -45,10 +45,8 @@ def main(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         run = Run(run_directory, guard, config.preemption, config.checkpoint, config.storage)
-    except OutlastError:
-        raise
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        _show(error)
         raise
     _log_by_attempt(run)
     run.describe(config=config.digest_of_any_ranks[:16])
@@ -59,13 +57,18 @@ def main(arguments: argparse.Namespace) -> None:
             raise OutlastError(f"job {config.job.name} returned without finishing its run")
         run.collectives.close()
     except Exception as error:
-        if not isinstance(error, OutlastError):  # whose message says all
-            traceback.print_exc()
+        _show(error)
         code = run.fail(error)
         sys.stderr.flush()
         if guard.requested is not None:
             os._exit(code)  # on its way out: nothing may hold it up
         raise
+
+
+def _show(error: Exception) -> None:
+    """Print where an error comes from, unless its message says all."""
+    if not isinstance(error, OutlastError) and denied(error) is None:
+        traceback.print_exc()
 
 
 def _log_by_attempt(run: Run) -> None:
@@ -77,7 +80,11 @@ def _log_by_attempt(run: Run) -> None:
     run.say(f"log: {path}")
     sys.stdout.flush()
     sys.stderr.flush()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:  # a full disk
+        print(f"[outlast] WARNING: rank {run.rank} has no log of its own: {error}", flush=True)
+        return
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
@@ -103,7 +110,9 @@ def _command() -> int:
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return exit_code_of(error)
-    except Exception:
+    except Exception as error:
+        if text := denied(error):
+            print(f"outlast: {text}", file=sys.stderr)
         return 1
     return 0
 

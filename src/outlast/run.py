@@ -1,10 +1,12 @@
 """What a training script holds: :class:`Run`, with which a Hugging Face Trainer or a loop of one's own is trained."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .attempt.attempt import RankAttempt
+from .errors import OutlastError
 from .processes import exit_at_once
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class Run(RankAttempt):
         except Exception as error:
             code = self.fail(error)
             if self._guard.requested is not None:
+                if isinstance(error, OutlastError):
+                    print(f"outlast: {error}", file=sys.stderr)
                 exit_at_once(code)  # on its way out: nothing may hold it up
             raise
         self._guard.uninstall()
@@ -107,13 +111,13 @@ class Run(RankAttempt):
 
         Args:
             save: called on every rank with an existing directory; writes all that a resume needs into it.
-            total: optimizer steps in all, for the progress bar.
+            total: optimizer steps in all, for the progress bar; the last of them is saved in any case.
             loss: the last loss, for the progress bar.
         """
         self.update_progress(step=step, total_steps=total, loss=loss)
         self._own_loop("step_end").step_done()
         action = self.steps.done(step)
-        if action != "go_on":
+        if action != "go_on" or (total is not None and step >= total):
             self.checkpoint(step, save)
         if action == "stop":
             self.leave(step)

@@ -24,7 +24,8 @@ class Attempt:
     directory: str
     lora: bool = True
     steps: int = 8
-    every: int = 3
+    every: int | None = 3
+    """None: when to save is up to the Trainer, which never does."""
     limit: int | None = 2
     milestone_every: int | None = None
     budget_gb: float = 1.0

@@ -55,13 +55,30 @@ def test_a_periodic_save_on_a_full_disk(
     run = base.copy(disk / "run")
     done = server.run(attempt(fill_at=5), disk.with_name("log"), ranks=ranks)
     assert done.codes == [0] * ranks, done.output
-    assert kept(run) == {3: None, 4: None}, "both that were there still verify"
+    assert kept(run) == {6: None, 8: None}, "each takes the place of the oldest"
+    gone = [(e["checkpoint"], e["reason"]) for e in events(run, "deleted")]
+    assert gone == [("checkpoint-3", "disk full"), ("checkpoint-4", "disk full")]
+    assert not events(run, "checkpoint_failed")
+    assert [e["step"] for e in events(run, "finished")] == [8]
+    assert weights(run) == base.twin
+    assert not litter(run)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_periodic_save_on_a_full_disk_that_may_delete_nothing(
+    ranks: int, disk: Path, attempt: Callable[..., Attempt], bases: Bases, server: Server
+) -> None:
+    base = bases(False, ranks, HIDDEN)
+    run = base.copy(disk / "run")
+    shutil.rmtree(run / "checkpoints/checkpoint-3")
+    done = server.run(attempt(fill_at=5), disk.with_name("log"), ranks=ranks)
+    assert done.codes == [0] * ranks, done.output
+    assert kept(run) == {4: None}, "the newest still verifies"
     failed = events(run, "checkpoint_failed")
     assert [(e["step"], e["kind"]) for e in failed] == [(6, "periodic"), (8, "periodic")]
     assert all("No space left on device" in e["reason"] for e in failed)
     assert re.search(r"WARNING: periodic checkpoint of step 6 was not written: .*No space left", done.output)
-    assert not events(run, "deleted"), "a periodic save costs nothing that is there"
-    assert [e["step"] for e in events(run, "finished")] == [8]
+    assert not events(run, "deleted")
     assert weights(run) == base.twin
     assert not litter(run)
 
@@ -70,6 +87,7 @@ def test_the_ledger_on_the_full_disk(disk: Path, attempt: Callable[..., Attempt]
     """Nothing else can be written from step 5 to step 7; the ledger has blocks of its own set aside."""
     base = bases(False, 1, HIDDEN)
     run = base.copy(disk / "run")
+    shutil.rmtree(run / "checkpoints/checkpoint-3")
     done = server.run(attempt(fill_at=5, leave=0, free_at=7), disk.with_name("log"))
     assert done.codes == [0], done.output
     assert "the ledger can't be written" not in done.output

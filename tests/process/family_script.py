@@ -89,16 +89,14 @@ def break_(trainer: Any, what: str) -> None:
         trainer._load_best_model = lambda: None
     elif what == "adapter":
         type(trainer.model).load_adapter = lambda self, *args, **kwargs: None
-    elif what == "buffer":
+    elif what.startswith("buffer"):
+        trainer.model.register_buffer("scale", torch.tensor(1.0 if what == "buffer-first" else 2.0), persistent=False)
+        trainer.model.register_buffer("seen", torch.zeros(1), persistent=False)
         trainer.add_callback(Counting())
 
 
 class Counting(TrainerCallback):
-    """Trains a buffer that is in no checkpoint."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if not hasattr(model, "seen"):
-            model.register_buffer("seen", torch.zeros(1), persistent=False)
+    """Trains a buffer that is in no file of the weights."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         model.seen += 1

@@ -423,6 +423,51 @@ def optimizer_schedule_hooks_and_arguments_with_state() -> Trainer:
     return trainer(model=model, more=more, **STEPS)
 
 
+class Counts(Trainer):  # type: ignore[misc]
+    """Counts in its class, and weighs the loss by that and by the model's configuration."""
+
+    seen = 0
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        Counts.seen += model.training
+        loss = loss * (1 + 0.1 * Counts.seen) * getattr(model.config, "loss_scale", 1.0)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Harder(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Rows that depend on a level, which stands in the class until a callback raises it."""
+
+    level = 1
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        ids = [(number * self.level + place) % VOCABULARY for place in range(8)]
+        return {"input_ids": ids, "labels": ids}
+
+
+class Raises(TrainerCallback):
+    """Changes the model's configuration, the data, and a buffer that no checkpoint holds."""
+
+    def __init__(self, data: Harder) -> None:
+        self.data = data
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.data.level += 1
+        model.config.loss_scale = 1 + 1 / state.global_step
+        model.scale *= 1.05
+
+
+@scenario
+def classes_configuration_and_buffers_with_state() -> Trainer:
+    model, data = gpt2(), Harder()
+    model.register_buffer("scale", torch.ones(()), persistent=False)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * model.scale)
+    return trainer(Counts, model=model, train=data, more={"callbacks": [Raises(data)]}, **STEPS)
+
+
 class Stream(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Any:
         yield from rows(20)

@@ -62,16 +62,16 @@ def test_every_architecture_loads_what_it_saves(tmp_path: Path) -> None:
         ("random", "llama", r"saved: random cpu\."),
         ("adapter", "llama", r"saved: model base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_A"),
         ("base", "llama", r"the base model is not the one .*: base base_model\.model\.lm_head\.weight\."),
-        ("buffer", "llama", r"saved: buffers seen"),
+        ("buffer", "llama", r"saved: buffers scale\."),
     ],
 )
 def test_what_is_not_restored_is_refused_by_name(broken: str, name: str, reason: str, tmp_path: Path) -> None:
     run = RunProbe(tmp_path / "run")
-    before = {"adapter": "adapter-whole", "base": "adapter-whole"}.get(broken, broken)
+    before = {"adapter": "adapter-whole", "base": "adapter-whole", "buffer": "buffer-first"}.get(broken, broken)
     first = train(run.path, name, 5, *([before] if broken in ("names", "adapter", "base", "buffer") else []))
     assert first.returncode == 75, first.stdout + first.stderr
     if broken == "buffer":
-        assert "training changes buffers that no checkpoint holds (seen)" in first.stdout
+        assert "training changes buffers (seen) that the finished model will not hold" in first.stdout
     kept = sorted((run.path / "checkpoints").iterdir())
     again = train(run.path, name, 0, broken)
     assert again.returncode == 2, again.stdout + again.stderr

@@ -85,6 +85,19 @@ def test_user_signal_arrives_when_it_is_on(cluster: Cluster, tmp_path: Path) -> 
         cluster.set_user_signal(False)
 
 
+def test_a_change_is_heeded_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm sees that its configuration is another one only if it is of another second."""
+    said = [_config_time(cluster)]
+    for on in (True, False, True, False):
+        cluster.set_user_signal(on)
+        said.append(_config_time(cluster))
+    assert said == sorted(set(said))
+
+
+def _config_time(cluster: Cluster) -> str:
+    return cluster.run("scontrol", "show", "config").splitlines()[0].removeprefix("Configuration data as of ")
+
+
 def test_up_again_says_so_and_refuses_other_options(devcluster: Cluster) -> None:
     said: list[str] = []
     launcher_devcluster.up(devcluster.directory, grace_s=30, say=said.append)

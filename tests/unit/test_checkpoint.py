@@ -132,7 +132,7 @@ def test_the_budget_deletes_the_oldest_but_never_the_newest_or_the_best(tmp_path
     for step in (10, 20, 30, 40):
         harness.save(step)
     harness.store.retention.best_step = 10
-    assert harness.store.make_space(kind=Kind.PERIODIC)
+    assert harness.store.room.make_space(kind=Kind.PERIODIC)
     assert harness.steps() == [10, 30, 40]
     assert [(e["event"], e["checkpoint"], e["reason"]) for e in harness.events] == [
         ("lightened", "checkpoint-10", "budget"),
@@ -144,7 +144,7 @@ def test_the_budget_deletes_the_oldest_but_never_the_newest_or_the_best(tmp_path
 def test_a_budget_that_holds_no_second_checkpoint(tmp_path: Path, kind: str) -> None:
     harness = Harness(tmp_path / "run", budget=3_000)
     harness.save(10)
-    assert not harness.store.make_space(kind=kind)
+    assert not harness.store.room.make_space(kind=kind)
     assert harness.steps() == [10], "the last verified checkpoint is never the price"
 
 
@@ -153,7 +153,7 @@ def test_nothing_is_deleted_if_all_that_may_go_would_not_do(tmp_path: Path) -> N
     for step in (10, 20):
         harness.save(step)
     (harness.run.path / "data").write_bytes(bytes(2_000))
-    assert not harness.store.make_space(kind=Kind.EMERGENCY)
+    assert not harness.store.room.make_space(kind=Kind.EMERGENCY)
     assert harness.steps() == [10, 20]
 
 
@@ -161,7 +161,7 @@ def test_save_total_limit_holds_after_each_save(harness: Harness) -> None:
     harness.store.retention.limit = 2
     for step in (10, 20, 30):
         harness.save(step)
-        harness.store.retire()
+        harness.store.room.retire()
     assert harness.steps() == [20, 30]
     assert harness.events == [{"event": "deleted", "checkpoint": "checkpoint-10", "reason": "save_total_limit"}]
 
@@ -176,7 +176,7 @@ def test_what_is_oldest_is_told_by_the_step_not_by_the_clock_and_half_written_on
     harness.store.path(25).mkdir()
     (harness.store.path(25) / "model.safetensors").write_bytes(b"half")
     harness.save(30)
-    harness.store.retire()
+    harness.store.room.retire()
     assert harness.steps() == [20, 30]
 
 
@@ -184,7 +184,7 @@ def test_limit_one_with_a_best_never_loses_the_newest(harness: Harness) -> None:
     harness.store.retention.limit, harness.store.retention.best_step = 1, 10
     for step in (10, 20, 30):
         harness.save(step)
-        harness.store.retire()
+        harness.store.room.retire()
     assert harness.steps() == [10, 30]
 
 
@@ -192,7 +192,7 @@ def test_a_light_milestone_keeps_its_weights_and_verifies_but_is_not_resumed_fro
     harness.store.retention.limit, harness.store.retention.milestone_every = 1, 20
     for step in (10, 20, 30, 40):
         harness.save(step)
-        harness.store.retire()
+        harness.store.room.retire()
     assert [(c.step, c.light) for c in harness.store.sealed()] == [(20, True), (40, False)]
     assert verify(harness.store.path(20)).files.keys() == {"model.safetensors"}
     assert not (harness.store.path(20) / "optimizer.pt").exists()
@@ -251,7 +251,7 @@ def test_a_file_system_that_hesitates_for_long_condemns_nothing(
         with pytest.raises(TransientError, match="Stale"):
             harness.store.newest_verified()
         harness.store.retention.limit = 1
-        harness.store.retire()
+        harness.store.room.retire()
     assert harness.steps() == [10, 20]
     assert not harness.run.quarantine.exists()
 
@@ -269,10 +269,10 @@ def test_what_stays_unreadable_is_put_aside_and_goes_last(tmp_path: Path, monkey
     assert (harness.run.quarantine / "checkpoint-30.kept").is_dir()
     harness.save(40)
     for _ in range(2):
-        assert harness.store.free_some(kind=Kind.PERIODIC, reason="budget")
+        assert harness.store.room.free_some(kind=Kind.PERIODIC, reason="budget")
     assert harness.steps() == [40]
     assert (harness.run.quarantine / "checkpoint-30.kept").is_dir()
-    assert harness.store.free_some(kind=Kind.PERIODIC, reason="budget")
+    assert harness.store.room.free_some(kind=Kind.PERIODIC, reason="budget")
     assert harness.events[-1]["checkpoint"] == "quarantine/checkpoint-30.kept"
 
 
@@ -379,7 +379,7 @@ def test_the_last_verified_goes_only_for_a_verified_successor(harness: Harness) 
     assert harness.store.newest_verified() is not None
     harness.save(20)
     damage_flip(harness.store.path(20))
-    harness.store.retire()
+    harness.store.room.retire()
     assert harness.steps() == [10], "20 was read back before 10 was let go"
     assert [e["event"] for e in harness.events] == ["quarantined"]
 
@@ -391,7 +391,7 @@ def test_what_is_in_quarantine_counts_and_goes_first_and_is_named(tmp_path: Path
     damage_flip(harness.store.path(20))
     assert harness.store.newest_verified() is not None
     harness.save(30)
-    assert harness.store.make_space(kind=Kind.PERIODIC)
+    assert harness.store.room.make_space(kind=Kind.PERIODIC)
     assert harness.steps() == [10, 30]
     assert harness.events[-1] == {"event": "deleted", "checkpoint": "quarantine/checkpoint-20", "reason": "budget"}
 
@@ -402,7 +402,7 @@ def test_an_interrupted_deletion_is_finished(harness: Harness, monkeypatch: pyte
         harness.save(step)
     monkeypatch.setattr(store_module.Remover, "_throw_away", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        harness.store.retire()
+        harness.store.room.retire()
     monkeypatch.undo()
     assert harness.steps() == [20]
     assert harness.store.path(10).is_dir()
@@ -420,7 +420,7 @@ def test_a_deletion_that_fails_is_reported_and_tried_again(harness: Harness, mon
         raise OSError(1, "Operation not permitted", str(path))
 
     monkeypatch.setattr("outlast.checkpoint.removal.shutil.rmtree", refuse)
-    harness.store.retire()
+    harness.store.room.retire()
     failed = [e for e in harness.events if e["event"] == "delete_failed"]
     assert len(failed) == 1
     assert "Operation not permitted" in failed[0]["reason"]
@@ -438,7 +438,7 @@ def test_a_symbolic_link_is_no_checkpoint_and_nothing_is_deleted_through_one(tmp
     newest = harness.store.newest_verified()
     assert newest is not None
     assert newest.step == 10
-    harness.store.make_space(kind=Kind.EMERGENCY)
+    harness.store.room.make_space(kind=Kind.EMERGENCY)
     harness.store.clean_up()
     assert elsewhere.steps() == [99]
     other = RunDirectory(tmp_path / "other")
@@ -453,3 +453,33 @@ def test_the_manifest_lists_every_file(harness: Harness) -> None:
     manifest = json.loads((harness.store.path(10) / "manifest.json").read_text())
     assert set(manifest["files"]) == {"model.safetensors", "optimizer.pt"}
     assert manifest["format"] == 1
+
+
+def test_a_checkpoint_whose_name_can_not_be_flushed_is_saved(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flush = store_module.flush_directory
+
+    def fails(path: Path) -> None:
+        if path == harness.run.checkpoints and harness.store.path(10).exists():
+            raise OSError(errno.EIO, "Input/output error")
+        flush(path)
+
+    monkeypatch.setattr(store_module, "flush_directory", fails)
+    harness.save(10)
+    assert harness.steps() == [10]
+    assert "checkpoint-10 is saved, but its name could not be flushed to disk" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_as_much_as_a_periodic_save_needs_and_no_more(harness: Harness) -> None:
+    """A quota that the file system does not show: the save itself finds it full."""
+    for step in (10, 20, 30, 40):
+        harness.save(step)
+    assert harness.store.room.make_space(kind=Kind.PERIODIC)
+    assert harness.store.room.replace(kind=Kind.PERIODIC, reason="disk full")
+    assert harness.steps() == [20, 30, 40]
+    assert not harness.store.room.replace(kind=Kind.PERIODIC, reason="disk full"), "others fill the disk as fast"
+    assert harness.store.room.make_space(kind=Kind.EMERGENCY)
+    while harness.store.room.replace(kind=Kind.EMERGENCY, reason="disk full"):
+        pass
+    assert harness.steps() == [40]

@@ -16,8 +16,9 @@ from outlast.config.configuration import build, dump
 from outlast.epilogue import follow_up
 from outlast.launcher.commands import logs
 from outlast.launcher.runs.standing import look
-from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.lock import RunLock
 
 from .conftest import Slurm
 

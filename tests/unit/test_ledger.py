@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from outlast.checkpoint.interval import LOWER_S, SaveInterval
+from outlast.config.checkpoint import CheckpointSection
 from outlast.rundir.attempts import attempts, finished, next_attempt
 from outlast.rundir.ledger import EVENTS, AttemptNumber, Ledger, Recorder
 
@@ -168,3 +170,20 @@ def test_of_ranks_that_fail_at_once_one_says_so(tmp_path: Path) -> None:
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(path), at]) for _ in range(8)]
     assert [rank.wait(30) for rank in ranks] == [0] * 8
     assert len(Ledger(path).read()) == 1
+
+
+def test_durations_that_a_set_clock_has_spoilt_are_read_as_none_at_all(tmp_path: Path) -> None:
+    """As earlier versions wrote them: such a run could not be started again."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    start = {"job_id": None, "restart_count": 0, "hosts": ["a"], "world_size": 1, "versions": {}}
+    ledger.append("attempt_started", 1, at=2000.0, **start)
+    ledger.append("checkpoint", 1, at=1000.0, step=4, kind="periodic", bytes=1, stall_s=-60.0, sealed_s=float("nan"))
+    ledger.append("resumed", 1, at=900.0, step=4, checkpoint="checkpoint-4", seconds=float("inf"))
+    found = [event for event in ledger.read() if event["event"] != "attempt_started"]
+    assert [(event.get("stall_s"), event.get("sealed_s"), event.get("seconds")) for event in found] == [
+        (0.0, 0.0, None),
+        (None, None, 0.0),
+    ]
+    interval = SaveInterval(CheckpointSection(), ledger.read(), 0.0)
+    assert interval.seconds == LOWER_S
+    assert interval.mtbf_s == CheckpointSection().mtbf_hours * 3600

@@ -1,5 +1,6 @@
 """A submission that Slurm refuses: the key, the exit code, and nothing left behind."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,27 @@ def test_nothing_is_left_of_a_refused_submission(refusing: Slurm, tmp_path: Path
         submit(plan_run(compose(overrides)))
     assert refused.value.exit_code == Exit.REFUSED
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_code_that_the_budget_has_no_room_for_is_refused_before_it_is_copied(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm.directory / "srun").write_text("#!/bin/sh\n")
+    (slurm.directory / "srun").chmod(0o755)
+    project = tmp_path / "project"
+    project.mkdir()
+    subprocess.run(["git", "init", "-q", project], check=True)
+    with open(project / "big.bin", "wb") as file:
+        file.truncate(50_000_000)
+    monkeypatch.chdir(project)
+    slurm.says("sbatch", "Submitted batch job 7")
+    overrides = ["job=smoke", "cluster=slurm", f"run.root={tmp_path}/runs", "run.name=r", "storage.budget_gb=0.02"]
+    with pytest.raises(ConfigError, match=r"storage\.budget_gb: 0\.02 is refused; .* code 5[\d.]+ MB") as refused:
+        submit(plan_run(compose(overrides)))
+    assert refused.value.exit_code == Exit.REFUSED
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert not slurm.calls("sbatch --parsable")
+    sweep = ["storage.sweep_budget_gb=0.04", "seed=1,2", *overrides[:-1]]
+    with pytest.raises(ConfigError, match=r"storage\.sweep_budget_gb: 0\.04 is refused; .* and their code"):
+        submit_sweep(plan_sweep(sweep))
+    assert not slurm.calls("sbatch --parsable")

@@ -13,8 +13,9 @@ from outlast.launcher.planning.plan import Plan
 from outlast.launcher.planning.resume import changed
 from outlast.launcher.runs.queue import Answer
 from outlast.launcher.runs.standing import collect
-from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.lock import RunLock
 from outlast.rundir.submission import Submission
 
 

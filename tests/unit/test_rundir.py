@@ -9,12 +9,14 @@ import pytest
 
 from outlast.errors import Exit, RunBusyError
 from outlast.files import write_atomically
-from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.lock import RunLock
 
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.lock import RunLock
 lock = RunLock(RunDirectory(Path(sys.argv[1])))
 lock.acquire("a test")
 if sys.argv[2] == "child":

@@ -1,5 +1,6 @@
 """The share of a cell in its sweep's budget."""
 
+import json
 import random
 from pathlib import Path
 
@@ -78,3 +79,15 @@ def test_the_sum_never_exceeds_the_budget_in_whatever_order_cells_look_and_finis
             finish(run)
             going.remove(run)
         assert bytes_used(tmp_path / "sweep") <= 6 * GB, f"seed {seed}"
+
+
+def test_a_cell_that_was_left_with_more_than_its_share_keeps_it_and_the_sum_holds(tmp_path: Path) -> None:
+    """The sweep has grown from two cells to five since the first ones were stopped."""
+    storage = StorageSection(budget_gb=100, sweep_budget_gb=10)
+    runs = sweep_of(tmp_path / "sweep", 5)
+    for run, used in zip(runs, (5 * GB, 3 * GB), strict=False):
+        run.progress.write_text(json.dumps({"attempt": 1, "bytes_used": used}))
+    shares = [Share(run, storage)() for run in runs]
+    assert shares[2:] == [pytest.approx(2 * GB / 3, rel=0.01)] * 3
+    assert 8 * GB + sum(shares[2:]) <= 10 * GB
+    assert shares[0] == pytest.approx(7 * GB / 4, rel=0.01), "once it runs, it comes down to what the others leave"

@@ -14,8 +14,9 @@ from outlast.launcher.runs.queue import Answer, JobKey, JobState
 from outlast.launcher.runs.standing import collect
 from outlast.launcher.runs.state import is_locked, state_of
 from outlast.launcher.runs.submissions import cancelled_at, mark_cancelled, submission_of
-from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.lock import RunLock
 from outlast.rundir.place import place_of
 from outlast.rundir.sweep import read_sweep_manifest
 

@@ -187,6 +187,15 @@ def test_a_sweep_that_grows_keeps_the_indices_of_its_cells(tmp_path: Path) -> No
     assert {cell.name: cell.index for cell in grown.cells} == {"seed=5": 0, "seed=3": 1, "seed=1": 2, "seed=7": 3}
 
 
+def test_a_sweep_that_grows_past_its_budget_is_refused(tmp_path: Path) -> None:
+    """The cells of earlier commands count, though this one does not name them."""
+    manifest(tmp_path, "seed=1,2,3")
+    overrides = ["job=smoke", f"run.root={tmp_path}", "run.name=s", "storage.sweep_budget_gb=0.008"]
+    with pytest.raises(ConfigError, match=r"storage\.sweep_budget_gb: 0\.008 is refused; .* for 5 cells"):
+        plan_sweep([*overrides, "seed=4,5"])
+    assert len(plan_sweep([*overrides, "seed=4"]).cells) == 1
+
+
 def test_a_cell_that_is_another_run_by_now_is_refused(tmp_path: Path) -> None:
     overrides = ["job=smoke", f"run.root={tmp_path}", "run.name=s", "seed=1,2"]
     sweep = plan_sweep(overrides)

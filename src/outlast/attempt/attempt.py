@@ -1,11 +1,11 @@
 """One attempt of one rank, from start to leave. All its parts are made here, in order, each complete."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from outlast import clock
 from outlast.checkpoint.manifest import Kind, Sealed
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore
@@ -27,20 +27,21 @@ from outlast.ranks.agreement import StepAgreement
 from outlast.ranks.channel import ControlChannel
 from outlast.ranks.collectives import Collectives
 from outlast.ranks.gradient_buckets import keep_one_layout
-from outlast.ranks.identity import Identity
 from outlast.ranks.layout import Layout
 from outlast.ranks.lost import LostRankError
-from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, attempts
-from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
+from outlast.rundir.attempts import attempts
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Recorder
 from outlast.rundir.progress import ProgressWriter, read
-from outlast.slurm.environment import current_job, export_ranks, in_own_batch_script
+from outlast.slurm.environment import export_ranks
 from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
+from .bytes_watch import BytesWatch
+from .joining import join
 from .kept import Kept
 from .limit import CheckpointLimit, planned_footprint
-from .opening import AlreadyFinished, leave_if_finished, write_start
+from .opening import write_start
 from .resuming import Resuming
 from .saving import Saver
 from .steps import Steps
@@ -71,28 +72,12 @@ class RankAttempt:
         requeue: bool = False,
     ) -> None:
         self.directory, self.loop_saves = directory, loop_saves
-        self._started, self._guard, self._preemption = time.time(), guard, preemption
+        self._started, self._guard, self._preemption = clock.now(), guard, preemption
         # Who this process is.
-        around = current_job()
-        job = around if requeue or in_own_batch_script() else None
         export_ranks()
         self.collectives = collectives = Collectives()
         self._ledger = Ledger(directory.ledger)
-        leave_if_finished(directory, self.say)
-        directory.create()
-        self._lock = RunLock(directory)
-        if self.rank == 0 and LOCK_FD_ENV not in os.environ:
-            # A predecessor of the same job may still be on its way out, on another node.
-            self._lock.acquire(f"job {job.job_id}" if job else "a training script", wait_s=60.0)
-            try:  # it may have finished meanwhile
-                leave_if_finished(directory, self.say, Exit.DONE if self.world_size == 1 else Exit.RESUME_ME)
-            except AlreadyFinished:
-                self._lock.release()
-                raise
-        number = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(
-            self._ledger.read(), (job.job_id, job.restart_count) if job else None
-        )
-        self._identity = identity = Identity(self.rank, collectives.world_size, job, number, around)
+        self._identity, self._lock = identity, _ = join(directory, collectives, self.say, requeue=requeue)
         self._recorder = Recorder(self._ledger, identity, _print)
         self.progress = ProgressWriter(directory)
         # What it saves, and what it resumes from.
@@ -110,6 +95,7 @@ class RankAttempt:
         self._resuming = Resuming(directory, collectives, self.store, checkpoint.allow, self.say)
         limit = CheckpointLimit(self.store, storage, planned, self.record, self.say)
         self._saver = Saver(collectives, self.store, limit, self._resuming, checkpoint, self.record, self.say)
+        self._bytes_watch = BytesWatch(directory, self.store, identity.attempt, self.record, self.say)
         self.kept = Kept(self.rank, self.say)
         """What :meth:`keep` was given."""
         self._newest: Sealed | None = None
@@ -124,7 +110,15 @@ class RankAttempt:
             guard, collectives, self._channel, agreement, self._cause, self._shutdown, self._outcome, preemption
         )
         self.steps = Steps(
-            guard, collectives, agreement, self._cause, self._planner, self._shutdown, self._watchdog, self._saver
+            guard,
+            collectives,
+            agreement,
+            self._cause,
+            self._planner,
+            self._shutdown,
+            self._watchdog,
+            self._saver,
+            self._bytes_watch,
         )
         self._agreement = agreement
         self._leave_in_startup = LeaveInStartup(identity, self._shutdown, self._outcome, self.store)
@@ -240,6 +234,7 @@ class RankAttempt:
         self._newest = self._resuming.find()
         if self._newest is not None:
             self.kept.read(self._newest)
+            self._shutdown.saved_step = self._newest.step
         return self._newest
 
     def _connect(self) -> None:
@@ -253,10 +248,14 @@ class RankAttempt:
             self._cause.ask_why_in_background()
 
     def begin(self, step: int) -> None:
-        """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together."""
+        """Everything is loaded and `step` optimizer steps are done: training begins. All ranks call it together.
+
+        Raises:
+            BudgetError: the budget has no room for the saves to come, by what is there now.
+        """
         self._connect()
         self.kept.restore()
-        seconds = time.time() - self._started
+        seconds = clock.now() - self._started
         if self._newest is not None:
             name, differences = self._newest.path.name, self._resuming.differences
             self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences)
@@ -265,6 +264,8 @@ class RankAttempt:
         self._saver.begin(events, periodic=not self.loop_saves)
         self._planner.begin(events)
         self._warn_of_short_notice()
+        if self.rank == 0:
+            self._bytes_watch.begin()
         self._guard.end_startup()
         self.update_progress(phase="training", step=step, force=True)
         if self.steps.should_stop(step):
@@ -314,7 +315,7 @@ class RankAttempt:
             best_step=best_step,
         )
         if sealed is not None:
-            self._newest = sealed
+            self._newest, self._shutdown.saved_step = sealed, step
             self.progress.now.checkpoint_step, self.progress.now.checkpoint_time = step, time.time()
             self._planner.saved(time.monotonic() - began)
             self._warn_of_short_notice()
@@ -336,6 +337,7 @@ class RankAttempt:
             code = self.collectives.from_rank_0(code)
             self.collectives.close()
         finally:  # the requeue may have ended a peer already: what is saved is saved, and this rank leaves
+            self._lock.release()
             exit_at_once(code)
 
     def finish(self, step: int, save: Callable[[Path], None] | None = None, *, weights_step: int | None = None) -> None:
@@ -354,8 +356,9 @@ class RankAttempt:
         self.collectives.barrier()
         self._watchdog.close()
         if self.rank == 0:
+            self._bytes_watch.end()
             first = attempts(self._ledger.read())[0].started
-            seconds = time.time() - (first["time"] if first else self._started)
+            seconds = clock.now() - min(first["time"] if first else self._started, self._started)
             self._outcome.finished(step)
             self.update_progress(phase="done", step=step, force=True)
             # The very last: who finds it has nothing to clear up.

@@ -1,14 +1,17 @@
 """How many checkpoints the byte budget has room for: by the plan's estimate, then by what a save really took."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from outlast.checkpoint.manifest import Sealed
+from outlast.checkpoint.space import RECORDS
 from outlast.checkpoint.store import CheckpointStore
 from outlast.config.storage import StorageSection
+from outlast.errors import BudgetError
 from outlast.files import read_json
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
-from outlast.storage.budget import Footprint, gb, verdict
+from outlast.storage.budget import Footprint, gb, margin, verdict
 
 
 class CheckpointLimit:
@@ -37,12 +40,45 @@ class CheckpointLimit:
         return self._footprint.checkpoint_bytes if self._footprint else None
 
     def begin(self) -> None:
-        """Take the limit that the user asked for as an upper bound, and set the one that holds."""
+        """Take the limit that the user asked for as an upper bound, and set the one that holds.
+
+        Raises:
+            BudgetError: as :meth:`check`.
+        """
         self._asked = self._store.retention.limit
         whole = [c for c in self._store.sealed() if not c.light]
         if whole:
             self._measure(whole[-1])
+        self.check()
         self.apply()
+
+    def check(self) -> None:
+        """See that the budget holds what is there and what is to come: else no save would be made.
+
+        Raises:
+            BudgetError: it does not; the message has the arithmetic.
+        """
+        there, budget = self._store.space.beside_by_part(), self._store.space.budget()
+        if self._footprint is None:  # its checkpoints are of a size that only the first one will tell
+            if sum(there.values()) + margin(budget) >= budget:
+                raise self.too_small("nothing is left for a checkpoint")
+            return
+        found = verdict(replace(self._footprint, fixed=there), budget, reserve=self._reserve)
+        if not found.fits:
+            raise self.too_small(
+                f"the run needs {found.arithmetic}; storage.budget_gb={found.smallest_gb:g} or more does"
+            )
+
+    def too_small(self, why: str) -> BudgetError:
+        """Make the error for a budget that can't hold this run."""
+        space = self._store.space
+        there = sorted(space.beside_by_part().items(), key=lambda part: -part[1])
+        taken = ", ".join(f"{name} {gb(size)}" for name, size in there if size)
+        return BudgetError(
+            f"storage.budget_gb is too small by what was measured: of {gb(space.budget())} for this run, {taken} are "
+            f"taken beside its checkpoints, and {why}. Raise it, or make room in {self._store.path(0).parent.parent}; "
+            "the same command then goes on"
+        )
 
     def saved(self, sealed: Sealed) -> None:
         """Replace the estimate by the size of the attempt's first checkpoint, and say how far it was off."""
@@ -66,9 +102,7 @@ class CheckpointLimit:
         budget, retention = self._store.space.budget(), self._store.retention
         found = verdict(self._footprint, budget, save_total_limit=self._asked, reserve=self._reserve)
         limit = max(found.save_total_limit, 1)
-        if not found.fits and retention.limit != limit:
-            self._say(f"WARNING: storage.budget_gb is too small by what was measured: it needs {found.arithmetic}")
-        elif found.lowered and retention.limit != limit:
+        if found.lowered and retention.limit != limit:
             self._say(f"save_total_limit is {limit}: more do not fit into {gb(budget)}")
         retention.limit = limit
         return limit
@@ -76,9 +110,10 @@ class CheckpointLimit:
     def _measure(self, sealed: Sealed) -> dict[str, int]:
         self._measured = True
         files = {name: int(entry["bytes"]) for name, entry in sealed.manifest.files.items()}
-        model = {"weights": sealed.bytes - sealed.resume_bytes}
-        estimate = self._footprint or Footprint(final=model, fixed={"what is there": self._store.space.beside()})
-        self._footprint = estimate.measured(files)
+        model, there = {"weights": sealed.bytes - sealed.resume_bytes}, self._store.space.beside_by_part()
+        estimate = self._footprint or Footprint(final=model)
+        there[RECORDS] = max(there.get(RECORDS, 0), estimate.fixed.get(RECORDS, 0))  # they are still to grow
+        self._footprint = replace(estimate.measured(files), fixed=there)
         return files
 
 

@@ -1,38 +1,14 @@
-"""How an attempt begins: not on a run that has finished, and with a line that says where it runs."""
+"""Writes down where an attempt runs."""
 
 import socket
 from collections.abc import Callable
 
 from outlast.checkpoint.manifest import versions
-from outlast.errors import Exit
 from outlast.ranks.identity import Identity
-from outlast.rundir.attempts import finished
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Ledger, Record
+from outlast.rundir.ledger import Record
 from outlast.rundir.place import place_of
 from outlast.slurm.environment import hostnames
-
-
-class AlreadyFinished(SystemExit):
-    """The run has finished before: the process ends well, having done nothing."""
-
-    def __init__(self, step: int, code: Exit = Exit.DONE) -> None:
-        super().__init__(int(code))
-        self.step = step
-
-
-def leave_if_finished(run: RunDirectory, say: Callable[[str], None], code: Exit = Exit.DONE) -> None:
-    """End this process if the run has finished.
-
-    Args:
-        code: its exit code; other than 0 where it must take ranks along that wait for this one.
-
-    Raises:
-        AlreadyFinished: the run has finished.
-    """
-    if done := finished(Ledger(run.ledger).read()):
-        say(f"{run.path} has finished already, at step {done['step']}; nothing to do")
-        raise AlreadyFinished(done["step"], code)
 
 
 def write_start(run: RunDirectory, identity: Identity, record: Record, say: Callable[[str], None]) -> None:

@@ -1,14 +1,14 @@
 """When this attempt saves, and what happens when it does: room in the budget, the store, the ledger."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from outlast import clock
 from outlast.checkpoint.interval import SaveInterval
 from outlast.checkpoint.manifest import Kind, Manifest, Sealed, versions
 from outlast.checkpoint.store import CheckpointStore, SaveError
 from outlast.config.checkpoint import CheckpointSection
-from outlast.errors import CheckpointError
+from outlast.errors import BudgetError, CheckpointError
 from outlast.preemption.repeats import will_repeat
 from outlast.ranks.collectives import Collectives
 from outlast.rundir.ledger import Event, Record
@@ -50,19 +50,27 @@ class Saver:
         Args:
             events: the run's ledger.
             periodic: false if a Trainer decides when to save.
+
+        Raises:
+            BudgetError: no save of this attempt would fit the budget.
         """
         if periodic:
-            self._interval = SaveInterval(self._section, events, time.time())
-        if self._collectives.rank == 0:
-            self._limit.begin()
+            self._interval = SaveInterval(self._section, events, clock.now())
+        self._collectives.on_rank_0(self._limit.begin, BudgetError)
 
     def due_by_step(self, step: int) -> bool:
-        """Whether a periodic save is due after `step` by its number, which all ranks answer alike."""
-        return self._interval is not None and self._interval.due_by_step(step)
+        """Whether a periodic save is due after `step` by its number, which all ranks answer alike.
+
+        Milestones are, also where a Trainer decides when else to save.
+        """
+        milestone_every = self._section.milestone_every
+        if self._interval is None:
+            return milestone_every is not None and step % milestone_every == 0
+        return self._interval.due_by_step(step)
 
     def due(self, step: int) -> bool:
         """Whether a periodic save is due after `step` (rank 0's answer counts)."""
-        return self._interval is not None and self._interval.due(step, time.time())
+        return self._interval is not None and self._interval.due(step, clock.now())
 
     def save(
         self,
@@ -76,11 +84,11 @@ class Saver:
     ) -> Sealed | None:
         """Make one checkpoint.
 
-        An emergency save that finds the disk full makes room in the order of retention and tries again; a periodic
-        one deletes nothing for that.
+        A save that finds the disk full makes room in the order of retention and tries again: an emergency save as long
+        as anything may go, a periodic one as far as it takes the place of an older one.
 
         Args:
-            asked_at: when it was asked for (the signal), if that was before this call; Unix seconds.
+            asked_at: when it was asked for (the signal), if that was before this call; by `outlast.clock`.
             best_step: step of the best by the metric, as known now.
 
         Returns:
@@ -88,8 +96,9 @@ class Saver:
 
         Raises:
             CheckpointError: this attempt's first save failed for a reason of the program, as the others would.
+            BudgetError: the budget can't hold this attempt's first save, or, by what was measured now, a second one.
         """
-        began = time.time()
+        began = clock.now()
         manifest = Manifest(
             step=step,
             kind=kind,
@@ -100,25 +109,26 @@ class Saver:
             origin=self._resuming.origin,
             versions=versions(),
         )
-        sealed, reason = None, NO_SPACE
-        may_write = self._on_rank_0(lambda: self._store.make_space(kind=kind))
+        sealed, first = None, not self._saved_one
+        fits = self._on_rank_0(lambda: self._store.room.make_space(kind=kind))
+        may_write, over_budget = fits is True, fits is False
+        reason = NO_SPACE if over_budget else "the file system did not let room be made"
         while may_write and sealed is None:
             try:
                 sealed = self._store.save(write, manifest)
             except SaveError as error:
-                reason = str(error)
+                reason, over_budget = str(error), error.over_budget
                 self._end_if_all_fail(error, step, kind)
-                may_write = (
-                    kind != Kind.PERIODIC
-                    and error.disk_full
-                    and self._on_rank_0(lambda: self._store.free_some(kind=kind, reason="disk full"))
-                )
+                why = "budget" if over_budget else "disk full"
+                may_write = error.disk_full and self._make_more_room(kind, why)
         if sealed is None:
             self._record("checkpoint_failed", step=step, kind=kind, reason=reason)
             self._say(f"WARNING: {kind} checkpoint of step {step} was not written: {reason}")
+            if first and over_budget and kind != Kind.FINAL:
+                self._collectives.on_rank_0(lambda: self._refuse(step, reason), BudgetError)
             return None
         self._saved_one = True
-        now = time.time()
+        now = clock.now()
         self._record(
             "checkpoint",
             step=step,
@@ -130,9 +140,16 @@ class Saver:
         )
         if self._collectives.rank == 0 and kind != Kind.FINAL:
             self._limit.saved(sealed)
-        if self._collectives.rank == 0 and kind == Kind.PERIODIC:
-            self._after_periodic(step, began)
+        if kind == Kind.PERIODIC:
+            if self._collectives.rank == 0:
+                self._after_periodic(step, began)
+            if first:
+                self._collectives.on_rank_0(self._limit.check, BudgetError)
         return sealed
+
+    def _refuse(self, step: int, reason: str) -> None:
+        """Refuse to train on unsaved (rank 0)."""
+        raise self._limit.too_small(f"this attempt's first checkpoint, of step {step}, does not fit: {reason}")
 
     def _end_if_all_fail(self, error: SaveError, step: int, kind: Kind) -> None:
         if self._saved_one or kind == Kind.FINAL:
@@ -148,20 +165,24 @@ class Saver:
     def _after_periodic(self, step: int, began: float) -> None:
         try:
             self._limit.apply()
-            self._store.retire()
-            self._store.keep_reserve()
+            self._store.room.retire()
+            self._store.room.keep_reserve()
         except OSError as error:
             self._say(f"WARNING: older checkpoints could not be looked through: {error}")
         if self._interval is not None:
-            now = time.time()  # what was deleted to make place is part of what saving costs
+            now = clock.now()  # what was deleted to make place is part of what saving costs
             self._interval.saved(step, now - began, now)
             if changed := self._interval.changed():
                 self._record("interval", **changed)
                 self._say(f"checkpoints: {self._interval.explanation}")
 
-    def _on_rank_0(self, act: Callable[[], bool]) -> bool:
+    def _make_more_room(self, kind: Kind, why: str) -> bool:
+        return self._on_rank_0(lambda: self._store.room.replace(kind=kind, reason=why)) is True
+
+    def _on_rank_0(self, act: Callable[[], bool]) -> bool | None:
+        """What `act` returns on rank 0, on every rank; None if the file system let it down."""
         try:
             return self._collectives.on_rank_0(act, OSError)
         except OSError as error:
             self._say(f"WARNING: could not make room: {error}")
-            return False
+            return None

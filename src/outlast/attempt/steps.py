@@ -1,8 +1,8 @@
 """What all ranks do at the end of a step, of a micro-batch, or between two batches of an evaluation."""
 
-import time
 from typing import Literal
 
+from outlast import clock
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit, Work
 from outlast.preemption.shutdown import Shutdown
@@ -11,6 +11,7 @@ from outlast.preemption.watchdog import Watchdog
 from outlast.ranks.agreement import StepAgreement
 from outlast.ranks.collectives import Collectives
 
+from .bytes_watch import BytesWatch
 from .saving import Saver
 
 Action = Literal["go_on", "save", "stop"]
@@ -29,10 +30,12 @@ class Steps:
         shutdown: Shutdown,
         watchdog: Watchdog,
         saver: Saver,
+        bytes_watch: BytesWatch,
     ) -> None:
         self._guard, self._collectives, self._agreement, self._cause = guard, collectives, agreement, cause
         self._planner, self._shutdown, self._watchdog, self._saver = planner, shutdown, watchdog, saver
-        self._time_limit = TimeLimit(cause, planner, time.time())
+        self._bytes_watch = bytes_watch
+        self._time_limit = TimeLimit(cause, planner, clock.now())
         self._save_asked = self._save_pending = False
         self.made_one = False
         """Whether this attempt has done an optimizer step."""
@@ -60,6 +63,7 @@ class Steps:
         """What all ranks do now that `step` optimizer steps are done."""
         self.made_one = True
         self._planner.reached("step")
+        self._bytes_watch.make_up()
         by_step = self._saver.due_by_step(step)
         action = self._agree(step, save=self._collectives.rank == 0 and not by_step and self._saver.due(step))
         if action == "go_on" and (by_step or self._save_asked):
@@ -77,7 +81,7 @@ class Steps:
         if self._collectives.rank == 0:
             each = self._planner.each_s(work)
             seconds = None if each is None or count is None else each * count
-            fits = self._planner.time_for(seconds, self._cause.deadline(), time.time())
+            fits = self._planner.time_for(seconds, self._cause.deadline(), clock.now())
         found: bool | None = self._collectives.from_rank_0(fits)
         return found
 

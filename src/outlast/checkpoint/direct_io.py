@@ -36,7 +36,7 @@ class DirectFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._piece, self._filled = _take(), 0
         self._offset, self._direct = 0, False
         self._full: queue.Queue[tuple[mmap.mmap, int] | None] = queue.Queue(IN_FLIGHT)

@@ -36,6 +36,7 @@ def optimum(cost_s: float, mtbf_s: float) -> float:
 
     With x = C/(2M): W = sqrt(2CM) (1 + sqrt(x)/3 + x/9) - C for C < 2M, else W = M. Its first term is Young's.
     """
+    cost_s = max(cost_s, 0.0)
     if cost_s >= 2 * mtbf_s:
         return mtbf_s
     x = cost_s / (2 * mtbf_s)
@@ -90,7 +91,7 @@ def trained_s(events: list[Event]) -> float:
             continue  # the next attempt wrote this line
         last[number] = event["time"]
         begun.setdefault(number, event["time"])
-    return sum(last[number] - begun[number] for number in last)
+    return sum(max(last[number] - begun[number], 0.0) for number in last)
 
 
 class SaveInterval:

@@ -3,12 +3,24 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import margin
+from outlast.storage.file_system import free_space
 
 from .manifest import Sealed
+
+RECORDS = "records and logs"
+OTHER_FILES = "other files"
+PARTS = {
+    "code": "code",
+    "prepared": "prepared data",
+    **dict.fromkeys(("logs", "ledger.jsonl", "progress.json", "config.yaml", "plan.json", "job.sbatch", ".lock",
+                     "submitted.json"), RECORDS),
+}  # fmt: skip
+"""What the entries of a run directory are, in words."""
 
 
 class Space:
@@ -45,9 +57,27 @@ class Space:
         budget = self.budget()
         return budget - margin(budget) - self.used()
 
-    def beside(self) -> int:
-        """Bytes in use outside the checkpoints."""
-        return self.used() - bytes_used(self._run.checkpoints, skip_unreadable=True)
+    def free_on_disk(self) -> int | None:
+        """Bytes that the file system has left, quotas not counted; None if it does not say."""
+        try:
+            return free_space(self._run.path).free_bytes
+        except OSError:
+            return None
+
+    def beside_by_part(self) -> dict[str, int]:
+        """Bytes of what stays for the whole run, by part: all but checkpoints, the finished model, and what may go."""
+        parts: dict[str, int] = {}
+        going = (self._run.checkpoints, self._run.quarantine, self._run.final, self._run.reserve)
+        with os.scandir(self._run.path) as entries:
+            for entry in entries:
+                if Path(entry.path) in going or entry.is_symlink():
+                    continue
+                folder = entry.is_dir()
+                part = PARTS.get(entry.name, f"{entry.name}/" if folder else OTHER_FILES)
+                with contextlib.suppress(FileNotFoundError):  # a temporary file, renamed by now
+                    size = bytes_used(Path(entry.path), skip_unreadable=True) if folder else entry.stat().st_size
+                    parts[part] = parts.get(part, 0) + size
+        return parts
 
     def need(self, sealed: Sequence[Sealed], *, final: bool = False) -> int:
         """Bytes that the next save takes: those of the largest whole checkpoint, or the estimate before the first.
@@ -71,7 +101,7 @@ class Space:
             return None
         if self.free() < 2 * size:  # the next save goes before it
             return "storage.budget_gb has no room for it beside the next save"
-        fd = os.open(self._run.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self._run.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:

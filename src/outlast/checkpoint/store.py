@@ -1,4 +1,4 @@
-"""Stages, seals and publishes checkpoints, finds the newest that verifies, and makes space within the budget.
+"""Stages, seals and publishes checkpoints, and finds the newest that verifies.
 
 A save is collective. All ranks write into `checkpoints/.staging/checkpoint-<step>`, each flushes what it wrote, rank 0
 seals it with a manifest and publishes it by a rename. A kill on the way leaves either the staging directory, which the
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.errors import CheckpointError
-from outlast.files import bytes_used, flush_directory, flush_tree, remove_temporaries
+from outlast.files import flush_directory, flush_tree, remove_temporaries
 from outlast.ranks.collectives import Collectives
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Record
@@ -33,23 +33,24 @@ from .manifest import (
     write_manifest,
 )
 from .removal import Remover
-from .retention import Removal, Retention, newest_full
+from .room import KEPT, Room
 from .space import Space
-from .writer import Writer, adopt
+from .writer import OverBudgetError, Writer, adopt
 
 RESTART = "Mend one, or put all aside and start from step 0 with checkpoint.allow=[restart]"
 PREFIX = "checkpoint-"
-KEPT = ".kept"
-"""Ends the name of what was put aside and is the last thing to go. It may be whole, or is all that there was."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # EFBIG is a limit on each file: deleting others would not help
 
 
 class SaveError(CheckpointError):
-    """A checkpoint could not be written; `disk_full` says that a rank found no space for it."""
+    """A checkpoint could not be written.
 
-    def __init__(self, reason: str, *, disk_full: bool = False) -> None:
+    `disk_full` says that a rank found no space for it, and `over_budget` that it was the budget that had none.
+    """
+
+    def __init__(self, reason: str, *, disk_full: bool = False, over_budget: bool = False) -> None:
         super().__init__(reason)
-        self.disk_full = disk_full
+        self.disk_full, self.over_budget = disk_full, over_budget
 
 
 class CheckpointStore:
@@ -74,9 +75,9 @@ class CheckpointStore:
         self.space = space
         self._bytes_by_rank: list[int] = []
         self._remover = Remover(run, record, say)
-        self._verified: set[int] = set()
         self._unreadable: set[Path] = set()
-        self.retention = Retention()
+        self.room = Room(run, space, self._remover, self.sealed, self.quarantine, record, say)
+        self.retention = self.room.retention
 
     def path(self, step: int) -> Path:
         return self._run.checkpoints / f"{PREFIX}{step}"
@@ -151,7 +152,7 @@ class CheckpointStore:
                 damaged.append((checkpoint.path, error))
             else:
                 newest = checkpoint
-                self._verified.add(checkpoint.step)
+                self.room.verified.add(checkpoint.step)
                 break
         before = self._sealed_before()
         lost = newest is None and (before is not None or bool(damaged))
@@ -199,7 +200,7 @@ class CheckpointStore:
         self._say(f"WARNING: {path.name} is put aside in quarantine/: {reason}")
         try:
             if not path.is_symlink():
-                os.chmod(path, 0o700)  # a directory that may not be written to can't be moved
+                os.chmod(path, path.stat().st_mode | 0o700)  # a directory that may not be written to can't be moved
             os.rename(path, target)
         except OSError as error:
             self._say(f"WARNING: {path.name} could not be moved and stays where it is: {error}")
@@ -271,17 +272,18 @@ class CheckpointStore:
             cause, full = error, isinstance(error, OSError) and error.errno in FULL
             # torch reports what its file refused as a RuntimeError of its own
             full |= any(os.strerror(number) in str(error) for number in FULL)
-            problem = (f"rank {self._collectives.rank}: {str(error).strip() or repr(error)}", full)
+            text = f"rank {self._collectives.rank}: {str(error).strip() or repr(error)}"
+            problem = (text, full, isinstance(error, OverBudgetError))
         answers = self._collectives.from_all((value, problem))
-        for _, problem in answers:
-            if problem is not None:
-                raise SaveError(problem[0], disk_full=any(p is not None and p[1] for _, p in answers)) from cause
+        if problems := [problem for _, problem in answers if problem is not None]:
+            full, over = any(full for _, full, _ in problems), any(over for _, _, over in problems)
+            raise SaveError(problems[0][0], disk_full=full, over_budget=over) from cause
         return [value for value, _ in answers]
 
     def _publish(self, staged: Path, target: Path, manifest: Manifest) -> None:
         adopt(staged, manifest.files)
         if self.space.used() > self.space.budget():
-            raise OSError(errno.EDQUOT, "storage.budget_gb does not allow so many bytes")
+            raise OverBudgetError
         manifest.time = time.time()
         write_manifest(staged, manifest)
         flush_directory(staged.parent)
@@ -290,7 +292,10 @@ class CheckpointStore:
         elif os.path.lexists(target):
             self.quarantine(target, "it stood, unsealed, where a new checkpoint was published")
         os.rename(staged, target)
-        flush_directory(target.parent)
+        try:
+            flush_directory(target.parent)
+        except OSError as error:  # it is sealed: after a power loss the one before it may be the newest, no more
+            self._say(f"WARNING: {target.name} is saved, but its name could not be flushed to disk: {error}")
         self._remover.remove_tree(self._run.staging)
 
     def mark_pending(self, step: int) -> None:
@@ -299,102 +304,3 @@ class CheckpointStore:
         if not manifest.pending_evaluation:
             manifest.pending_evaluation = True
             write_manifest(self.path(step), manifest)
-
-    # Making space -----------------------------------------------------------------------------------------------
-
-    def make_space(self, *, kind: Kind, need: int | None = None) -> bool:
-        """Free bytes, in the order of `retention.py`, until the next save fits the budget (rank 0).
-
-        Args:
-            kind: an emergency or final save takes precedence over the best checkpoint.
-            need: the bytes that must fit; None: those of the next save.
-
-        Returns:
-            Whether it fits. If removing all that may go would not be enough, nothing is removed.
-        """
-        sealed, emergency = self.sealed(), kind != Kind.PERIODIC
-        need, freed = self.space.need(sealed, final=kind == Kind.FINAL) if need is None else need, {}
-        free = self.space.free()
-        if free >= need:
-            return True
-        for removal in self.retention.for_space(sealed, emergency=emergency):
-            checkpoint = removal.checkpoint
-            freed[checkpoint.step] = checkpoint.bytes if removal.action == "delete" else checkpoint.resume_bytes
-        aside = bytes_used(self._run.quarantine, skip_unreadable=True) + (self.space.reserved() if emergency else 0)
-        if free + sum(freed.values()) + aside < need:
-            return False
-        while self.space.free() < need:
-            if not self.free_some(kind=kind, reason="budget"):
-                return False
-        return True
-
-    def free_some(self, *, kind: Kind, reason: str) -> bool:
-        """Remove the next thing that frees bytes, if there is one left (rank 0).
-
-        First goes the reserve, unless the save is periodic; then what is in quarantine, oldest first; then what
-        `retention.py` lists; last, what is in quarantine and may be whole.
-
-        Returns:
-            Whether bytes were freed.
-        """
-        emergency = kind != Kind.PERIODIC
-        if emergency and self.space.give_up_reserve():
-            self._record("deleted", checkpoint="reserve", reason=reason)
-            return True
-        aside = [p for p in self._run.quarantine.glob("*") if p.is_dir() and not p.is_symlink()]
-        aside.sort(key=lambda p: p.stat().st_mtime)
-        if self._remove_aside([p for p in aside if not p.name.endswith(KEPT)], reason):
-            return True
-        for removal in self.retention.for_space(self.sealed(), emergency=emergency):
-            if self._remove(removal, reason, hurry=kind == Kind.EMERGENCY):
-                return True
-        return self._remove_aside([p for p in aside if p.name.endswith(KEPT)], reason)
-
-    def _remove_aside(self, paths: list[Path], reason: str) -> bool:
-        """Remove the first of these directories in quarantine that can be removed."""
-        for path in paths:
-            if self._remover.remove_tree(path):
-                self._record("deleted", checkpoint=f"quarantine/{path.name}", reason=reason)
-                return True
-        return False
-
-    def keep_reserve(self) -> None:
-        """Set bytes aside for an emergency save if `storage.reserve` asks for it (rank 0)."""
-        if problem := self.space.keep_reserve(self.sealed()):
-            self._say(f"no reserve for an emergency save: {problem}")
-
-    def retire(self) -> None:
-        """Remove, after a save, what neither `save_total_limit` nor milestones keep (rank 0)."""
-        for removal in self.retention.beyond_limit(self.sealed()):
-            self._remove(removal, "save_total_limit", hurry=False)
-
-    def _remove(self, removal: Removal, reason: str, *, hurry: bool) -> bool:
-        checkpoint = removal.checkpoint
-        if not self._may_go(checkpoint.step, hurry=hurry):
-            return False
-        self._verified.discard(checkpoint.step)
-        act = self._remover.delete if removal.action == "delete" else self._remover.lighten
-        return act(checkpoint, reason)
-
-    def _may_go(self, step: int, *, hurry: bool) -> bool:
-        """Whether a checkpoint that this attempt has verified would be left without the one at `step`.
-
-        If none has been verified yet, the newest is, from disk; in a hurry, nothing is read.
-        """
-        newest = newest_full(self.sealed())
-        if newest is None or newest.step == step:
-            return False
-        if self._verified - {step}:
-            return True
-        if hurry:
-            return step not in self._verified
-        try:
-            verify(newest.path, from_disk=True)
-        except (TransientError, UnreadableError) as error:
-            self._say(f"WARNING: {newest.path.name}: {error}; nothing older is deleted meanwhile")
-            return False
-        except CheckpointError as error:
-            self.quarantine(newest.path, str(error))
-            return False
-        self._verified.add(newest.step)
-        return True

@@ -26,6 +26,13 @@ CHUNK = 1 << 20
 """Bytes digested and then copied at a time: few enough that the copy finds them in the CPU's cache."""
 
 
+class OverBudgetError(OSError):
+    """The budget, not the disk, has no room for these bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EDQUOT, "storage.budget_gb does not allow so many bytes")
+
+
 class DigestingFile:
     """A file written from start to end; only `files.flush_tree` makes sure that it is on disk."""
 
@@ -90,7 +97,7 @@ class Writer:
         if self._allowance is not None:
             self._allowance -= count
             if self._allowance < 0:
-                raise OSError(errno.EDQUOT, "storage.budget_gb does not allow more bytes")
+                raise OverBudgetError
 
     @contextmanager
     def capture(self) -> Iterator[None]:

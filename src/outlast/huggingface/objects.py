@@ -81,6 +81,10 @@ class Objects:
                     value = _load(cell, current)
                     if value is not current:
                         holder.write(name, value)
+            if holder.remove is not None:  # a name that was not there then
+                for name in [name for name in now if name not in wanted and name not in first]:
+                    if self._cell(now[name], holder.of(name)) is not _NONE:
+                        holder.remove(name)
 
     def _walk(self, names: Collection[str] | None) -> Iterator[Holder]:
         import torch

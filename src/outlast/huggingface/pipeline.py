@@ -17,7 +17,7 @@ from outlast.errors import ConfigError
 
 from .objects import Objects, State
 from .own_state import OwnState
-from .reachable import functions_of, is_users
+from .reachable import Classes, is_users
 from .source import Position, Source
 from .training_objects import roots_of
 
@@ -236,7 +236,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
                 same = sum(name.partition("#")[0] == f"callbacks.{kind.__name__}" for name in roots)
                 roots[f"callbacks.{kind.__name__}" + (f"#{same + 1}" if same else "")] = callback
         roots |= roots_of(self._trainer) | {"args": self._trainer.args}
-        roots |= {"model": self._trainer.model, "trainer": functions_of(type(self._trainer))}
+        roots |= {"model": self._trainer.model, "trainer": Classes(type(self._trainer))}
         attributes = vars(self._trainer)
         return roots | {f"trainer.{name}": attributes[name] for name in self._parts if name in attributes}
 

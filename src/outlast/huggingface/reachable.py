@@ -66,6 +66,8 @@ class Holder:
     join: str = "."
     grows: bool = False
     """Whether a name that isn't there can be written too."""
+    remove: Callable[[str], None] | None = None
+    """Takes a name away, where one that was not there before may be."""
 
     def of(self, name: str) -> str:
         """The path of one of its values."""
@@ -117,14 +119,17 @@ def _places(path: str, value: Any) -> Iterator[Holder]:
         yield Holder(path, lambda: {str(i): item for i, item in enumerate(value)}, _item(keep), "[")
     elif isinstance(value, dict):
         yield Holder(path, lambda: {repr(key): item for key, item in value.items()}, _key(value), "[")
+    elif isinstance(value, Classes):
+        yield from _of_classes(value.kind)
     elif is_settings(value):
-        yield Holder(path, lambda: settings_of(value), lambda name, item: setattr(value, name, item))
+        yield Holder(path, lambda: settings_of(value), lambda name, item: setattr(value, name, item), grows=True)
     elif package in CLOSED or _is_closed(value):
         return
     elif isinstance(value, torch.nn.Module):
         yield from _of_modules(path, value)
     elif isinstance(value, torch.optim.Optimizer):
         yield Holder(path, lambda: of_optimizer(value), lambda name, item: setattr(value, name, item), grows=True)
+        yield from _of_classes(type(value))
     else:
         yield from _of_object(path, value)
 
@@ -136,8 +141,7 @@ def _is_closed(value: Any) -> bool:
         return not samplers or type(value).__name__ == "SeedableRandomSampler"
     import transformers
 
-    kinds = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
-    return isinstance(value, (*kinds, transformers.PretrainedConfig))
+    return isinstance(value, transformers.PreTrainedTokenizerBase | transformers.ProcessorMixin)
 
 
 def _of_object(path: str, value: Any) -> Iterator[Holder]:
@@ -156,7 +160,13 @@ def _of_object(path: str, value: Any) -> Iterator[Holder]:
         left_out = {*PROCESS, *(DATASET_INTERNALS if package == "datasets" else ())}
         return {name: item for name, item in attributes.items() if name not in left_out}
 
-    yield Holder(path, read, lambda name, item: object.__setattr__(value, name, item), grows=True)
+    def write(name: str, item: Any) -> None:
+        object.__setattr__(value, name, item)
+
+    def remove(name: str) -> None:
+        object.__delattr__(value, name)
+
+    yield Holder(path, read, write, grows=True, remove=remove)
     yield from _of_classes(type(value))
 
 
@@ -180,15 +190,11 @@ def is_users(value: Any, depth: int = 3) -> bool:
     return isinstance(value, ITERATORS) or (kind.__module__ or "").partition(".")[0] not in LIBRARIES
 
 
-def functions_of(kind: type) -> dict[str, types.FunctionType]:
-    """The functions that a user's class defines, its base classes of the user's included."""
-    classes = [cls for cls in kind.__mro__ if cls.__module__.partition(".")[0] not in LIBRARIES]
-    return {
-        f"{cls.__name__}.{name}": item
-        for cls in classes
-        for name, item in vars(cls).items()
-        if isinstance(item, types.FunctionType)
-    }
+@dataclass(frozen=True)
+class Classes:
+    """Stands for a class: what it and its base classes hold, those of the user's, with what their functions use."""
+
+    kind: type
 
 
 def _of_classes(kind: type) -> Iterator[Holder]:
@@ -249,12 +255,10 @@ def _of_modules(path: str, model: Any) -> Iterator[Holder]:
         library = type(module).__module__.partition(".")[0] in LIBRARIES
 
         def read(module: Any = module, library: bool = library) -> dict[str, Any]:
-            unsaved = {
-                key: module._buffers[key] for key in module._non_persistent_buffers_set if key in module._buffers
-            }
+            unsaved = {key: item for key, item in module._buffers.items() if not is_saved(model, module, key)}
             own = {key: item for key, item in vars(module).items() if key not in usual and not _is_code(item)}
             if library:  # its settings are not looked into
-                own = {key: item for key, item in own.items() if isinstance(item, PLAIN) or is_generator(item)}
+                own = {key: item for key, item in own.items() if _is_simple(item)}
             return unsaved | own
 
         def write(key: str, item: Any, module: Any = module) -> None:
@@ -266,6 +270,17 @@ def _of_modules(path: str, model: Any) -> Iterator[Holder]:
             yield Holder(f"{place}.hooks", lambda hooks=hooks: hooks, _fixed)  # type: ignore[misc]
         if not library:
             yield from _of_classes(type(module))
+
+
+def is_saved(model: Any, module: Any, buffer: str) -> bool:
+    """Whether a checkpoint's weights hold a buffer of a module of the model; under adapters they hold none."""
+    from peft import PeftModel
+
+    return not isinstance(model, PeftModel) and buffer not in module._non_persistent_buffers_set
+
+
+def _is_simple(value: Any) -> bool:
+    return isinstance(value, PLAIN) or is_generator(value) or is_settings(value)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

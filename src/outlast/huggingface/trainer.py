@@ -153,6 +153,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         if self.conversion is not None:
             self.conversion.drop()
         if self.checkpoint is not None:
+            self._verification.buffers(self.checkpoint.path)
             self._own.load(self.checkpoint.path, self.run.rank, self.checkpoint.manifest.world_size)
             self._decisions.complete(str(self.checkpoint.path), self.checkpoint.manifest.pending_evaluation)
             self._point_at_best(state)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _OF_ATTEMPT = ("output_dir", "logging_dir", "local_rank", "_n_gpu", "eval_on_start", "resume_from_checkpoint")
+SAVING_CHANGES = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+"""Keys of a model's configuration that decide no weight, or that saving changes."""
 _HOOKS_OF_MODULE = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HOOKS_OF_PARAMETER = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _HOOKS_OF_OPTIMIZER = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -48,15 +50,19 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def is_settings(value: Any) -> bool:
-    """Whether `value` is a Trainer's arguments."""
-    from transformers import TrainingArguments
+    """Whether `value` is a Trainer's arguments, or a model's configuration."""
+    from transformers import GenerationConfig, PretrainedConfig, TrainingArguments
 
-    return isinstance(value, TrainingArguments)
+    return isinstance(value, TrainingArguments | PretrainedConfig | GenerationConfig)
 
 
-def settings_of(args: Any) -> dict[str, Any]:
-    """The plain values among a Trainer's arguments, which callbacks may change, but for those of this attempt alone."""
-    return {name: value for name, value in vars(args).items() if type(value) in PLAIN and name not in _OF_ATTEMPT}
+def settings_of(settings: Any) -> dict[str, Any]:
+    """The plain values among settings, which callbacks may change, but for those of this attempt alone."""
+    return {
+        name: value
+        for name, value in vars(settings).items()
+        if type(value) in PLAIN and name not in (*_OF_ATTEMPT, *SAVING_CHANGES)
+    }
 
 
 def hooks_of(module: torch.nn.Module) -> dict[str, Callable[..., Any]]:

@@ -113,7 +113,7 @@ class Conversion:
             f"{self._ranks} (DeepSpeed's universal checkpoint, up to {gb(need)} for a while)"
         )
         run.progress.update(phase="converting", step=self._checkpoint.step, force=True)
-        if not run.store.make_space(kind=Kind.PERIODIC, need=need):
+        if not run.store.room.make_space(kind=Kind.PERIODIC, need=need):
             raise self._no_space(need)
         self.path.mkdir(parents=True)
         for file in self._checkpoint.path.iterdir():

@@ -3,7 +3,7 @@
 ======================  ========================================================================================
 `model`                 weights and buffers that a checkpoint holds; with ZeRO 3 and FSDP, a rank's shard of them
 `base`, `config`        the frozen weights under adapters, which no checkpoint holds; the model's configuration
-`buffers`               buffers that no checkpoint holds
+`buffers`               buffers that the weights' files leave out, and `pipeline.py` keeps if training changes them
 `whole`                 with ZeRO 3, the weights gathered from all ranks, for another number of ranks
 `optimizer`             the state of each parameter, or of each partition of ZeRO and its weights; the groups' settings
 `schedule`, `scaler`    the learning rate's schedule; the loss scale
@@ -28,14 +28,13 @@ from outlast.errors import ResumeRefusedError
 
 from . import random_state
 from .frozen_weights import shortened
+from .reachable import is_saved
+from .training_objects import SAVING_CHANGES
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
     from outlast.attempt.attempt import RankAttempt
-
-NOT_COMPARED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
-"""Keys of a model's configuration that decide no weight, or that saving changes."""
 
 
 class Verification:
@@ -82,13 +81,13 @@ class Verification:
         digests.write(staged, rank, found | {"random": _random()})
 
     def _warn_of_buffers(self, now: dict[str, str]) -> None:
-        changed = digests.differences(self._buffers, now) if self._buffers else []
+        changed = digests.differences(self._buffers, now) if self._buffers and self._is_adapted() else []
         self._buffers = {}
         if changed:
             self._run.record("unsaved_buffers", names=changed)
             self._run.say(
-                f"WARNING: training changes buffers that no checkpoint holds ({shortened(changed)}): a resume would be "
-                "refused; register them as persistent, or name their modules in modules_to_save"
+                f"WARNING: training changes buffers ({shortened(changed)}) that the finished model will not hold: "
+                "it is an adapter. Name their modules in modules_to_save"
             )
 
     # Loading ----------------------------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ class Verification:
         values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
         self._fixed = {
             "base": self._digests(lambda name, p: self._is_base(p)) if self._run.rank == 0 or self._sharded else {},
-            "config": {key: digest(value) for key, value in values.items() if key not in NOT_COMPARED},
+            "config": {key: digest(value) for key, value in values.items() if key not in SAVING_CHANGES},
         }
         self._buffers = self._unsaved_buffers()
         if checkpoint is None:
@@ -112,7 +111,7 @@ class Verification:
         partitioned = self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled
         found = self._local(everywhere=True)
         if self._run.rank == 0:
-            found |= self._fixed | {"buffers": self._buffers}
+            found |= self._fixed
         if ranks_changed and partitioned:
             found.pop("optimizer", None)
         if ranks_changed and self._sharded:
@@ -133,6 +132,14 @@ class Verification:
             self._compare(checkpoint, {"whole": self._gathered()})
         else:
             self._compare(checkpoint, {"model": self._model()})
+
+    def buffers(self, checkpoint: Path) -> None:
+        """Compare the buffers that the weights' files leave out, when those that training changed are restored.
+
+        Raises:
+            ResumeRefusedError: as :meth:`begin`.
+        """
+        self._compare(checkpoint, {"buffers": self._unsaved_buffers()} if self._run.rank == 0 else {})
 
     def random(self, checkpoint: Path) -> None:
         """Compare this rank's random state, just restored.
@@ -188,9 +195,12 @@ class Verification:
 
     def _is_base(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter lies frozen under adapters, so that no checkpoint holds it."""
+        return self._is_adapted() and not parameter.requires_grad
+
+    def _is_adapted(self) -> bool:
         from peft import PeftModel
 
-        return isinstance(self._trainer.model, PeftModel) and not parameter.requires_grad
+        return isinstance(self._trainer.model, PeftModel)
 
     def _model(self) -> dict[str, str]:
         found = self._digests(lambda name, p: not self._is_base(p))
@@ -211,13 +221,9 @@ class Verification:
         yield from self._trainer.model.named_buffers()
 
     def _is_saved(self, buffer: str) -> bool:
-        from peft import PeftModel
-
         path, _, name = buffer.rpartition(".")
         model = self._trainer.model
-        if isinstance(model, PeftModel):
-            return False
-        return name not in model.get_submodule(path)._non_persistent_buffers_set
+        return is_saved(model, model.get_submodule(path), name)
 
     def _unsaved_buffers(self) -> dict[str, str]:
         return {name: digest(buffer) for name, buffer in self._all_buffers() if not self._is_saved(name)}

@@ -2,14 +2,15 @@
 
 import math
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from outlast import clock
 from outlast.config.preemption import PreemptionSection
 from outlast.errors import SlurmError
 from outlast.ranks.identity import Identity
-from outlast.rundir.directory import RunDirectory, cancelled_after
+from outlast.rundir.cancelled import CancelMark
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Cause
 from outlast.slurm.view import JobView, Notice, end_time_of, notice_of, show_job
 
@@ -31,9 +32,10 @@ class StopCause:
         preemption: PreemptionSection,
         say: Callable[[str], None],
     ) -> None:
-        self._run, self._job, self._guard, self._preemption, self._say = run, identity.around, guard, preemption, say
+        self._job, self._guard, self._preemption, self._say = identity.around, guard, preemption, say
         self._in_own_job = identity.job is not None
-        self._since = self._job_began = time.time()
+        self._job_began = clock.now()
+        self._cancelled = CancelMark(run.path)
         self._asking = threading.Lock()
         self._view: JobView | None = None
         self.end_time: float | None = None
@@ -56,7 +58,7 @@ class StopCause:
             self._say(f"Slurm did not say when this job ends ({error}); its signal is what is left")
             return None
         self.end_time = view.end_time
-        self._job_began = view.start_time or self._since
+        self._job_began = view.start_time or self._job_began
         with suppress(SlurmError):
             self.notice = notice_of(self._job.job_id, self._preemption.grace_s)
         return view
@@ -94,7 +96,7 @@ class StopCause:
             return "cancelled"  # somebody wanted that, and is there
         if self._job is None:
             return "preempted"
-        if cancelled_after(self._run.path, self._since):
+        if self._cancelled.is_set:
             return "cancelled"
         self.ask_why()
         if self._view is None:
@@ -118,14 +120,14 @@ class StopCause:
         """Whether the job has been cancelled by now, whatever it was signalled for; asked before every requeue."""
         if self._job is None:
             return False
+        if self._cancelled.is_set:
+            return True
         first = self._view
-        if not cancelled_after(self._run.path, self._since):
-            try:
-                self._view = show_job(self._job.job_id, timeout_s=5.0)
-            except SlurmError:
-                return False
-            return self._view.is_cancelled(self._job, first)
-        return True
+        try:
+            self._view = show_job(self._job.job_id, timeout_s=5.0)
+        except SlurmError:
+            return False
+        return self._view.is_cancelled(self._job, first)
 
     def deadline(self) -> float | None:
         """When the job will be killed, as far as that is known by now; Unix seconds.
@@ -133,7 +135,7 @@ class StopCause:
         Where Slurm does not say why the job was signalled, the time limit says nothing of it: then it is what the user
         has said (`preemption.grace_s`); while Slurm has not answered, also what it gives at a preemption.
         """
-        asked_at, view = self._guard.requested_at or time.time(), self._view
+        asked_at, view = self._guard.requested_at or clock.now(), self._view
         if self._job is None or self._guard.requested == CLOCK:
             return self.end_time
         if view and view.is_ending:  # while a job is ending, its end time is when the ending began

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from typing import Any, Literal
 
+from outlast import clock
 from outlast.checkpoint.interval import interval
 from outlast.rundir.ledger import Event
 from outlast.slurm.view import Notice
@@ -171,12 +172,12 @@ class TimeLimit:
     def is_near(self) -> bool:
         """Whether it is time to stop; Slurm is asked once more before the answer is yes."""
         at = self._stop_at()
-        return at is not None and time.time() >= at and not self._was_raised()
+        return at is not None and clock.now() >= at and not self._was_raised()
 
     def _was_raised(self) -> bool:
         end = self._cause.end_time
         assert end is not None
-        return self._cause.limit_was_raised(end) and time.time() < (self._stop_at() or 0.0)
+        return self._cause.limit_was_raised(end) and clock.now() < (self._stop_at() or 0.0)
 
     def _stop_at(self) -> float | None:
         end = self._cause.end_time

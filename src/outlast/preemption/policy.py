@@ -118,7 +118,7 @@ def startup_warning(chain: list[Attempt]) -> str | None:
     last = chain[-PATIENCE:]
     if len(last) < PATIENCE or not all(map(was_taken_in_startup, last)):
         return None
-    lived = max(a.ended["time"] - a.started["time"] for a in last if a.started and a.ended)
+    lived = max(max(a.ended["time"] - a.started["time"], 0.0) for a in last if a.started and a.ended)
     return (
         f"the last {PATIENCE} attempts were taken away before they had made a step, after {lived:.0f} s at most: "
         "start-up takes longer than the time between two preemptions. What helps: a partition or QOS that is "

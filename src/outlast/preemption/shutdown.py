@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from outlast import clock
 from outlast.config.preemption import PreemptionSection
 from outlast.errors import Exit, OutlastError, SlurmError
 from outlast.ranks.identity import Identity
@@ -63,7 +64,9 @@ class Shutdown:
         self.signal: str | None = None
         """Name of the signal that the ranks agreed on; None while they train."""
         self.asked_at = 0.0
-        """When it came, Unix seconds."""
+        """When it came, by `outlast.clock`."""
+        self.saved_step = 0
+        """The newest step that is saved."""
 
     def stand_in(self, lost: list[Lost]) -> None:
         """Act for all ranks from here on: those in `lost` are gone, or are blocking the others."""
@@ -71,7 +74,7 @@ class Shutdown:
 
     def announce(self, signal: str, step: int, **more: bool) -> None:
         """Take note that the ranks stop after `step`; the ledger gets one such line, whoever writes it."""
-        self.signal, self.asked_at = signal, self._guard.requested_at or time.time()
+        self.signal, self.asked_at = signal, self._guard.requested_at or clock.now()
         if not self._speaks:
             return
         self._cause.ask_why_in_background().join(timeout=2.0)  # the save must not wait for a silent controller
@@ -191,17 +194,20 @@ class Shutdown:
             decision = self._outcome.follow(cause, start_next, is_cancelled)
         except SlurmError as error:
             what = "the batch script looks for another way" if in_own_batch_script() else "submit it again"
-            self._say(f"could not requeue: {error}; step {step} is saved, {what}")
+            self._say(f"could not requeue: {error}; {self._saved(step)}, {what}")
             return Exit.RESUME_ME
         if self._requeued_at is not None and self._identity.job is not None:
             self._say(f"requeued job {self._identity.job.job_id} ({cause})")
         elif decision.action == "again" and self._identity.job is None and self._identity.around is not None:
             self._say(
-                f"step {step} is saved; job {self._identity.around.job_id} is not requeued, since nothing says "
+                f"{self._saved(step)}; job {self._identity.around.job_id} is not requeued, since nothing says "
                 "that it is there for this run alone: start the script from a copy of slurm/script.sbatch, "
                 "or call outlast.start(..., requeue=True)"
             )
         return decision.exit_code
+
+    def _saved(self, step: int) -> str:
+        return f"step {step} is saved" if self.saved_step >= step else f"step {self.saved_step} was saved last"
 
     def _requeue_job(self) -> Event:
         assert self._identity.job is not None

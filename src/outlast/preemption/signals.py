@@ -12,10 +12,10 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 
+from outlast import clock
 from outlast.processes import SIGNALS
 
 CLOCK = "clock"
@@ -38,7 +38,7 @@ class PreemptionGuard:
         self.requested: str | None = None
         """The first signal: "TERM", "USR1", "USR2", "INT", "HUP" or `CLOCK`; or None. Later ones change nothing."""
         self.requested_at = 0.0
-        """When it came, Unix seconds."""
+        """When it came, by `outlast.clock`."""
         self._on_startup: Callable[[str], None] | None = None
         self._on_signal: Callable[[], None] | None = None
         self._pid = os.getpid()
@@ -80,7 +80,7 @@ class PreemptionGuard:
     def request(self, name: str) -> None:
         """Ask for a stop, as a signal does. Only the first request counts."""
         if self.requested is None:
-            self.requested_at = time.time()
+            self.requested_at = clock.now()
             self.requested = name
 
     def notify(self, *, on_startup: Callable[[str], None], on_signal: Callable[[], None]) -> None:

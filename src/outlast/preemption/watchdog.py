@@ -17,6 +17,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Literal
 
+from outlast import clock
 from outlast.config.preemption import PreemptionSection
 from outlast.errors import Exit
 from outlast.processes import exit_at_once
@@ -158,12 +159,12 @@ class Watchdog:
                 found.append(self._named(rank, "gone", now - peer.gone_at))
             elif peer.gone_at is None and limit_s is not None and peer.silent_s >= limit_s:
                 found.append(self._named(rank, "silent", peer.silent_s))
-        if found or give_up is None or time.time() < give_up or self._channel.rank != 0 or self._saved:
+        if found or give_up is None or clock.now() < give_up or self._channel.rank != 0 or self._saved:
             return found or None
         places = {rank: peer.at for rank, peer in self._others.items()} | {
             0: (self._agreement.polls, self._collectives.calls)
         }
-        late_s = time.time() - self._guard.requested_at
+        late_s = clock.now() - self._guard.requested_at
         return [self._named(rank, "behind", late_s) for rank, at in places.items() if at < max(places.values())]
 
     def _named(self, rank: int, how: Literal["gone", "silent", "behind", "late"], seconds: float) -> Lost:

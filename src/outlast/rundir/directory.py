@@ -1,22 +1,10 @@
-"""The run directory: the paths in it, and the lock that keeps two attempts apart."""
+"""The run directory: the paths in it."""
 
-import errno
-import fcntl
-import json
 import os
-import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from outlast.errors import ConfigError, RunBusyError
-from outlast.files import read_json
-
-LOCK_FD_ENV = "OUTLAST_LOCK_FD"
-"""Tells a rank the file descriptor of the run lock that its launcher holds."""
+from outlast.errors import ConfigError, whose
 
 
 @dataclass(frozen=True)
@@ -82,6 +70,11 @@ class RunDirectory:
     def lock(self) -> Path:
         return self.path / ".lock"
 
+    @property
+    def lease(self) -> Path:
+        """The lock where the file system has none (see `lease.py`)."""
+        return self.path / ".lease"
+
     def log(self, attempt: int, rank: int) -> Path:
         return self.logs / f"attempt-{attempt:03d}.rank-{rank}.log"
 
@@ -93,7 +86,8 @@ class RunDirectory:
         """Make the directory and those of its parts that every attempt needs.
 
         Raises:
-            ConfigError: a part in which things are deleted is a symbolic link.
+            ConfigError: a part in which things are deleted is a symbolic link, or this user may not write there.
+            OSError: it can't be made.
         """
         for path in (self.checkpoints, self.staging, self.trash, self.quarantine):
             if path.is_symlink():
@@ -101,78 +95,7 @@ class RunDirectory:
                 raise ConfigError("run", str(path), valid + "Make the run directory itself the link, or set run.root.")
         for path in (self.checkpoints, self.logs):
             path.mkdir(parents=True, exist_ok=True)
-
-
-class RunLock:
-    """An exclusive `flock` on the run directory, released by the kernel when the last holder of it is gone.
-
-    The file descriptor is inheritable: a launcher that passes it to its ranks keeps the run locked until every one
-    of them has left, also when the launcher itself was killed.
-    """
-
-    def __init__(self, run: RunDirectory) -> None:
-        self._path = run.lock
-        self.fd: int | None = None
-
-    def acquire(self, owner: str, wait_s: float = 0.0) -> None:
-        """Take the lock.
-
-        Args:
-            owner: who takes it, in words; shown to whoever is refused.
-            wait_s: how long to wait for a holder that is going away.
-
-        Raises:
-            RunBusyError: somebody else holds it. A holder whose launcher is dead is waited for, up to a minute:
-                its ranks are writing their last checkpoint.
-        """
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        deadline = time.monotonic() + max(wait_s, 0.5)  # `outlast status` takes a shared lock for an instant
-        orphan_deadline = time.monotonic() + max(wait_s, 60.0)
-        while not _try_flock(fd):
-            holder = self._holder()
-            if time.monotonic() > (orphan_deadline if _is_dead(holder) else deadline):
-                os.close(fd)
-                raise RunBusyError(
-                    f"{self._path.parent} is in use by {holder.get('owner', 'another process')} "
-                    f"(pid {holder.get('pid', '?')} on {holder.get('host', '?')}). "
-                    "Wait for it to end, or stop it; two attempts never run on one directory."
-                )
-            time.sleep(0.1)
-        os.ftruncate(fd, 0)
-        record = {"owner": owner, "pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
-        os.pwrite(fd, json.dumps(record).encode(), 0)
-        os.set_inheritable(fd, True)
-        self.fd = fd
-
-    def release(self) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-
-    def _holder(self) -> dict[str, Any]:
-        holder = read_json(self._path)
-        return holder if isinstance(holder, dict) else {}
-
-
-def _try_flock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return True  # a file system without locks (some Lustre mounts): then only Slurm keeps attempts apart
-        raise
-    return True
-
-
-def _is_dead(holder: dict[str, Any]) -> bool:
-    return holder.get("host") == socket.gethostname() and not psutil.pid_exists(int(holder.get("pid", 0) or 0))
-
-
-def cancelled_after(run: Path, moment: float) -> bool:
-    """Whether a user has cancelled the run in directory `run` since `moment` (Unix seconds)."""
-    try:
-        return float((read_json(run / "cancelled.json") or {})["time"]) > moment
-    except (KeyError, TypeError, ValueError):
-        return False
+        for path in (self.path, self.checkpoints, self.logs, self.ledger, self.lock):
+            need = os.W_OK | os.X_OK if path.is_dir() else os.W_OK
+            if path.exists() and not os.access(path, need, effective_ids=True):
+                raise ConfigError("run", str(path), f"valid: a run that this user may write to; {whose(path)}")

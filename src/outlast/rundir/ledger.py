@@ -8,14 +8,19 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import math
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Protocol
+
+from outlast import clock
+from outlast.errors import RunBusyError
+
+from .lease import wait_for_lease
 
 Cause = Literal[
     "finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "requeued", "out_of_memory"
@@ -40,6 +45,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "evaluated": ("step", "metrics"),
     "checkpoint": ("step", "kind", "bytes", "stall_s", "sealed_s"),
     "checkpoint_failed": ("step", "kind", "reason"),
+    "over_budget": ("bytes", "budget_bytes", "parts"),
     "measured": ("bytes", "save_total_limit", "off"),
     "batches_unknown": (),
     "frozen_weights": ("bytes", "tensors"),
@@ -127,8 +133,8 @@ class Ledger:
         missing = [name for name in EVENTS[event] if name not in values] if event in EVENTS else None
         if missing is None or missing:
             raise ValueError(f"ledger event {event!r}: " + (f"missing {missing}" if missing else "unknown"))
-        line = json.dumps({"time": at or time.time(), "attempt": attempt, "event": event, **values}) + "\n"
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        line = json.dumps({"time": at or clock.now(), "attempt": attempt, "event": event, **values}) + "\n"
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(fd).st_size
             _reserve(fd, size)
@@ -151,9 +157,12 @@ class Ledger:
         Returns:
             Whether this caller appended it.
         """
-        with open(self.path, "ab") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks
+        with open(self.path, "ab") as lock, contextlib.ExitStack() as held:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                with contextlib.suppress(RunBusyError):
+                    held.callback(wait_for_lease(self.path.with_name(f".{self.path.name}.lease")).release)
             if any(e["event"] == event and e["attempt"] == attempt for e in self.read()):
                 return False
             for name, fields in before:
@@ -173,7 +182,7 @@ class Ledger:
             )  # parsing them at once is twice as fast, which shows with many runs
         except ValueError:
             parsed = [_parsed(line) for line in lines]
-        return [event for event in parsed if _is_whole(event)]
+        return [_clamped(event) for event in parsed if _is_whole(event)]
 
 
 def _reserve(fd: int, size: int) -> None:
@@ -193,6 +202,18 @@ def _is_whole(event: Any) -> bool:
     if event["event"] in _STEPS and event["step"] is None:
         return False
     return all(isinstance(value, _TYPE_OF.get(name, object)) for name, value in event.items())
+
+
+def _clamped(event: Event) -> Event:
+    """Give the event with its durations as numbers from 0: a clock that was set while one was measured made others."""
+    for name, value in event.items():
+        if (
+            (name == "seconds" or name.endswith("_s"))
+            and isinstance(value, int | float)
+            and not 0.0 <= value < math.inf
+        ):
+            event[name] = 0.0
+    return event
 
 
 def _parsed(line: bytes) -> Any:
@@ -218,7 +239,7 @@ class Recorder:
 
     def __call__(self, event: str, **values: Any) -> None:
         with self._writing:
-            self.waiting.append((event, time.time(), values))
+            self.waiting.append((event, clock.now(), values))
             try:
                 while self.waiting:
                     name, at, fields = self.waiting[0]

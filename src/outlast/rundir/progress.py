@@ -6,10 +6,12 @@ disk, and at most twice a second.
 
 import contextlib
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
+from outlast import clock
 from outlast.files import read_json, write_atomically
 
 from .directory import RunDirectory
@@ -60,14 +62,14 @@ class ProgressWriter:
         """Set fields of :class:`Progress`; write if it is time to, or if `force`."""
         for name, value in values.items():
             setattr(self.now, name, value)
-        moment = time.time()
+        moment = clock.now()
         if "step" in values:
             if self._first is None:
                 self._first = (self.now.step, moment)
             elif self.now.step > self._first[0]:
                 self.now.seconds_per_step = (moment - self._first[1]) / (self.now.step - self._first[0])
         if force or moment - self._written >= INTERVAL_S:
-            self.now.time = self._written = moment
+            self._written, self.now.time = moment, time.time()  # which readers compare with theirs
             with contextlib.suppress(OSError):  # a full disk must not end the training that it reports on
                 write_atomically(self._path, json.dumps(asdict(self.now)), durable=False)
 
@@ -77,4 +79,7 @@ def read(run: RunDirectory) -> Progress | None:
     values = read_json(run.progress)
     if not isinstance(values, dict):
         return None
-    return Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
+    found = Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
+    if found.seconds_per_step is not None and not 0.0 <= found.seconds_per_step < math.inf:
+        found.seconds_per_step = None  # a clock was set
+    return found

@@ -10,10 +10,12 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .lease import wait_for_lease
 
 LOCK = ".submit.lock"
 
@@ -59,11 +61,18 @@ def submission_lock(directory: Path) -> Iterator[int]:
 
     Yields:
         The lock's file descriptor, for `submit_recorded`.
+
+    Raises:
+        RunBusyError: another command holds it, on a file system without locks, and does not come to an end.
     """
-    fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd, lease = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), None
     try:
-        with suppress(OSError):  # a file system without locks: only the token protects
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            lease = wait_for_lease(directory / f"{LOCK}.lease")
         yield fd
     finally:
+        if lease is not None:
+            lease.release()
         os.close(fd)
