@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from outlast.config.cluster import SlurmCluster
+from outlast.deletion import delete
 from outlast.files import write_atomically
 from outlast.rundir.submission import Submission, new_token
 from outlast.rundir.sweep import SweepManifest
@@ -84,7 +85,7 @@ def submit(
 
 def _link(script: Path, link: Path) -> None:
     """Put the script that a cell was submitted with into its directory, as a hard link where possible."""
-    link.unlink(missing_ok=True)
+    delete(link, inside=link.parent)
     try:
         os.link(script, link)
     except OSError:

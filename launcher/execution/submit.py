@@ -2,13 +2,14 @@
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config, load
+from outlast.deletion import delete
 from outlast.errors import ConfigError, SlurmError
 from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory
@@ -68,6 +69,7 @@ def submit(plan: Plan) -> SubmittedJob:
     run, target = plan.directory, target_of(plan.config)
     record = run.path / "submitted.json"
     fresh = not run.config.exists() and not run.ledger.exists()
+    others = set(os.listdir(run.path)) if run.path.is_dir() else None
     make_run_directory(run)
     with submission_lock(run.path) as lock:
         job_id, state = in_queue([run]).get(run.path, ("", None))
@@ -96,14 +98,24 @@ def submit(plan: Plan) -> SubmittedJob:
             if refusal is None:
                 raise
             if fresh:  # nothing is left that would look like a run
-                shutil.rmtree(run.path, ignore_errors=True)
+                _undo(run.path, others)
             elif before is not None:
                 write_atomically(record, before)
             else:
-                record.unlink(missing_ok=True)
+                delete(record, inside=run.path)
             raise refusal from None
     assert done.job_id is not None
     return SubmittedJob(done.job_id, done.log)
+
+
+def _undo(run: Path, others: set[str] | None) -> None:
+    """Delete what a refused submission has made: all but `others`, or with None the run directory itself."""
+    with suppress(OSError):
+        if others is None:
+            delete(run, inside=run.parent)
+            return
+        for name in set(os.listdir(run)) - others:
+            delete(run / name, inside=run)
 
 
 def check_same(plan: Plan, job_id: str) -> None:

@@ -3,12 +3,13 @@
 import errno
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .deletion import delete
 
 FLUSHERS = 4
 """Threads that flush small files: a file system joins what is flushed at the same time into one commit."""
@@ -90,7 +91,7 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
 def remove_temporaries(path: Path) -> None:
     """Remove what killed writers of `path` have left beside it. Nobody may be writing it meanwhile."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)
+        delete(temporary, inside=path.parent)
 
 
 @contextmanager
@@ -103,20 +104,24 @@ def staged_directory(target: Path, *, durable: bool = True) -> Iterator[Path]:
         durable: flush its files to disk, so that `target` is whole or absent also after a power loss.
     """
     staging, old = target.with_name(f".{target.name}.staging"), target.with_name(f".{target.name}.old")
-    for leftover in (staging, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _sweep(staging, old)
     staging.mkdir(parents=True)
     try:
         yield staging
         if durable:
             flush_tree(staging)
-        if target.exists():
+        if os.path.lexists(target):
             os.rename(target, old)
         os.rename(staging, target)
         flush_directory(target.parent)
     finally:
-        for leftover in (staging, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _sweep(staging, old)
+
+
+def _sweep(*leftovers: Path) -> None:
+    for leftover in leftovers:
+        with suppress(OSError):
+            delete(leftover, inside=leftover.parent)
 
 
 def flush_file(path: Path) -> None:

@@ -1,9 +1,9 @@
 """The bytes of one run: what may be used, what is used, and what a save will need."""
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 
+from outlast.deletion import delete
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import margin
@@ -94,7 +94,4 @@ class Space:
         Returns:
             Whether there were any.
         """
-        with contextlib.suppress(FileNotFoundError):
-            self._run.reserve.unlink()
-            return True
-        return False
+        return delete(self._run.reserve, inside=self._run.path)

@@ -95,7 +95,7 @@ class RunDirectory:
         Raises:
             ConfigError: a part in which things are deleted is a symbolic link.
         """
-        for path in (self.checkpoints, self.staging, self.trash, self.quarantine):
+        for path in (self.checkpoints, self.staging, self.trash, self.quarantine, self.prepared):
             if path.is_symlink():
                 valid = "valid: a real directory, since nothing outside the run directory is ever deleted. "
                 raise ConfigError("run", str(path), valid + "Make the run directory itself the link, or set run.root.")
