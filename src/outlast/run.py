@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .attempt.attempt import RankAttempt
+from .attempt.loading import refusing_unreadable
 from .processes import exit_at_once
 
 if TYPE_CHECKING:
@@ -114,6 +115,6 @@ class Run(RankAttempt):
         self._own_loop("step_end").step_done()
         action = self.steps.done(step)
         if action != "go_on":
-            self.checkpoint(step, save)
+            self.checkpoint(step, refusing_unreadable()(save))
         if action == "stop":
             self.leave(step)
