@@ -59,7 +59,7 @@ def submit(
     assert isinstance(config.cluster, SlurmCluster)
     number = len(manifest.submissions) + 1
     script = sweep.directory / ("job.sbatch" if number == 1 else f"job-{number}.sbatch")
-    write_atomically(script, batch_script(config, target))
+    write_atomically(script, batch_script(config, target), private=True)
     for cell in cells:
         _link(script, cell.plan.directory.path / "job.sbatch")
     at_once = config.cluster.array_parallelism
@@ -89,4 +89,4 @@ def _link(script: Path, link: Path) -> None:
     try:
         os.link(script, link)
     except OSError:
-        link.write_bytes(script.read_bytes())
+        write_atomically(link, script.read_text(), private=True)

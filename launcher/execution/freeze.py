@@ -25,8 +25,8 @@ def freeze(plan: Plan) -> RunDirectory:
         run.create()
         if run.config.exists() and plan.config.differences(load(run.config)):
             delete(run.prepared, inside=run.path)  # of what the run was before it had a checkpoint
-        write_atomically(run.plan, json.dumps(plan.as_dict(), indent=1))
-        write_atomically(run.config, dump(plan.config))
+        write_atomically(run.plan, json.dumps(plan.as_dict(), indent=1), private=True)
+        write_atomically(run.config, dump(plan.config), private=True)
     except OSError as error:
         raise _unwritable(run, error) from None
     return run

@@ -39,6 +39,8 @@ class SubmittedJob:
     log: str
     again: bool = False
     """Whether it was there before: the same command again submits nothing."""
+    left_out: Sequence[str] = ()
+    """What of the project was not copied (see `snapshot.Snapshot`)."""
 
 
 def use_cluster(config: Config) -> None:
@@ -77,8 +79,8 @@ def submit(plan: Plan) -> SubmittedJob:
             check_same(plan, job_id)
             return SubmittedJob(job_id, str(target.log).replace("%j", job_id), again=True)
         freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
-        take_code(plan.config, target)
-        write_atomically(run.path / SCRIPT, batch_script(plan.config, target))
+        left_out = take_code(plan.config, target)
+        write_atomically(run.path / SCRIPT, batch_script(plan.config, target), private=True)
         before = record.read_text() if record.exists() else None
         try:
             done = submit_recorded(
@@ -105,7 +107,7 @@ def submit(plan: Plan) -> SubmittedJob:
                 delete(record, inside=run.path)
             raise refusal from None
     assert done.job_id is not None
-    return SubmittedJob(done.job_id, done.log)
+    return SubmittedJob(done.job_id, done.log, left_out=left_out)
 
 
 def _undo(run: Path, others: set[str] | None) -> None:
@@ -132,10 +134,10 @@ def check_same(plan: Plan, job_id: str) -> None:
         raise ConfigError(first, changes[first][0], f"no effect: job {job_id} is in the queue already: {text}; {way}")
 
 
-def take_code(config: Config, target: Target) -> None:
-    """Freeze the code of the job."""
+def take_code(config: Config, target: Target) -> list[str]:
+    """Freeze the code of the job, and name what was left out."""
     assert isinstance(config.cluster, SlurmCluster)
-    snapshot.take(target.code, Path.cwd(), limit_mb=config.cluster.code_limit_mb)
+    return snapshot.take(target.code, Path.cwd(), limit_mb=config.cluster.code_limit_mb).left_out
 
 
 def in_queue(runs: Sequence[RunDirectory]) -> dict[Path, tuple[str, JobState]]:

@@ -71,14 +71,15 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+def write_atomically(path: Path, text: str, *, durable: bool = True, private: bool = False) -> None:
     """Replace `path` as a whole: a reader sees the old text or the new one, never a part.
 
     Args:
         durable: flush to disk, so that the new text also survives a power loss.
+        private: whatever the umask, only the owner may read it, and the group if the umask lets it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", opener=_open_private if private else None) as file:
         file.write(text)
         if durable:
             file.flush()
@@ -86,6 +87,10 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
     os.replace(temporary, path)
     if durable:
         flush_directory(path.parent)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o660)
 
 
 def remove_temporaries(path: Path) -> None:
