@@ -94,6 +94,16 @@ def test_one_function_deletes() -> None:
     assert not found, "\n".join(found)
 
 
+def test_nothing_from_the_network_is_unpickled() -> None:
+    found = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "attr", "")
+            if re.search("_object(_list)?$", name) and re.search("gather|broadcast|scatter|send|recv", name):
+                found.append(at(path, node.lineno, f"{name}: torch pickles what it sends so"))
+    assert not found, "\n".join(found)
+
+
 def test_no_module_is_too_long() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in MODULES}
     found = [at(path, lines, f"{lines} lines") for path, lines in lengths.items() if lines > MOST_LINES]

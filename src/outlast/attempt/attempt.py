@@ -31,11 +31,12 @@ from outlast.ranks.gradient_buckets import keep_one_layout
 from outlast.ranks.identity import Identity
 from outlast.ranks.layout import Layout
 from outlast.ranks.lost import LostRankError
+from outlast.ranks.meeting import meet_in
 from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, attempts, finished
 from outlast.rundir.directory import LOCK_FD_ENV, RunDirectory, RunLock
 from outlast.rundir.ledger import Ledger, Recorder
 from outlast.rundir.progress import ProgressWriter, read
-from outlast.slurm.environment import current_job, export_ranks, hostnames, in_own_batch_script
+from outlast.slurm.environment import current_job, hostnames, in_own_batch_script
 from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
@@ -83,7 +84,7 @@ class RankAttempt:
         # Who this process is.
         around = current_job()
         job = around if requeue or in_own_batch_script() else None
-        export_ranks()
+        meet_in(directory.path)
         self.collectives = collectives = Collectives()
         self._ledger = Ledger(directory.ledger)
         if done := finished(self._ledger.read()):
@@ -124,14 +125,13 @@ class RankAttempt:
         self._shutdown = Shutdown(identity, guard, self._cause, self._outcome, preemption, self._recorder, _print)
         self._planner = Planner(preemption.lead_s, limit.expected_bytes)
         self._channel = ControlChannel(self.rank, collectives.world_size)
-        agreement = StepAgreement(self._channel, self._on_stop_asked)
+        self._agreement = agreement = StepAgreement(self._channel, self._on_stop_asked)
         self._watchdog = Watchdog(
             guard, collectives, self._channel, agreement, self._cause, self._shutdown, self._outcome, preemption
         )
         self.steps = Steps(
             guard, collectives, agreement, self._cause, self._planner, self._shutdown, self._watchdog, self._saver
         )
-        self._agreement = agreement
         self._leave_in_startup = LeaveInStartup(identity, self._shutdown, self._outcome, self.store)
         guard.notify(on_startup=self._leave_in_startup, on_signal=self.steps.on_signal)
         if self.rank == 0:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,8 @@ class Conversion:
         worker = threading.Thread(target=self._try, daemon=True)
         if run.rank == 0:
             worker.start()
-        state: tuple[str, str] | None = ("", "")
-        while state == ("", ""):
+        state: Sequence[str] | None = ("", "")
+        while state is not None and not any(state):
             if run.rank == 0:
                 worker.join(POLL_S)
                 state = ("", "") if worker.is_alive() else self._outcome()
