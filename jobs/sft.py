@@ -11,6 +11,7 @@ from outlast.config.configuration import Config
 from outlast.config.model import TinyModel
 from outlast.errors import ConfigError, OutlastError, ResumeRefusedError
 from outlast.files import staged_directory
+from outlast.ranks.meeting import use_private_store
 
 from .training import chat, data, deepspeed, left_out, models, prepared, source, trainer_arguments
 
@@ -72,6 +73,7 @@ def main(run: "Run", config: Config) -> None:
     """Train, from where the run stands, to its end; every rank calls it."""
     from trl import SFTTrainer
 
+    use_private_store()
     extra = deepspeed.prepare(config) if config.parallel.zero_stage else {}
     args = trainer_arguments.sft_config(config, run.directory.checkpoints, **extra)
     base = run.directory.prepared / "model"

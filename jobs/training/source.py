@@ -6,7 +6,6 @@ prepared data.
 """
 
 import json
-import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import xxhash
 from outlast.checkpoint.compatibility import origin_of
 from outlast.config.configuration import Config
 from outlast.config.data import HubData, JsonlData
+from outlast.deletion import delete
 from outlast.errors import ResumeRefusedError
 from outlast.files import read_json, write_atomically
 from outlast.rundir.directory import RunDirectory
@@ -68,12 +68,21 @@ def clear_changed(run: RunDirectory, now: dict[str, str]) -> bool:
 
     Returns:
         Whether anything was removed.
+
+    Raises:
+        ResumeRefusedError: it can't be removed.
     """
     before = read_json(run.prepared / RECORD)
     if not isinstance(before, dict) or before == now:
         return False
     begun = "source" in (origin_of(run) or {})
-    shutil.rmtree(run.prepared / "data" if begun else run.prepared, ignore_errors=True)
+    stale = run.prepared / "data" if begun else run.prepared
+    try:
+        delete(stale, inside=run.path)
+    except OSError as error:
+        raise ResumeRefusedError(
+            f"{stale} was made of other data, and can't be removed: {error.filename}: {error.strerror}"
+        ) from None
     return True
 
 

@@ -64,6 +64,7 @@ def _submit(plan: Plan, console: Console) -> None:
     job = submit(plan)
     name, root = plan.config.run.name, plan.config.run.root
     console.print(f"job {job.job_id} is in the queue already" if job.again else f"submitted job {job.job_id}")
+    _say_left_out(job.left_out, console)
     name, root = shlex.quote(str(name)), shlex.quote(root)
     console.print(f"  run     {plan.directory.path}\n  log     {job.log}")
     console.print(f"  status  outlast status --root {root}\n  report  outlast report {name} --root {root}")
@@ -116,6 +117,7 @@ def _to_the_end(sweep: SweepPlan, console: Console) -> list[Result]:
 def _describe(sweep: SweepPlan, outcome: SweepSubmission, console: Console) -> None:
     for job in outcome.jobs:
         console.print(f"submitted job array {job.job_id}, {len(job.indices or ())} cells")
+    _say_left_out(outcome.left_out, console)
     if not outcome.jobs:
         console.print("nothing to submit")
     for state, text in ((State.QUEUED, "in the queue already"), (State.FINISHED, "finished already")):
@@ -132,6 +134,11 @@ def _describe(sweep: SweepPlan, outcome: SweepSubmission, console: Console) -> N
     console.print(f"  sweep   {sweep.directory}")
     console.print(f"  status  outlast status {name} --root {root}")
     console.print(f"  cancel  outlast cancel {name} --root {root}")
+
+
+def _say_left_out(left_out: Sequence[str], console: Console) -> None:
+    if left_out:
+        console.print(f"  not copied, since it may hold a secret: {shown(list(left_out))}")
 
 
 def _ended(results: Callable[[], list[Result]], console: Console, *, as_json: bool) -> int:

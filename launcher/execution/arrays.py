@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from outlast.config.cluster import SlurmCluster
+from outlast.deletion import delete
 from outlast.files import write_atomically
 from outlast.rundir.submission import Submission, new_token
 from outlast.rundir.sweep import SweepManifest
@@ -58,7 +59,7 @@ def submit(
     assert isinstance(config.cluster, SlurmCluster)
     number = len(manifest.submissions) + 1
     script = sweep.directory / ("job.sbatch" if number == 1 else f"job-{number}.sbatch")
-    write_atomically(script, batch_script(config, target))
+    write_atomically(script, batch_script(config, target), private=True)
     for cell in cells:
         _link(script, cell.plan.directory.path / "job.sbatch")
     at_once = config.cluster.array_parallelism
@@ -84,8 +85,8 @@ def submit(
 
 def _link(script: Path, link: Path) -> None:
     """Put the script that a cell was submitted with into its directory, as a hard link where possible."""
-    link.unlink(missing_ok=True)
+    delete(link, inside=link.parent)
     try:
         os.link(script, link)
     except OSError:
-        link.write_bytes(script.read_bytes())
+        write_atomically(link, script.read_text(), private=True)

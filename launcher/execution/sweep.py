@@ -39,6 +39,8 @@ class SweepSubmission:
     """Of every cell before: the state in which it was left alone, None if it was to be submitted."""
     jobs: list[Submission] = field(default_factory=list)
     """What was submitted now."""
+    left_out: list[str] = field(default_factory=list)
+    """What of the project was not copied."""
     unchanged: dict[str, list[str]] = field(default_factory=dict)
     """Of cells that are in the queue or done: keys that were asked for now and are other values there."""
 
@@ -74,7 +76,7 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
         _freeze(todo)
         # Cells that this command does not know of may wait, or run, with what was frozen for them.
         code = "code" if not manifest.submissions else f"code-{len(manifest.submissions) + 1}"
-        take_code(todo[0].plan.config, sweep.target(code=code))
+        outcome.left_out = take_code(todo[0].plan.config, sweep.target(code=code))
         for cells, indices, offset in found:
             done = arrays.submit(
                 sweep, manifest, cells, indices, sweep.target(code=code, offset=offset), lock, len(found)

@@ -18,6 +18,7 @@ from outlast.rundir.sweep import SWEEP_MANIFEST
 
 from . import storage
 from .batch_script import batch_script, target_of
+from .secret_scan import refuse_secrets
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
         ConfigError: a value that the job, or the cluster, would not accept.
         SlurmError: `cluster=slurm` on a machine without Slurm.
     """
+    refuse_secrets(config)
     job = importlib.import_module(f"outlast.jobs.{config.job.name}")
     job.check(config)
     parallel, cluster, hazards, script = config.parallel, config.cluster, [], None

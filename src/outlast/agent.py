@@ -6,6 +6,7 @@ middle of a save. One thread takes the signals instead and passes them on; the a
 left. The ranks inherit the blocked signals, so that an early one waits until they can handle it.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -14,13 +15,16 @@ import sys
 import tempfile
 import threading
 import time
-from typing import NoReturn
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 
 from .config.configuration import Config
 from .errors import ConfigError, Exit
 from .processes import SIGNALS, python_module_command
+from .ranks.meeting import MEETING_ENV, store_of
 from .slurm.environment import Step, current_step
 
 AGENT_ENV = "OUTLAST_AGENT"
@@ -29,12 +33,13 @@ START_S = 20.0
 """How long a signal waits for ranks that have not started: less than `KillWait`, after which Slurm kills."""
 
 
-def main(config: Config, arguments: list[str]) -> NoReturn:
+def main(config: Config, run: Path, arguments: list[str]) -> NoReturn:
     """Start this node's ranks, wait until the last has gone, and end this process.
 
     As with `srun`, its exit code is the highest of its ranks'; that of a killed rank is 128 plus the signal's number.
 
     Args:
+        run: the run directory.
         arguments: what the ranks are told, as `outlast.rank` takes it.
 
     Raises:
@@ -46,6 +51,9 @@ def main(config: Config, arguments: list[str]) -> NoReturn:
     command = launch_arguments(config, step)
     ranks = config.parallel.ranks_per_node if step else config.parallel.world_size
     os.environ[AGENT_ENV] = str(os.getpid())
+    if step is not None:
+        os.environ[MEETING_ENV] = step.key
+    _meet(run, step)
     threading.Thread(target=_pass_on_signals, args=(ranks,), daemon=True).start()
     codes = _launch([*command, "--no_python", *python_module_command("outlast.rank", *arguments)])
     for rank, code in sorted(codes.items()):
@@ -74,13 +82,23 @@ def launch_arguments(config: Config, step: Step | None) -> list[str]:
         f"--machine_rank={step.task if step else 0}",
         f"--num_processes={world_size}",
         f"--main_process_ip={step.address if step else '127.0.0.1'}",
-        f"--main_process_port={step.port if step else 0}",  # 0: any that is free
+        "--main_process_port=0",  # it names one, as it must; nobody listens there (see `ranks/meeting.py`)
         *(["--multi_gpu"] if world_size > 1 else []),  # which means several processes, also without GPUs
         "--max_restarts=0",
         # The training sets these itself; here they only keep `accelerate launch` from guessing.
         "--mixed_precision=no",
         "--dynamo_backend=no",
     ]
+
+
+def _meet(run: Path, step: Step | None) -> None:
+    """Have torch's agents find each other as the ranks do, by a private store."""
+    static: Any = importlib.import_module("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
+
+    def store(address: str, port: int, count: int, serves: bool, timeout: timedelta, **_: Any) -> Any:
+        return store_of(run, "agents", step.task if step else 0, count, timeout)
+
+    static.TCPStore = store
 
 
 def _launch(arguments: list[str]) -> dict[int, int]:

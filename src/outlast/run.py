@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .attempt.attempt import RankAttempt
+from .attempt.loading import refusing_unreadable
 from .errors import OutlastError
 from .processes import exit_at_once
 
@@ -118,6 +119,6 @@ class Run(RankAttempt):
         self._own_loop("step_end").step_done()
         action = self.steps.done(step)
         if action != "go_on" or (total is not None and step >= total):
-            self.checkpoint(step, save)
+            self.checkpoint(step, refusing_unreadable()(save))
         if action == "stop":
             self.leave(step)

@@ -1,5 +1,6 @@
 """The library in a user's own script: `run = outlast.start("runs/mine")`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from .config.storage import StorageSection
 from .errors import OutlastError
 from .preemption.signals import PreemptionGuard
 from .processes import ignore_output_errors
+from .ranks.meeting import use_private_store
 from .run import Run
 from .rundir.directory import RunDirectory
 
@@ -57,7 +59,7 @@ def start(
     ignore_output_errors()
     preemption = {"lead_s": lead_s, "hang_s": hang_s, "max_requeues": max_requeues}
     checkpoint = {"every": "auto" if every is None else every, "milestone_every": milestone_every, "allow": list(allow)}
-    return Run(
+    run = Run(
         RunDirectory(Path(directory).absolute()),
         guard,
         section("preemption", PreemptionSection, preemption),
@@ -66,6 +68,9 @@ def start(
         loop_saves=every is None,
         requeue=requeue,
     )
+    if "RANK" in os.environ:
+        use_private_store()
+    return run
 
 
 def _show_errors_as_messages() -> None:

@@ -3,6 +3,7 @@
 Arguments: run directory, epochs. `OPTIONS` (JSON) says which kind.
 """
 
+import datetime
 import json
 import os
 import random
@@ -65,6 +66,17 @@ loader = DataLoader(
 scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
+
+class Clock:
+    def state_dict(self):
+        return {"now": datetime.datetime.now()}
+
+    def load_state_dict(self, state):
+        self.now = state["now"]
+
+
+if options.get("clock", False):
+    accelerator.register_for_checkpointing(Clock())
 checkpoint = run.resume_point()
 step = checkpoint.step if checkpoint else 0
 if checkpoint:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -77,6 +78,14 @@ def test_what_cannot_be_found_again_is_refused_by_name(tmp_path: Path) -> None:
     assert code == 2
     assert "valid: persistent_workers=False" in output
     assert "Traceback" not in output
+
+
+def test_what_could_not_be_read_back_is_refused_at_the_first_save(tmp_path: Path) -> None:
+    run = RunProbe(tmp_path / "r")
+    code, output = train(run.path, 1, {"clock": True, "stops": [2]})
+    assert code == 1, output
+    assert re.search(r"custom_checkpoint_0.pkl: 'datetime.datetime' is refused; a resume reads no code", output)
+    assert not list((run.path / "checkpoints").glob("checkpoint-*"))
 
 
 def test_a_loop_that_reads_its_data_by_itself_is_told_so(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from outlast.ranks.collectives import Collectives
 from outlast.ranks.layout import Layout, layout
 from outlast.rundir.directory import RunDirectory
 
+from .loading import guard_loads
+
 
 class Resuming:
     """Finds and compares; all ranks call each method together.
@@ -76,6 +78,7 @@ class Resuming:
             CheckpointError: none verifies, or a rank does not see it; another attempt would fare no better.
             OSError: the file system hesitates: worth another attempt.
         """
+        guard_loads(self._run)
         problems = (ResumeRefusedError, TransientError, CheckpointError, OSError)
         try:
             step, self._made = self._collectives.on_rank_0(self._newest, *problems)

@@ -46,7 +46,7 @@ class SweepManifest:
     submissions: list[Submission] = field(default_factory=list)
 
     def write(self, sweep: Path) -> None:
-        write_atomically(sweep / SWEEP_MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+        write_atomically(sweep / SWEEP_MANIFEST, json.dumps(asdict(self), indent=1) + "\n", private=True)
 
 
 def read_sweep_manifest(sweep: Path) -> SweepManifest:
