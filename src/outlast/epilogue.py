@@ -55,7 +55,8 @@ def follow_up(run: RunDirectory, code: int) -> int:
     if job is None or not run.path.is_dir():  # without a directory no attempt has begun
         return code
     if finished(Ledger(run.ledger).read()):
-        return Exit.DONE
+        # What a script does after training, another run included, may have failed, or be about to be done again.
+        return Exit.DONE if run.config.is_file() else code
     lock = RunLock(run)
     try:
         lock.acquire(f"the end of job {job.job_id}", wait_s=WAIT_S)

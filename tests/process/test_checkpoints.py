@@ -138,3 +138,35 @@ def test_milestones_become_light_and_load_and_each_new_best_is_saved(outlast: St
     kept = load_file(run.path / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
     final = load_file(run.path / "final" / "adapter_model.safetensors")
     assert all((kept[name] == final[name]).all() for name in final), "final/ is the best"
+
+
+def test_a_trainers_own_checkpoints_are_not_begun_beside(tmp_path: Path) -> None:
+    """In the run directory they are refused; in the Trainer's own, said. One of a run is to lie where it belongs."""
+    run, plain = RunProbe(tmp_path / "r"), tmp_path / "plain.py"
+    text = SCRIPT.read_text().replace("TrainingArguments(", "TrainingArguments(output_dir='r',")
+    without = text.replace("run = outlast.start(sys.argv[1])", "").replace("run.train(trainer)", "trainer.train()")
+    plain.write_text(without)
+    assert forked.run([sys.executable, plain, "-", "10"], tmp_path).returncode == 0
+    for place in (run.path, run.path / "checkpoints"):
+        refused = run_script(tmp_path, run.path, 20)
+        assert refused.returncode == 2, refused.stdout
+        assert f"outlast: {place / 'checkpoint-10'} was made by a Trainer without outlast" in refused.stderr
+        (run.path / "checkpoints").mkdir(exist_ok=True)
+        if place == run.path:
+            (place / "checkpoint-10").rename(place / "checkpoints" / "checkpoint-10")
+    assert not run.events()
+    assert not (run.path / "quarantine").exists()
+    (run.path / "checkpoints" / "checkpoint-10").rename(tmp_path / "checkpoint-10")
+
+    said = tmp_path / "said.py"
+    said.write_text(text.replace("output_dir='r'", "output_dir='.'"))
+    done = forked.run([sys.executable, said, run.path, "10"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: this run begins at step 0. checkpoint-10, which a Trainer has made without it" in done.stdout
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (run.path / "checkpoints" / "checkpoint-10").rename(other / "checkpoint-10")
+    misplaced = run_script(tmp_path, other, 20)
+    assert misplaced.returncode == 2
+    assert f"is a run's: move it into {other / 'checkpoints'} to go on from it" in misplaced.stderr

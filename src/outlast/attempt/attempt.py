@@ -47,7 +47,7 @@ from .steps import Steps
 
 
 class AlreadyFinished(SystemExit):
-    """The run has finished before: the process ends well, having done nothing."""
+    """The run has finished before, and there is nothing to go on with: the process ends well, with code 0."""
 
     def __init__(self, step: int) -> None:
         super().__init__(int(Exit.DONE))
@@ -87,7 +87,7 @@ class RankAttempt:
         self.collectives = collectives = Collectives()
         self._ledger = Ledger(directory.ledger)
         if done := finished(self._ledger.read()):
-            self.say(f"{directory.path} has finished already, at step {done['step']}; nothing to do")
+            self.say(f"{directory.path} has finished already, at step {done['step']}")
             raise AlreadyFinished(done["step"])
         directory.create()
         self._lock = RunLock(directory)

@@ -5,12 +5,11 @@ disk, and at most twice a second.
 """
 
 import contextlib
-import json
 import time
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from outlast.files import read_json, write_atomically
+from outlast.files import read_json, to_json, write_atomically
 
 from .directory import RunDirectory
 
@@ -69,7 +68,7 @@ class ProgressWriter:
         if force or moment - self._written >= INTERVAL_S:
             self.now.time = self._written = moment
             with contextlib.suppress(OSError):  # a full disk must not end the training that it reports on
-                write_atomically(self._path, json.dumps(asdict(self.now)), durable=False)
+                write_atomically(self._path, to_json(asdict(self.now)), durable=False)
 
 
 def read(run: RunDirectory) -> Progress | None:
