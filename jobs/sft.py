@@ -130,6 +130,8 @@ def _notice_changed_data(run: "Run", config: Config) -> dict[str, str]:
     def look() -> dict[str, str]:
         found = source.digests(config)
         source.check(config, found)
+        if source.spared(config):
+            run.say(f"WARNING: {source.SPARED}")
         if source.clear_changed(run.directory, found):
             run.say("WARNING: the data has changed since it was prepared: it is prepared anew")
         return found

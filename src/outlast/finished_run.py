@@ -221,6 +221,8 @@ class FinishedRun(Run):
             return
         compared, now = self._resuming.compared(manifest), self._resuming.origin
         problems = [text for name, text in compared.refused.items() if name != "world_size"]
+        trained, wanted = manifest.origin.get("settings", {}), now.get("settings", {})
+        problems += [compared.noted[name] for name in sorted(trained.keys() & wanted.keys() & compared.noted.keys())]
         length = manifest.origin.get("length")
         if length is not None and now.get("length", length) != length:
             problems.append(f"it is to train {now['length']}, it has trained {length}")

@@ -14,7 +14,7 @@ from .attempt.attempt import AlreadyFinished
 from .checkpoint.strangers import refuse_strangers
 from .config.checkpoint import CheckpointSection
 from .config.preemption import PreemptionSection
-from .config.section import section
+from .config.section import require, section
 from .config.storage import StorageSection
 from .errors import ConfigError, OutlastError
 from .finished_run import FinishedRun
@@ -65,6 +65,7 @@ def start(
         SystemExit: with code 93, the run gave up; with 75, the process was told to leave while it started.
     """
     _show_errors_as_messages()
+    _check(directory, allow, requeue)
     run = RunDirectory(Path(directory).absolute())
     _refuse_twice(run.path)
     refuse_half_a_rank()
@@ -111,6 +112,13 @@ def _end_with_starter() -> bool:
     if by_torchrun:
         at_parents_death(signal.SIGTERM)
     return by_torchrun
+
+
+def _check(directory: Any, allow: Any, requeue: Any) -> None:
+    """Refuse arguments of another type, where a section of the configuration does not."""
+    require(isinstance(directory, str | Path) and str(directory) != "", "outlast.start", directory, "valid: a path")
+    require(not isinstance(allow, str), "allow", allow, "valid: a list of names")
+    require(isinstance(requeue, bool), "requeue", requeue, "valid: true or false")
 
 
 _begun: set[Path] = set()

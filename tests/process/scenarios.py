@@ -366,6 +366,27 @@ def optimizer_and_schedule_passed_in() -> Trainer:
     return trainer(model=model, more={"optimizers": (optimizer, schedule), "compute_loss_func": loss}, **STEPS)
 
 
+class Batches:
+    """No DataLoader, but batches of random rows, and their number."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Any:
+        for _ in range(5):
+            yield collate(rows(4, seed=random.randrange(100)))
+
+
+class OwnBatches(Trainer):  # type: ignore[misc]
+    def get_train_dataloader(self) -> Any:
+        return Batches()
+
+
+@scenario
+def batches_of_no_dataloader() -> Trainer:
+    return trainer(OwnBatches, **EPOCHS)
+
+
 class ScheduleFree(torch.optim.Optimizer):
     """SGD that averages, as the schedule-free optimizers: gradients are taken between the average and its own point."""
 

@@ -1,5 +1,6 @@
 """Checkpoints of real training: when they are made, what becomes of them, who can read them, what resumes from them."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from outlast.checkpoint.manifest import verify
 
 from .. import forked
 from ..conftest import SMOKE, Command, RunProbe, wait_for
-from .test_library import SCRIPT, run_script
+from .test_library import SCRIPT, STOP_AT, run_script
 
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
@@ -111,6 +112,29 @@ def test_by_time_two_ranks_save_the_same_steps_and_come_back_exactly(outlast: St
     assert all(b["time"] - a["time"] > 0.9 for a, b in pairwise(periodic))
     assert run.steps_repeated() == 0
     assert run.weights() == probe("twin").weights()
+
+
+def test_settings_that_were_changed_are_named(tmp_path: Path) -> None:
+    """Also the length of data whose rows can't be read, which is refused: it moves the rows."""
+    run, changed = RunProbe(tmp_path / "r"), tmp_path / "changed.py"
+    assert run_script(tmp_path, run.path, 50, [13]).returncode == 75
+    changed.write_text(SCRIPT.read_text().replace("use_cpu=True", "use_cpu=True, learning_rate=1e-4, optim='sgd'"))
+    done = forked.run([sys.executable, changed, run.path, "50"], tmp_path)
+    assert "WARNING: resuming although learning_rate is 0.0001, it was 5e-05" in done.stdout
+    assert {"learning_rate", "optimizer"} <= run.events("resumed")[-1]["differences"].keys()
+
+    other, text = RunProbe(tmp_path / "other"), SCRIPT.read_text()
+    text = text.replace("\narguments =", "\ndata = torch.utils.data.Subset(data, range(80))\narguments =")
+    text = text.replace(
+        "run.train(", "import os; trainer.add_callback(StopAt()) if os.environ.get('STOP') else 0\nrun.train("
+    )
+    changed.write_text(f"stops = [13]\n{STOP_AT}\n{text}")
+    stopping = {**os.environ, "STOP": "1"}
+    assert forked.run([sys.executable, changed, other.path, "50"], tmp_path, env=stopping).returncode == 75
+    changed.write_text(changed.read_text().replace("range(80))", "range(60))"))
+    refused = forked.run([sys.executable, changed, other.path, "50"], tmp_path)
+    assert refused.returncode == 2
+    assert "dataset is of 60 rows, it was of 80 rows" in refused.stderr
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT's own

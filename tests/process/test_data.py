@@ -90,8 +90,9 @@ def test_changed_data_is_refused_by_name_or_accepted(tmp_path: Path, outlast: St
     command.process.terminate()
     assert command.wait() == 75, command.output
     assert probe("r").events("resumed")[-1]["step"] == saved
-    assert "files of the data are gone: the run goes on with what was prepared from them" in command.output
+    said = (run / "logs" / "attempt-003.rank-0.log").read_text()
+    assert "files of the data are gone: the run goes on with what was prepared from them" in said
     shutil.rmtree(run / "prepared" / "data")
     refused = outlast("resume", "r")
     assert refused.wait() == 2, refused.output
-    assert f"data.train: '{path}' is refused; it can't be read: No such file or directory" in refused.output
+    assert f"data.train: '{path}' is refused; valid: a file that exists" in refused.output

@@ -125,6 +125,9 @@ def test_two_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
+        ("outlast.start('')", 2, "outlast: outlast.start: '' is refused; valid: a path"),
+        ("outlast.start('r', allow='dataset')", 2, "outlast: allow: 'dataset' is refused; valid: a list of names"),
+        ("outlast.start('r').describe(sed=1)", 2, "outlast: run.describe: 'sed' is refused; did you mean seed? valid:"),
         ("run = outlast.start('r', budget_gb=-1)", 2, "outlast: storage.budget_gb: -1 is refused; valid: a positive"),
         ("outlast.start('r').keep('mine', object())", 2, "outlast: keep: 'mine (object)' is refused; valid: an object"),
         ("outlast.start('r'); raise outlast.CheckpointError('no room')", 1, "outlast: no room"),

@@ -6,10 +6,15 @@ from typing import Any
 from outlast.checkpoint.compatibility import Comparison, check, compare, origin_of
 from outlast.checkpoint.manifest import Manifest, Sealed, TransientError, versions
 from outlast.checkpoint.store import CheckpointStore
-from outlast.errors import CheckpointError, ResumeRefusedError
+from outlast.errors import CheckpointError, ConfigError, ResumeRefusedError
 from outlast.ranks.collectives import Collectives
 from outlast.ranks.layout import Layout, layout
 from outlast.rundir.directory import RunDirectory
+
+DESCRIBED = frozenset(
+    {"dataset", "seed", "global_batch", "micro_batch", "trainable", "config", "source", "length", "settings"}
+)
+"""What a run may say of itself."""
 
 
 class Resuming:
@@ -55,6 +60,8 @@ class Resuming:
 
     def describe(self, accumulation: int | None = None, **origin: Any) -> None:
         """Say what this run is; see :meth:`outlast.Run.describe`."""
+        for name in origin.keys() - DESCRIBED:
+            raise ConfigError("run.describe", name, DESCRIBED | {"accumulation"})
         self.origin |= {name: value for name, value in origin.items() if value is not None}
         if accumulation is not None:
             self._accumulation = accumulation

@@ -342,9 +342,9 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
 def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:
     def shielded(*args: Any, **kwargs: Any) -> Any:
         loader = get(*args, **kwargs)
-        # accelerate's loader is a DataLoader, but iterates over another one that it holds
+        # accelerate's loader is a DataLoader, but iterates over another one that it holds; a user's may be none at all
         for inner in (loader, getattr(loader, "base_dataloader", None)):
-            if inner is not None and inner.num_workers and not isinstance(inner.worker_init_fn, _Shielded):
+            if getattr(inner, "num_workers", 0) and not isinstance(inner.worker_init_fn, _Shielded):
                 inner.worker_init_fn = _Shielded(inner.worker_init_fn)
         return loader
 
