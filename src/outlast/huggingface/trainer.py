@@ -343,7 +343,8 @@ def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:
     def shielded(*args: Any, **kwargs: Any) -> Any:
         loader = get(*args, **kwargs)
         # accelerate's loader is a DataLoader, but iterates over another one that it holds; a user's may be none at all
-        for inner in (loader, getattr(loader, "base_dataloader", None)):
+        inners: tuple[Any, ...] = (loader, getattr(loader, "base_dataloader", None))
+        for inner in inners:
             if getattr(inner, "num_workers", 0) and not isinstance(inner.worker_init_fn, _Shielded):
                 inner.worker_init_fn = _Shielded(inner.worker_init_fn)
         return loader
