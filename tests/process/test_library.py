@@ -156,6 +156,7 @@ def test_an_error_can_be_caught(tmp_path: Path) -> None:
         "try: outlast.start('r', budget_gb=-1)\n"
         "except outlast.ConfigError as error: print(error.key, isinstance(error, outlast.OutlastError))\n"
         "print(issubclass(outlast.ResumeRefusedError, outlast.CheckpointError), outlast.AlreadyFinished(3).code)\n"
+        "assert all(getattr(outlast, name) for name in outlast.__all__)\n"
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "storage.budget_gb True\nTrue 0\n"), done.stderr

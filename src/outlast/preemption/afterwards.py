@@ -49,9 +49,10 @@ class Afterwards:
             exit_at_once(Exit.RESUME_ME)
         name = signal.Signals(number).name.removeprefix("SIG")
         print(f"[outlast] {name}: the run has finished; leaving what follows it to the next start", flush=True)
-        exit_at_once(self._follow(name))
+        exit_at_once(self.follow(name))
 
-    def _follow(self, name: str) -> Exit:
+    def follow(self, name: str) -> Exit:
+        """Requeue the job, if this process has one and the policy says so; the exit code to leave with."""
         if self._identity.job is None:
             return Exit.RESUME_ME
         try:
