@@ -188,5 +188,8 @@ class Run(RankAttempt):
         if self.in_script:
             from .huggingface.generators import seed_for_what_follows
 
-            Afterwards(self._identity, self._cause, self._outcome, self._preemption).install()
+            afterwards = Afterwards(self._identity, self._cause, self._outcome, self._preemption)
+            afterwards.install()
+            if (asked := self._guard.requested) is not None and asked not in ("INT", "HUP"):
+                afterwards.leave(asked)  # while the model was published
             seed_for_what_follows(int(self._resuming.origin.get("seed", 0)), step, self.rank)

@@ -120,6 +120,7 @@ def test_settings_that_were_changed_are_named(tmp_path: Path) -> None:
     assert run_script(tmp_path, run.path, 50, [13]).returncode == 75
     changed.write_text(SCRIPT.read_text().replace("use_cpu=True", "use_cpu=True, learning_rate=1e-4, max_grad_norm=2"))
     done = forked.run([sys.executable, changed, run.path, "50"], tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "WARNING: resuming although learning_rate is 0.0001, it was 5e-05" in done.stdout
     assert {"learning_rate", "max_grad_norm"} <= run.events("resumed")[-1]["differences"].keys()
 

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from types import FrameType
+from typing import NoReturn
 
 from outlast.config.preemption import PreemptionSection
 from outlast.errors import Exit, SlurmError
@@ -42,12 +43,15 @@ class Afterwards:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(signal.Signals(number))
             return
+        self.leave(signal.Signals(number).name.removeprefix("SIG"))
+
+    def leave(self, name: str) -> NoReturn:
+        """Leave because of signal `name`."""
         for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         if self._identity.rank != 0:
             time.sleep(FOLLOW_S if self._identity.job is not None else 0.0)
             exit_at_once(Exit.RESUME_ME)
-        name = signal.Signals(number).name.removeprefix("SIG")
         print(f"[outlast] {name}: the run has finished; leaving what follows it to the next start", flush=True)
         exit_at_once(self.follow(name))
 
