@@ -82,6 +82,9 @@ def choose(run: RunDirectory, attempt: int | None = None, rank: int | None = Non
     if rank is not None and number in ranks and rank not in ranks[number]:
         raise ConfigError("--rank", rank, [str(one) for one in sorted(ranks[number])])
     path = run.log(number, chosen)
+    if not path.exists() and not run.config.exists() and submission is None:
+        why = "it is a script's run, which prints where it was started (in a job, into the job's log); nothing is kept"
+        raise ConfigError("RUN", name_of(run), f"{why}. `outlast report` says what happened")
     return Source(path, f"attempt {number}, rank {chosen}: {path}", number)
 
 

@@ -1,6 +1,5 @@
 """`outlast train`: one run, or the cells of a sweep; here, or submitted."""
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from outlast.config.configuration import load
 from outlast.errors import Exit
+from outlast.files import to_json
 from outlast.rundir.attempts import finished
 from outlast.rundir.ledger import Ledger
 
@@ -153,7 +153,7 @@ def _ended(results: Callable[[], list[Result]], console: Console, *, as_json: bo
 def _report(results: list[Result], console: Console, *, as_json: bool) -> int:
     """Print what came of each, and give the exit code that says it."""
     if as_json:
-        print(json.dumps([one.as_dict() for one in results], indent=1))
+        print(to_json([one.as_dict() for one in results], indent=1))
     else:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for header in ("cell", "state", "step", "metric"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from outlast.checkpoint import interval
 from outlast.checkpoint.compatibility import origin_of
+from outlast.checkpoint.strangers import refuse_strangers
 from outlast.config.cluster import LocalCluster, SlurmCluster
 from outlast.config.configuration import Config, load
 from outlast.errors import ConfigError, ResumeRefusedError
@@ -142,6 +143,7 @@ def check_run_directory(plan: Plan) -> None:
 
     Raises:
         ConfigError: the directory holds another run.
+        ResumeRefusedError: it holds checkpoints that no run has made.
     """
     run, config = plan.directory, plan.config
     for path in (run.path, *run.path.parents):
@@ -158,6 +160,7 @@ def check_run_directory(plan: Plan) -> None:
             )
     elif run.path.is_dir() and {p.name for p in run.path.iterdir() if p.name[0] != "."} - _BEFORE_A_RUN:
         raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
+    refuse_strangers(run)
 
 
 def may_be_redefined(run: RunDirectory) -> bool:

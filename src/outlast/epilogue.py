@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from .config.configuration import load
 from .config.preemption import PreemptionSection
@@ -57,7 +58,8 @@ def follow_up(run: RunDirectory, code: int) -> int:
     if job is None or not run.path.is_dir():  # without a directory no attempt has begun
         return code
     if finished(Ledger(run.ledger).read()):
-        return Exit.DONE
+        # What a script does after training, another run included, may have failed, or be about to be done again.
+        return Exit.DONE if run.config.is_file() else code
     lock = RunLock(run)
     try:
         lock.acquire(f"the end of job {job.job_id}", wait_s=WAIT_S)
@@ -205,8 +207,11 @@ def _command() -> int:
     for number in SIGNALS:  # Slurm ends the batch script that is being requeued, this process included
         signal.signal(number, signal.SIG_IGN)
     parser = target_arguments("outlast.epilogue")
+    parser.add_argument("more", nargs="*", type=Path, metavar="RUN_DIR", help="a script's other runs, in their order")
     parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's")
     arguments = parser.parse_args()
+    begun = [directory for directory in (arguments.directory, *arguments.more) if directory and directory.is_dir()]
+    arguments.directory = begun[-1] if begun else arguments.directory
     try:
         return follow_up(run_named_by(arguments), arguments.exit_code)
     except OutlastError as error:

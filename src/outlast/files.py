@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,22 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Write plain values as JSON that any parser reads: NaN and infinity, which JSON lacks, as null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True, private: bool = False) -> None:

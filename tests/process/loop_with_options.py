@@ -95,7 +95,7 @@ for epoch, batches in ((e, loader) for e in range(epochs)) if plain else run.epo
             step += 1
             if step in options.get("stops", []) and run.attempt == 1 + options["stops"].index(step):
                 os.kill(os.getpid(), 10)
-            run.step_end(step, lambda directory: accelerator.save_state(str(directory)), total=options.get("total"))
+            run.step_end(step, lambda directory: accelerator.save_state(str(directory)))
     with torch.no_grad():  # an evaluation draws random numbers too
         total = sum(
             accelerator.unwrap_model(model)(x).sum().item() + torch.rand(1).item()

@@ -180,10 +180,10 @@ class RankAttempt:
         """Say what this run is, as far as a checkpoint depends on it; to be called before :meth:`resume_point`.
 
         Args:
-            origin: any of `dataset`, `seed`, `global_batch`, `micro_batch`, `trainable`, `config`, as plain values;
-                `checkpoint/compatibility.py` has what follows if one differs on resume. With `accumulation` in the
-                place of `global_batch`, the loop takes it from `run.layout` afterwards: that suits another number of
-                ranks.
+            origin: any of `dataset`, `seed`, `global_batch`, `micro_batch`, `trainable`, `config`, `source`, `length`,
+                `settings`, plain values; `checkpoint/compatibility.py` has what follows if one differs on resume. With
+                `accumulation` in the place of `global_batch`, the loop takes it from `run.layout` afterwards: that
+                suits another number of ranks.
         """
         self._resuming.describe(**origin)
 

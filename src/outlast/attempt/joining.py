@@ -14,7 +14,7 @@ from outlast.slurm.environment import current_job, in_own_batch_script
 
 
 class AlreadyFinished(SystemExit):
-    """The run has finished before: the process ends well, having done nothing."""
+    """The run has finished before, and there is nothing to go on with: the process ends well, with code 0."""
 
     def __init__(self, step: int) -> None:
         super().__init__(int(Exit.DONE))
@@ -50,7 +50,7 @@ def _join(
     job = around if requeue or in_own_batch_script() else None
     ledger = Ledger(run.ledger)
     if done := finished(ledger.read()):
-        say(f"{run.path} has finished already, at step {done['step']}; nothing to do")
+        say(f"{run.path} has finished already, at step {done['step']}")
         raise AlreadyFinished(done["step"])
     run.create()
     lock = RunLock(run)
