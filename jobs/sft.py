@@ -11,6 +11,7 @@ from outlast.config.configuration import Config
 from outlast.config.model import TinyModel
 from outlast.errors import ConfigError, OutlastError, ResumeRefusedError
 from outlast.files import staged_directory
+from outlast.ranks.meeting import use_private_store
 
 from .training import chat, data, deepspeed, left_out, models, prepared, source, trainer_arguments
 
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Refuse, before anything starts, what this job would not accept (ConfigError)."""
-    data.check(config)  # first: it imports nothing heavy
+    if not (spared := source.spared(config)):
+        data.check(config)  # first: it imports nothing heavy
     models.check(config)
     trainer_arguments.check(config)
     _check_gpus(config)
     deepspeed.check(config)
     source.check(config, source.digests(config))
-    if (tokenizer := models.known_tokenizer(config)) is not None:
+    if not spared and (tokenizer := models.known_tokenizer(config)) is not None:
         chat.check_plan(config, tokenizer)
 
 
@@ -53,10 +55,11 @@ def footprint(config: Config) -> "Footprint":
 def training(config: Config) -> dict[str, Any]:
     """Describe the training for the plan: rows of a forward pass, accumulation, DeepSpeed's configuration, hazards."""
     trainer = trainer_arguments.with_defaults(config)
+    of_data = [source.SPARED] if source.spared(config) else [*data.notes(config), *left_out.foreseen(config)]
     values = {
         "micro_batch": trainer["per_device_train_batch_size"],
         "accumulation": trainer["gradient_accumulation_steps"],
-        "hazards": [*trainer_arguments.hazards(config), *data.notes(config), *left_out.foreseen(config)],
+        "hazards": [*trainer_arguments.hazards(config), *of_data],
     }
     return values | ({"deepspeed": deepspeed.resolved(config)} if config.parallel.zero_stage else {})
 
@@ -72,6 +75,7 @@ def main(run: "Run", config: Config) -> None:
     """Train, from where the run stands, to its end; every rank calls it."""
     from trl import SFTTrainer
 
+    use_private_store()
     extra = deepspeed.prepare(config) if config.parallel.zero_stage else {}
     args = trainer_arguments.sft_config(config, run.directory.checkpoints, **extra)
     base = run.directory.prepared / "model"
@@ -128,6 +132,8 @@ def _notice_changed_data(run: "Run", config: Config) -> dict[str, str]:
     def look() -> dict[str, str]:
         found = source.digests(config)
         source.check(config, found)
+        if source.spared(config):
+            run.say(f"WARNING: {source.SPARED}")
         if source.clear_changed(run.directory, found):
             run.say("WARNING: the data has changed since it was prepared: it is prepared anew")
         return found

@@ -18,7 +18,7 @@ from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import Footprint
 
-from ..training import models, trainer_arguments
+from ..training import models, source, trainer_arguments
 from . import dataset_size, file_sizes, parameters
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
             tokenizer, tokens = None, _tiny_tokenizer_bytes(config, run)
         describing = _describing_bytes(_key(config))
         saved, optimizer, copies, digests, notes = _learned(_key(config), zero_stage, half, ranks)
-        data = dataset_size.estimate(config, tokenizer)
+        data = _prepared(config) if source.spared(config) else dataset_size.estimate(config, tokenizer)
         total = dataset_size.optimizer_steps(config, data)
         small = describing + file_sizes.torch_file(args) + (DEEPSPEED_ARGUMENTS if zero_stage else 0)
         final = {"weights": saved, "tokenizer": tokens, "small files": small}
@@ -91,6 +91,12 @@ def footprint(config: Config, *, zero_stage: int | None = None) -> Footprint:
     used = {part: size for part, size in checkpoint.items() if size}
     final["manifest"] = MANIFEST + 10 * MANIFEST_FILE
     return Footprint(checkpoint=used, final=final, fixed=fixed, notes=notes)
+
+
+def _prepared(config: Config) -> dataset_size.DatasetSize:
+    """The size of data that is prepared already."""
+    size = bytes_used(RunDirectory(config.directory).prepared / "data")
+    return dataset_size.DatasetSize(source.prepared_rows(config), size // dataset_size.BYTES_OF_TOKEN)
 
 
 def changes(config: Config) -> list[tuple[str, Config]]:

@@ -81,6 +81,8 @@ def heads(data: JsonlData) -> list[Head]:
     """
     found = []
     for key, path in _files(data):
+        if not path.is_file():
+            raise ConfigError(key, str(path), "valid: a file that exists")
         try:
             stat = path.stat()
         except OSError as error:

@@ -6,7 +6,7 @@ prepared data.
 """
 
 import json
-import shutil
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,12 +15,16 @@ import xxhash
 from outlast.checkpoint.compatibility import origin_of
 from outlast.config.configuration import Config
 from outlast.config.data import HubData, JsonlData
+from outlast.deletion import delete
 from outlast.errors import ResumeRefusedError
 from outlast.files import read_json, write_atomically
 from outlast.rundir.directory import RunDirectory
 
 RECORD = "source.json"
 """The digests of the data that was prepared, in `prepared/` of the run directory."""
+
+SPARED = "files of the data are gone: the run goes on with what was prepared from them"
+"""What a plan says of such a run."""
 
 
 def digests(config: Config) -> dict[str, str]:
@@ -29,17 +33,43 @@ def digests(config: Config) -> dict[str, str]:
     Raises:
         ResumeRefusedError: a file can't be read.
     """
+    named = _named(config)
+    if spared(config):
+        return _recorded(config)
+    try:
+        return {key: _digest(path) for key, path in named.items()}
+    except OSError as error:
+        raise ResumeRefusedError(f"data: {error.filename} can't be read: {error.strerror}") from None
+
+
+def spared(config: Config) -> bool:
+    """Whether files of the data are gone, and not needed: what was prepared from them is there, for all attempts."""
+    prepared = RunDirectory(config.directory).prepared / "data" / "prepared.json"
+    gone = any(not os.access(path, os.R_OK) for path in _named(config).values())
+    return gone and prepared.is_file() and _recorded(config).keys() == _named(config).keys()
+
+
+def prepared_rows(config: Config) -> int:
+    """The rows that were prepared."""
+    rows = read_json(RunDirectory(config.directory).prepared / "data" / "prepared.json")
+    return sum(rows.values()) if isinstance(rows, dict) else 0
+
+
+def _named(config: Config) -> dict[str, Path]:
+    """The user's files that the data comes from, by the key that names them; a dataset on the hub is none."""
     match config.data:
         case JsonlData() as data:
             named = {"data.train": data.train, "data.eval": data.eval}
-        case HubData() as data if Path(data.path or "").expanduser().is_dir():
+        case HubData() as data if data.path and (Path(data.path).expanduser().is_dir() or _recorded(config)):
             named = {"data.path": data.path}
         case _:
             named = {}
-    try:
-        return {key: _digest(Path(path).expanduser()) for key, path in named.items() if path}
-    except OSError as error:
-        raise ResumeRefusedError(f"data: {error.filename} can't be read: {error.strerror}") from None
+    return {key: Path(path).expanduser() for key, path in named.items() if path}
+
+
+def _recorded(config: Config) -> dict[str, str]:
+    record = read_json(RunDirectory(config.directory).prepared / RECORD)
+    return record if isinstance(record, dict) else {}
 
 
 def check(config: Config, now: dict[str, str]) -> None:
@@ -68,12 +98,21 @@ def clear_changed(run: RunDirectory, now: dict[str, str]) -> bool:
 
     Returns:
         Whether anything was removed.
+
+    Raises:
+        ResumeRefusedError: it can't be removed.
     """
     before = read_json(run.prepared / RECORD)
     if not isinstance(before, dict) or before == now:
         return False
     begun = "source" in (origin_of(run) or {})
-    shutil.rmtree(run.prepared / "data" if begun else run.prepared, ignore_errors=True)
+    stale = run.prepared / "data" if begun else run.prepared
+    try:
+        delete(stale, inside=run.path)
+    except OSError as error:
+        raise ResumeRefusedError(
+            f"{stale} was made of other data, and can't be removed: {error.filename}: {error.strerror}"
+        ) from None
     return True
 
 

@@ -3,7 +3,6 @@
 It may be asked while the run goes on: what is deleted between being listed and being read is left out.
 """
 
-import json
 import os
 import re
 import time
@@ -22,7 +21,7 @@ from rich.text import Text
 from outlast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from outlast.checkpoint.manifest import verify as verify_checkpoint
 from outlast.errors import CheckpointError, Exit
-from outlast.files import bytes_used
+from outlast.files import bytes_used, to_json
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 
@@ -66,7 +65,7 @@ def main(name: str, root: Path, *, verify: bool, as_json: bool) -> int:
         rows = [row for row in _with_bar(rows) if _verified(row)]
     if as_json:
         values = {"run": run.path.name, "path": str(run.path), "checkpoints": [asdict(row) for row in rows]}
-        print(json.dumps(values, indent=1))
+        print(to_json(values, indent=1))
     else:
         console = Console(highlight=False)
         # In a pipe or a file, each checkpoint has a line to itself.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.errors import Exit
+from outlast.files import to_json
 from outlast.storage.budget import gb
 
 from ..planning.compose import compose
@@ -21,7 +22,7 @@ def main(overrides: Sequence[str], config_dir: Path | None, *, sweep: bool, as_j
         return _print_sweep(cells, as_json=as_json)
     values = plan_run(compose(overrides, config_dir=config_dir)).as_dict()
     if as_json:
-        print(json.dumps(values, indent=1))
+        print(to_json(values, indent=1))
         return Exit.DONE
     script, engine = values.pop("script"), values["training"].pop("deepspeed", None)
     values["checkpoint"] = values["checkpoint"]["explanation"]
@@ -43,7 +44,7 @@ def _print_sweep(sweep: SweepPlan, *, as_json: bool) -> int:
             {"name": cell.name, "overrides": list(cell.combination.overrides), **cell.plan.as_dict()}
             for cell in sweep.cells
         ]
-        print(json.dumps({"sweep": str(sweep.directory), "script": script, "cells": cells}, indent=1))
+        print(to_json({"sweep": str(sweep.directory), "script": script, "cells": cells}, indent=1))
         return Exit.DONE
     print(f"sweep      {sweep.directory}")
     for cell in sweep.cells:

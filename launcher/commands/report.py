@@ -1,6 +1,5 @@
 """What happened to a run: attempts, causes, steps, seconds and bytes, from its ledger and its directory."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from outlast.checkpoint import interval
 from outlast.errors import ConfigError, Exit
-from outlast.files import bytes_used
+from outlast.files import bytes_used, to_json
 from outlast.rundir import progress
 from outlast.rundir.attempts import finished
 from outlast.rundir.directory import RunDirectory
@@ -35,7 +34,7 @@ def main(name: str, root: Path, *, as_json: bool) -> int:
     """`outlast report RUN`: a name under `root`, or a run directory's path."""
     summary = summarize(run_named(name, root))
     if as_json:
-        print(json.dumps(summary, indent=1))
+        print(to_json(summary, indent=1))
     else:
         console = Console(highlight=False)
         render(summary, console if console.is_terminal else Console(highlight=False, width=200))
@@ -106,6 +105,7 @@ def summarize(run: RunDirectory) -> Summary:
         "data_notes": next((e["notes"] for e in reversed(events) if e["event"] == "data"), []),
         "not_saved": {path: why for e in events if e["event"] == "not_saved" for path, why in e["objects"].items()},
         "batches_differ": [e["step"] for e in events if e["event"] == "batch_differs"],
+        "not_finite": next((event["step"] for event in events if event["event"] == "not_finite"), None),
         "batches_unknown": any(event["event"] == "batches_unknown" for event in events),
         "bytes_used": bytes_used(run.path),
         "bytes_peak": _peak(run, saved),
@@ -157,6 +157,8 @@ def render(summary: Summary, console: Console) -> None:
     }
     if summary["not_saved"]:
         facts["not saved"] = "; ".join(f"{path}: {why}" for path, why in summary["not_saved"].items())
+    if summary["not_finite"] is not None:
+        facts["not finite"] = f"a loss was NaN or infinite at step {summary['not_finite']}, or another logged value was"
     if summary["batches_differ"]:
         facts["data differs"] = f"after a resume at step {', '.join(map(str, summary['batches_differ']))}"
     if summary["batches_unknown"]:

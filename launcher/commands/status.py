@@ -1,11 +1,11 @@
 """`outlast status`: what the runs under a root are doing, one row a run."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from outlast.errors import ConfigError, Exit
+from outlast.files import to_json
 
 from ..runs.find import runs_named, runs_under, unreadable_under
 from ..runs.standing import RunStatus, collect
@@ -36,7 +36,7 @@ def main(
         return [row for row in found if states is None or row.state in states]
 
     if as_json:
-        print(json.dumps([row.as_dict() for row in rows()], indent=1))
+        print(to_json([row.as_dict() for row in rows()], indent=1))
     elif watch_s is not None:
         status_table.watch(rows, watch_s)
     else:

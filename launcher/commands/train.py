@@ -1,6 +1,5 @@
 """`outlast train`: one run, or the cells of a sweep; here, or submitted."""
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from outlast.config.configuration import load
 from outlast.errors import Exit
+from outlast.files import to_json
 from outlast.rundir.attempts import finished
 from outlast.rundir.ledger import Ledger
 
@@ -65,6 +65,7 @@ def _submit(plan: Plan, console: Console) -> None:
     job = submit(plan)
     name, root = plan.config.run.name, plan.config.run.root
     console.print(f"job {job.job_id} is in the queue already" if job.again else f"submitted job {job.job_id}")
+    _say_left_out(job.left_out, console)
     name, root = shlex.quote(str(name)), shlex.quote(root)
     console.print(f"  run     {plan.directory.path}\n  log     {job.log}")
     console.print(f"  status  outlast status --root {root}\n  report  outlast report {name} --root {root}")
@@ -117,6 +118,7 @@ def _to_the_end(sweep: SweepPlan, console: Console) -> list[Result]:
 def _describe(sweep: SweepPlan, outcome: SweepSubmission, console: Console) -> None:
     for job in outcome.jobs:
         console.print(f"submitted job array {job.job_id}, {len(job.indices or ())} cells")
+    _say_left_out(outcome.left_out, console)
     if not outcome.jobs:
         console.print("nothing to submit")
     for state, text in ((State.QUEUED, "in the queue already"), (State.FINISHED, "finished already")):
@@ -135,6 +137,11 @@ def _describe(sweep: SweepPlan, outcome: SweepSubmission, console: Console) -> N
     console.print(f"  cancel  outlast cancel {name} --root {root}")
 
 
+def _say_left_out(left_out: Sequence[str], console: Console) -> None:
+    if left_out:
+        console.print(f"  not copied, since it may hold a secret: {shown(list(left_out))}")
+
+
 def _ended(results: Callable[[], list[Result]], console: Console, *, as_json: bool) -> int:
     """Wait, then report; Ctrl-C ends only the waiting."""
     try:
@@ -147,7 +154,7 @@ def _ended(results: Callable[[], list[Result]], console: Console, *, as_json: bo
 def _report(results: list[Result], console: Console, *, as_json: bool) -> int:
     """Print what came of each, and give the exit code that says it."""
     if as_json:
-        print(json.dumps([one.as_dict() for one in results], indent=1))
+        print(to_json([one.as_dict() for one in results], indent=1))
     else:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for header in ("cell", "state", "step", "metric"):

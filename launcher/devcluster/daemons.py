@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from outlast.deletion import delete
 from outlast.errors import SlurmError
 from outlast.processes import free_ports
 
@@ -20,6 +21,8 @@ from .configuration import Options, Record, conf_path, host_address, write_conf
 
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 20.0
+RUNTIME = "outlast-"
+"""How the name of a runtime directory begins."""
 
 Say = Callable[[str], None]
 
@@ -48,7 +51,7 @@ def start(directory: Path, options: Options, say: Say) -> Record:
     """Write the configuration and start every daemon; return once all nodes are ready. Stops all if that fails."""
     for name in ("logs", "state"):
         (directory / name).mkdir(parents=True, exist_ok=True)
-    runtime = Path(tempfile.mkdtemp(prefix="outlast-"))
+    runtime = Path(tempfile.mkdtemp(prefix=RUNTIME))
     runtime.chmod(0o755)  # plain users need munge's socket
     record = Record(options, runtime, free_ports(2 + options.nodes))
     record.write(directory)
@@ -102,8 +105,10 @@ def stop(directory: Path, record: Record, say: Say) -> None:
                 process.kill()
         for process in strays:
             _gone(process, STOP_LIMIT_S)
-    shutil.rmtree(record.runtime, ignore_errors=True)
-    (directory / "devcluster.json").unlink(missing_ok=True)
+    if record.runtime.name.startswith(RUNTIME):  # a record that was tampered with names no other directory
+        with contextlib.suppress(OSError):
+            delete(record.runtime, inside=record.runtime.parent)
+    delete(directory / "devcluster.json", inside=directory)
 
 
 def _cancel_all(directory: Path, limit_s: float, say: Say) -> None:

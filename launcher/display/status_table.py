@@ -37,8 +37,8 @@ HINTS: dict[State, str] = {
     State.PREEMPTED: "preempted: saved, waits for its requeue",
     State.INTERRUPTED: "interrupted: saved; `outlast resume`, or what started it, goes on",
     State.STOPPED_UNEXPECTEDLY: "stopped unexpectedly: `outlast resume`, or what started it, goes on",
-    State.FAILED: "failed: `outlast logs RUN` says why",
-    State.GAVE_UP: "gave up: restarts made no progress; `outlast logs RUN` says why",
+    State.FAILED: "failed: `outlast logs RUN`, or the output of its script, says why",
+    State.GAVE_UP: "gave up: restarts made no progress; `outlast logs RUN`, or the output of its script, says why",
 }
 """What a state means for the reader, printed once under the table."""
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from outlast.config.cluster import SlurmCluster
+from outlast.deletion import delete
 from outlast.errors import SlurmError
 from outlast.files import write_atomically
 from outlast.rundir.place import place_of
@@ -62,7 +63,7 @@ def submit(
     assert isinstance(config.cluster, SlurmCluster)
     number = len(manifest.submissions) + 1
     script = sweep.directory / ("job.sbatch" if number == 1 else f"job-{number}.sbatch")
-    write_atomically(script, batch_script(config, target))
+    write_atomically(script, batch_script(config, target), private=True)
     for cell in cells:
         _link(script, cell.plan.directory.path / "job.sbatch")
     at_once = config.cluster.array_parallelism
@@ -98,8 +99,8 @@ def submit(
 
 def _link(script: Path, link: Path) -> None:
     """Put the script that a cell was submitted with into its directory, as a hard link where possible."""
-    link.unlink(missing_ok=True)
+    delete(link, inside=link.parent)
     try:
         os.link(script, link)
     except OSError:
-        link.write_bytes(script.read_bytes())
+        write_atomically(link, script.read_text(), private=True)

@@ -1,11 +1,9 @@
 """A plan written into its run directory, from which every attempt reads it."""
 
-import json
-import shutil
-
 from outlast.config.configuration import dump, load
+from outlast.deletion import delete
 from outlast.errors import ConfigError
-from outlast.files import write_atomically
+from outlast.files import to_json, write_atomically
 from outlast.rundir.directory import RunDirectory
 
 from ..planning.plan import Plan, check_run_directory
@@ -24,9 +22,9 @@ def freeze(plan: Plan) -> RunDirectory:
     try:
         run.create()
         if run.config.exists() and plan.config.differences(load(run.config)):
-            shutil.rmtree(run.prepared, ignore_errors=True)  # of what the run was before it had a checkpoint
-        write_atomically(run.plan, json.dumps(plan.as_dict(), indent=1))
-        write_atomically(run.config, dump(plan.config))
+            delete(run.prepared, inside=run.path)  # of what the run was before it had a checkpoint
+        write_atomically(run.plan, to_json(plan.as_dict(), indent=1), private=True)
+        write_atomically(run.config, dump(plan.config), private=True)
     except OSError as error:
         raise _unwritable(run, error) from None
     return run

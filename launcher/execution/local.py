@@ -5,6 +5,7 @@ preempted. It trains nothing itself, so it starts fast and has nothing to lose w
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import threading
@@ -21,6 +22,7 @@ from outlast.config.cluster import LocalCluster
 from outlast.errors import Exit
 from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, free_ports, ignore_output_errors, python_module_command, signals_blocked
+from outlast.ranks.meeting import MEETING_ENV
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
 from outlast.rundir.cancelled import CancelMark
 from outlast.rundir.directory import RunDirectory
@@ -120,6 +122,7 @@ class Launcher:
     def _attempt(self, number: int, lock: RunLock, bar: Shown) -> int:
         """Start the ranks, wait until the last has gone, and return what the first to leave said."""
         world_size = self.config.parallel.world_size
+        self._meeting = secrets.token_hex(8)
         with signals_blocked():  # held back in the ranks until their guards are in place
             self.ranks = [self._start(rank, number, lock) for rank in range(1 if self.agent else world_size)]
         if self.stop_requested.is_set():
@@ -151,6 +154,7 @@ class Launcher:
             ATTEMPT_ENV: str(number),
             **lock.environment,
             PARENT_ENV: str(os.getpid()),
+            MEETING_ENV: self._meeting,
             "OMP_NUM_THREADS": str(self.config.parallel.cpus_per_rank),
         }
         if world_size > 1 and not self.agent:

@@ -14,9 +14,11 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,6 +29,8 @@ from outlast.checkpoint.manifest import versions
 from outlast.errors import ConfigError
 from outlast.files import staged_directory
 
+from ..planning import secret_scan
+
 ROOMS = ("launcher", "jobs", "conf", "shell")
 LIBRARIES = (
     "outlast", "accelerate", "datasets", "hydra-core", "peft", "safetensors", "submitit", "tokenizers", "torch",
@@ -35,10 +39,12 @@ LIBRARIES = (
 MARKERS = ("ledger.jsonl", "plan.json", "sweep.json", "submitted.json", "pyvenv.cfg", "devcluster.json")
 """A directory of untracked files that holds one of these is a run, a sweep or an environment, and no code."""
 SECRETS = (
-    ".env", ".env.*", ".netrc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ecdsa*", "id_ed25519*", "*credentials*",
-    "*.token", "*_token", "*secret*", ".npmrc", ".pypirc",
+    ".env", ".env.*", ".envrc", ".netrc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
+    "*credentials*", "*.token", "*_token", "*secret*", ".npmrc", ".pypirc", "kaggle.json",
 )  # fmt: skip
-"""Names of untracked files that are left out: they may hold a secret, and a run directory is there to be shared."""
+"""Names of files that are left out, unless they are code that git tracks: a run directory is there to be shared. Others
+are left out, or refused, for what is in them (`secret_scan.py`)."""
+SECRET_DIRECTORIES = frozenset((".ssh", ".aws", ".azure", ".docker", ".gnupg", ".kube"))
 PATCH_BYTES = 5_000_000
 
 
@@ -54,7 +60,7 @@ class Snapshot:
     project: dict[str, Any] | None
     """`path`, `commit`, `dirty`, `prefix` (the directory of the command, below `path`), `files`, `bytes`."""
     left_out: list[str] = field(default_factory=list)
-    """Untracked files that were not copied, and anything that could not be recorded."""
+    """Files that were not copied because they may hold a secret, and anything that could not be recorded."""
 
 
 def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
@@ -67,7 +73,7 @@ def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
         limit_mb: what the project's files may take, in MB (10^6 bytes).
 
     Raises:
-        ConfigError: the project is larger than that; the message names the largest files.
+        ConfigError: the project is larger than that, and the largest files are named; or there is a secret in its code.
         OSError: it can't be written.
     """
     with staged_directory(target, durable=False) as staging:
@@ -80,12 +86,15 @@ def take(target: Path, project: Path, *, limit_mb: float = 100.0) -> Snapshot:
         left_out = [problem] if problem else []
         details = None
         if top is not None and top != own_top:
-            files = _files(top, left_out)
+            names = _files(top)
+            secrets = _secrets(top, names)
+            files = [name for name in names if name not in secrets]
+            left_out += [f"{name}: {why}" if why else name for name, why in secrets.items()]
             size = _check_size(top, files, limit_mb)
             _copy_files(top, files, staging / "project")
             prefix = os.path.relpath(project.resolve(), top)
             details = {"path": str(top), "prefix": prefix, "files": len(files), "bytes": size}
-            details |= _commit(top, staging / "project.patch", left_out)
+            details |= _commit(top, staging / "project.patch", left_out, without=secrets)
         snapshot = Snapshot(
             time=time.time(),
             python=f"{platform.python_version()} ({sys.executable})",
@@ -105,7 +114,7 @@ def size(project: Path) -> int:
     copied = {file for room in rooms for file in room.rglob("*") if file.is_file() and file.suffix != ".pyc"}
     top, own_top = _toplevel(project)[0], _toplevel(own)[0]
     if top is not None and top != own_top:
-        copied |= {top / name for name in _files(top, [])}
+        copied |= {top / name for name in _files(top)}
     return sum(os.lstat(file).st_size for file in copied)
 
 
@@ -129,17 +138,39 @@ def _toplevel(directory: Path) -> tuple[Path | None, str | None]:
     return None, None if "not a git repository" in text else f"the project: {text.splitlines()[0] if text else 'git'}"
 
 
-def _files(top: Path, left_out: list[str]) -> list[str]:
+def _files(top: Path) -> list[str]:
     """List the files below `top` to copy: tracked ones, those of submodules, and untracked ones that are code."""
     tracked = _git_lines(top, "ls-files", "-z", "--cached", "--recurse-submodules")
-    untracked = []
     plain: dict[Path, bool] = {}
-    for name in _git_lines(top, "ls-files", "-z", "--others", "--exclude-standard"):
-        if any(fnmatch(Path(name).name, pattern) for pattern in SECRETS):
-            left_out.append(name)
-        elif not _in_marked(top, Path(name).parent, plain):
-            untracked.append(name)
+    untracked = [
+        name
+        for name in _git_lines(top, "ls-files", "-z", "--others", "--exclude-standard")
+        if not _in_marked(top, Path(name).parent, plain)
+    ]
     return [name for name in dict.fromkeys([*tracked, *untracked]) if os.path.lexists(top / name)]
+
+
+def _secrets(top: Path, names: list[str]) -> dict[str, str]:
+    """Find the files that may hold a secret, and say why, or nothing where the name says it.
+
+    Raises:
+        ConfigError: one is code, which the run would lack.
+    """
+    committed, found = set(_git_lines(top, "ls-tree", "-r", "-z", "--name-only", "HEAD", missing=True)), {}
+    for name in names:
+        path = Path(name)
+        own_code = name in committed and path.suffix in secret_scan.CODE
+        if SECRET_DIRECTORIES & set(path.parts) or (
+            not own_code and any(fnmatch(path.name, pattern) for pattern in SECRETS)
+        ):
+            found[name] = ""
+        elif stat.S_ISREG(os.lstat(top / name).st_mode) and (seen := secret_scan.in_file(top / name)) is not None:
+            why, is_code = seen
+            if is_code:
+                way = "read it from the environment, ignore the file (.gitignore), or, if it is none, end the line with"
+                raise ConfigError("project", f"{top / name}, {why}", f"a secret: {way} `pragma: allowlist secret`")
+            found[name] = why
+    return found
 
 
 def _in_marked(top: Path, directory: Path, known: dict[Path, bool]) -> bool:
@@ -180,23 +211,29 @@ def _copy_files(top: Path, files: list[str], target: Path) -> None:
             shutil.copy2(source, copy)
 
 
-def _commit(top: Path, patch: Path, left_out: list[str]) -> dict[str, Any]:
-    """The commit that is checked out, and the difference to it, written to `patch`."""
+def _commit(top: Path, patch: Path, left_out: list[str], *, without: Collection[str] = ()) -> dict[str, Any]:
+    """The commit that is checked out, and the difference to it, `without` some files, written to `patch`."""
     head = _git(top, "rev-parse", "HEAD")
     commit = head.stdout.strip() if head is not None and head.returncode == 0 else None
     if commit is None:
         return {"commit": None, "dirty": True}
-    difference = _git(top, "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff")
+    dirty = _git(top, "diff", "HEAD", "--quiet", "--no-ext-diff")
+    but = [f":(top,exclude,literal){name}" for name in without]
+    difference = _git(top, "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--", ":/", *but)
     text = difference.stdout if difference is not None and difference.returncode == 0 else ""
-    if len(text) > PATCH_BYTES:
+    if secret_scan.in_patch(text):
+        left_out.append(f"{patch.name}: it holds what looks like a secret")
+    elif len(text) > PATCH_BYTES:
         left_out.append(f"{patch.name}: {len(text) / 1e6:.0f} MB of difference to the commit")
     elif text:
         patch.write_text(text, errors="surrogateescape")
-    return {"commit": commit, "dirty": bool(text)}
+    return {"commit": commit, "dirty": dirty is not None and dirty.returncode == 1}
 
 
-def _git_lines(top: Path, *arguments: str) -> list[str]:
+def _git_lines(top: Path, *arguments: str, missing: bool = False) -> list[str]:
     done = _git(top, *arguments)
+    if missing and done is not None and done.returncode != 0:
+        return []  # there is no commit yet
     if done is None or done.returncode != 0:
         raise ConfigError("project", str(top), f"git can't list its files: {done.stderr.strip() if done else ''}")
     return [name for name in done.stdout.split("\0") if name]

@@ -2,15 +2,16 @@
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config, load
+from outlast.deletion import delete
 from outlast.errors import ConfigError, RunBusyError, SlurmError
 from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory
@@ -51,6 +52,8 @@ class SubmittedJob:
     log: str
     again: bool = False
     """Whether it was there before: the same command again submits nothing."""
+    left_out: Sequence[str] = ()
+    """What of the project was not copied (see `snapshot.Snapshot`)."""
 
 
 def use_cluster(config: Config) -> None:
@@ -82,6 +85,7 @@ def submit(plan: Plan) -> SubmittedJob:
     run, target = plan.directory, target_of(plan.config)
     record = run.path / "submitted.json"
     fresh = not run.config.exists() and not run.ledger.exists()
+    others = set(os.listdir(run.path)) if run.path.is_dir() else None
     make_run_directory(run)
     with submission_lock(run.path) as lock:
         job_id, state = in_queue([run]).get(run.path, ("", None))
@@ -97,11 +101,11 @@ def submit(plan: Plan) -> SubmittedJob:
             check_code(plan)
         except ConfigError:
             if fresh:
-                shutil.rmtree(run.path, ignore_errors=True)
+                undo(run.path, others)
             raise
         freeze(plan)  # not before: a job in the queue keeps the configuration that it was submitted with
-        take_code(plan.config, target)
-        write_atomically(run.path / SCRIPT, batch_script(plan.config, target))
+        left_out = take_code(plan.config, target)
+        write_atomically(run.path / SCRIPT, batch_script(plan.config, target), private=True)
         before = record.read_text() if record.exists() else None
         try:
             done = submit_recorded(
@@ -122,14 +126,24 @@ def submit(plan: Plan) -> SubmittedJob:
             if refusal is None:
                 raise
             if fresh:  # nothing is left that would look like a run
-                shutil.rmtree(run.path, ignore_errors=True)
+                undo(run.path, others)
             elif before is not None:
                 write_atomically(record, before)
             else:
-                record.unlink(missing_ok=True)
+                delete(record, inside=run.path)
             raise refusal from None
     assert done.job_id is not None
-    return SubmittedJob(done.job_id, done.log)
+    return SubmittedJob(done.job_id, done.log, left_out=left_out)
+
+
+def undo(run: Path, others: set[str] | None) -> None:
+    """Delete what a refused submission has made in a directory: all but `others`, or with None itself."""
+    with suppress(OSError):
+        if others is None:
+            delete(run, inside=run.parent)
+            return
+        for name in set(os.listdir(run)) - others:
+            delete(run / name, inside=run)
 
 
 def check_same(plan: Plan, job_id: str) -> None:
@@ -156,10 +170,10 @@ def check_code(plan: Plan) -> None:
         storage.check_code(parts, plan.config, snapshot.size(Path.cwd()))
 
 
-def take_code(config: Config, target: Target) -> None:
-    """Freeze the code of the job."""
+def take_code(config: Config, target: Target) -> list[str]:
+    """Freeze the code of the job, and name what was left out."""
     assert isinstance(config.cluster, SlurmCluster)
-    snapshot.take(target.code, Path.cwd(), limit_mb=config.cluster.code_limit_mb)
+    return snapshot.take(target.code, Path.cwd(), limit_mb=config.cluster.code_limit_mb).left_out
 
 
 def in_queue(runs: Sequence[RunDirectory]) -> dict[Path, tuple[str, JobState]]:

@@ -4,7 +4,7 @@ The same command again finds the sweep by its name, adds cells that are new, and
 the queue.
 """
 
-import shutil
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from ..runs.state import State, is_locked, state_of
 from ..runs.submissions import mark_cancelled
 from . import arrays, snapshot
 from .freeze import freeze
-from .submit import in_queue, take_code, use_cluster
+from .submit import in_queue, take_code, undo, use_cluster
 
 NOT_AGAIN = (State.FAILED, State.CANCELLED, State.GAVE_UP)
 """States of cells that have come to their end without being done. Submitting one again is a decision of the user's, and
@@ -42,6 +42,8 @@ class SweepSubmission:
     """Of every cell before: the state in which it was left alone, None if it was to be submitted."""
     jobs: list[Submission] = field(default_factory=list)
     """What was submitted now."""
+    left_out: list[str] = field(default_factory=list)
+    """What of the project was not copied."""
     unchanged: dict[str, list[str]] = field(default_factory=dict)
     """Of cells that are in the queue or done: keys that were asked for now and are other values there."""
 
@@ -61,6 +63,7 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
     use_cluster(sweep.cells[0].plan.config)
     record = sweep.directory / SWEEP_MANIFEST
     known = record.read_text() if record.exists() else None
+    others = set(os.listdir(sweep.directory)) if sweep.directory.is_dir() else None
     make_sweep_directory(sweep)
     with submission_lock(sweep.directory) as lock:
         check_cells(sweep)
@@ -77,19 +80,17 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
             return outcome
         check_budget([cell.plan for cell in sweep.cells], manifest, code_bytes=snapshot.size(Path.cwd()))
         found = arrays.arrays_of(todo, manifest)
-        fresh = [cell.plan.directory for cell in todo if not cell.plan.directory.path.exists()]
         _freeze(todo)
         # Cells that this command does not know of may wait, or run, with what was frozen for them.
         code = "code" if not manifest.submissions else f"code-{len(manifest.submissions) + 1}"
-        take_code(todo[0].plan.config, sweep.target(code=code))
+        outcome.left_out = take_code(todo[0].plan.config, sweep.target(code=code))
         for cells, indices, offset in found:
             target = sweep.target(code=code, offset=offset)
             try:
                 done = arrays.submit(sweep, manifest, cells, indices, target, lock, len(found))
             except ConfigError:
                 if not outcome.jobs:  # nothing is left that would look like a sweep, or like cells of it
-                    for path in (sweep.directory,) if known is None else (*(run.path for run in fresh), target.code):
-                        shutil.rmtree(path, ignore_errors=True)
+                    undo(sweep.directory, others)
                     if known is not None:
                         write_atomically(record, known)
                 raise

@@ -8,6 +8,7 @@ from typing import Any
 
 from outlast.checkpoint import interval
 from outlast.checkpoint.compatibility import origin_of
+from outlast.checkpoint.strangers import refuse_strangers
 from outlast.config.cluster import LocalCluster, SlurmCluster
 from outlast.config.configuration import Config, load
 from outlast.errors import ConfigError, ResumeRefusedError
@@ -18,6 +19,7 @@ from outlast.rundir.sweep import SWEEP_MANIFEST
 
 from . import storage
 from .batch_script import batch_script, target_of
+from .secret_scan import refuse_secrets
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
         ConfigError: a value that the job, or the cluster, would not accept.
         SlurmError: `cluster=slurm` on a machine without Slurm.
     """
+    refuse_secrets(config)
     job = importlib.import_module(f"outlast.jobs.{config.job.name}")
     job.check(config)
     parallel, cluster, hazards, script = config.parallel, config.cluster, [], None
@@ -140,6 +143,7 @@ def check_run_directory(plan: Plan) -> None:
 
     Raises:
         ConfigError: the directory holds another run.
+        ResumeRefusedError: it holds checkpoints that no run has made.
     """
     run, config = plan.directory, plan.config
     for path in (run.path, *run.path.parents):
@@ -156,6 +160,7 @@ def check_run_directory(plan: Plan) -> None:
             )
     elif run.path.is_dir() and {p.name for p in run.path.iterdir() if p.name[0] != "."} - _BEFORE_A_RUN:
         raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
+    refuse_strangers(run)
 
 
 def may_be_redefined(run: RunDirectory) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+from outlast.deletion import delete
 from outlast.errors import OutlastError
 from outlast.files import read_json, write_atomically
 from outlast.rundir.directory import RunDirectory
@@ -118,4 +119,4 @@ def mark_cancelled(run: RunDirectory, job_id: str | None) -> None:
 
 def unmark_cancelled(run: RunDirectory) -> None:
     """Take the mark back: the run could not be cancelled."""
-    (run.path / CANCELLED).unlink(missing_ok=True)
+    delete(run.path / CANCELLED, inside=run.path)

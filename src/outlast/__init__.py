@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attempt.joining import AlreadyFinished
-    from .errors import CheckpointError, ConfigError, OutlastError, ResumeRefusedError, RunBusyError, SlurmError
+    from .checkpoint.manifest import Sealed
+    from .errors import CheckpointError, ConfigError, Exit, OutlastError, ResumeRefusedError, RunBusyError, SlurmError
+    from .finished_run import FinishedRun
+    from .ranks.layout import Layout
     from .run import Run
     from .script import start
 
@@ -17,16 +20,21 @@ __all__ = [
     "AlreadyFinished",
     "CheckpointError",
     "ConfigError",
+    "Exit",
+    "FinishedRun",
+    "Layout",
     "OutlastError",
     "ResumeRefusedError",
     "Run",
     "RunBusyError",
+    "Sealed",
     "SlurmError",
     "start",
 ]
 
-_ERRORS = ("CheckpointError", "ConfigError", "OutlastError", "ResumeRefusedError", "RunBusyError", "SlurmError")
+_ERRORS = ("CheckpointError", "ConfigError", "Exit", "OutlastError", "ResumeRefusedError", "RunBusyError", "SlurmError")
 _WHEN_ASKED_FOR = {"AlreadyFinished": ".attempt.joining", "Run": ".run", "start": ".script"}
+_WHEN_ASKED_FOR |= {"FinishedRun": ".finished_run", "Layout": ".ranks.layout", "Sealed": ".checkpoint.manifest"}
 _WHEN_ASKED_FOR |= dict.fromkeys(_ERRORS, ".errors")
 """Names whose modules are imported at their first use: the `outlast` command needs none of them to start."""
 

@@ -1,4 +1,4 @@
-"""Starts a node's ranks with `accelerate launch`, one agent per node (`parallel.launch=accelerate`).
+"""Starts a node's ranks with torch's agent: `accelerate launch` (`parallel.launch=accelerate`), or `launch.py`.
 
 The agent starts as a rank does, with the three signals blocked, and keeps them so: torch's elastic agent, which it
 runs, would answer a signal by ending its ranks within a time limit, and a second signal by leaving them alone in the
@@ -6,6 +6,7 @@ middle of a save. One thread takes the signals instead and passes them on; the a
 left. The ranks inherit the blocked signals, so that an early one waits until they can handle it.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -14,13 +15,17 @@ import sys
 import tempfile
 import threading
 import time
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 
 from .config.configuration import Config
 from .errors import ConfigError, Exit
 from .processes import SIGNALS, python_module_command
+from .ranks.meeting import MEETING_ENV, store_of
 from .slurm.environment import Step, current_step
 
 AGENT_ENV = "OUTLAST_AGENT"
@@ -29,25 +34,47 @@ START_S = 20.0
 """How long a signal waits for ranks that have not started: less than `KillWait`, after which Slurm kills."""
 
 
-def main(config: Config, arguments: list[str]) -> NoReturn:
+def main(config: Config, run: Path, arguments: list[str]) -> NoReturn:
     """Start this node's ranks, wait until the last has gone, and end this process.
 
     As with `srun`, its exit code is the highest of its ranks'; that of a killed rank is 128 plus the signal's number.
 
     Args:
+        run: the run directory.
         arguments: what the ranks are told, as `outlast.rank` takes it.
 
     Raises:
         ConfigError: the step has more than one task on a node.
         SlurmError: the first node has no address that resolves.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     step = current_step()
-    command = launch_arguments(config, step)
+    command = [*launch_arguments(config, step), "--no_python", *python_module_command("outlast.rank", *arguments)]
     ranks = config.parallel.ranks_per_node if step else config.parallel.world_size
+    _meet(run, step)
+    run_ranks(lambda: _launch(command), ranks, "outlast.rank")
+
+
+def run_ranks(launch: Callable[[], None], ranks: int, word: str, signals: Sequence[int] = SIGNALS) -> NoReturn:
+    """Start ranks with torch's agent in this process, pass signals on to them, and end as they do.
+
+    Args:
+        launch: starts them, waits until the last has gone, and raises torch's error if one has failed.
+        ranks: how many it starts.
+        word: stands in the command line of each, and of no other process that is started here.
+        signals: those that are passed on.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     os.environ[AGENT_ENV] = str(os.getpid())
-    threading.Thread(target=_pass_on_signals, args=(ranks,), daemon=True).start()
-    codes = _launch([*command, "--no_python", *python_module_command("outlast.rank", *arguments)])
+    threading.Thread(target=_pass_on_signals, args=(ranks, word, signals), daemon=True).start()
+    codes: dict[int, int] = {}
+    try:
+        launch()
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    except subprocess.CalledProcessError as error:
+        codes = {0: error.returncode}
     for rank, code in sorted(codes.items()):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         print(f"[outlast] rank {rank} {how}", flush=True)
@@ -74,7 +101,7 @@ def launch_arguments(config: Config, step: Step | None) -> list[str]:
         f"--machine_rank={step.task if step else 0}",
         f"--num_processes={world_size}",
         f"--main_process_ip={step.address if step else '127.0.0.1'}",
-        f"--main_process_port={step.port if step else 0}",  # 0: any that is free
+        "--main_process_port=0",  # it names one, as it must; nobody listens there (see `ranks/meeting.py`)
         *(["--multi_gpu"] if world_size > 1 else []),  # which means several processes, also without GPUs
         "--max_restarts=0",
         # The training sets these itself; here they only keep `accelerate launch` from guessing.
@@ -83,33 +110,38 @@ def launch_arguments(config: Config, step: Step | None) -> list[str]:
     ]
 
 
-def _launch(arguments: list[str]) -> dict[int, int]:
-    """Run `accelerate launch`; return the exit codes, by rank, of this node's ranks that did not end with 0."""
+def _meet(run: Path, step: Step | None) -> None:
+    """Have torch's agents find each other as the ranks do, by a private store."""
+    if step is not None:
+        os.environ[MEETING_ENV] = step.key
+    static: Any = importlib.import_module("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
+
+    def store(address: str, port: int, count: int, serves: bool, timeout: timedelta, **_: Any) -> Any:
+        return store_of(run, "agents", step.task if step else 0, count, timeout)
+
+    static.TCPStore = store
+
+
+def _launch(arguments: list[str]) -> None:
+    """Run `accelerate launch`."""
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         # This replaces the user's own `accelerate config`, which is not part of the run.
         json.dump({"distributed_type": "NO", "parallelism_config": {}}, file)
         file.flush()
-        try:
-            launch_command(launch_command_parser().parse_args([f"--config_file={file.name}", *arguments]))
-        except ChildFailedError as error:
-            return {rank: failure.exitcode for rank, failure in error.failures.items()}
-        except subprocess.CalledProcessError as error:
-            return {0: error.returncode}
-    return {}
+        launch_command(launch_command_parser().parse_args([f"--config_file={file.name}", *arguments]))
 
 
-def _pass_on_signals(ranks: int) -> None:
+def _pass_on_signals(ranks: int, word: str, signals: Sequence[int]) -> None:
     """Send every signal that this process gets to all of its ranks, also to those that it has yet to start."""
     while True:
-        number = signal.sigwait(SIGNALS)
+        number = signal.sigwait(signals)
         told: set[int] = set()
         deadline = time.monotonic() + START_S
         while len(told) < ranks and time.monotonic() < deadline:
             for child in psutil.Process().children():
-                if child.pid not in told and _send(child, number):
+                if child.pid not in told and _send(child, number, word):
                     told.add(child.pid)
             time.sleep(0.05)
         if not told:
@@ -117,9 +149,9 @@ def _pass_on_signals(ranks: int) -> None:
             os._exit(Exit.FAILED)
 
 
-def _send(child: psutil.Process, number: int) -> bool:
+def _send(child: psutil.Process, number: int, word: str) -> bool:
     try:
-        if "outlast.rank" not in child.cmdline():
+        if word not in child.cmdline():
             return False
         child.send_signal(number)
     except psutil.NoSuchProcess:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from .config.configuration import load
 from .config.preemption import PreemptionSection
@@ -60,7 +61,8 @@ def follow_up(run: RunDirectory, code: int, before: str | None = None) -> int:
     if job is None or not run.path.is_dir():  # without a directory no attempt has begun
         return code
     if finished(Ledger(run.ledger).read()):
-        return Exit.DONE
+        # What a script does after training, another run included, may have failed, or be about to be done again.
+        return Exit.DONE if run.config.is_file() else code
     lock = RunLock(run)
     try:
         lock.acquire(f"the end of job {job.job_id}", wait_s=WAIT_S)
@@ -259,9 +261,12 @@ def _command() -> int:
     for number in SIGNALS:  # Slurm ends the batch script that is being requeued, this process included
         signal.signal(number, signal.SIG_IGN)
     parser = target_arguments("outlast.epilogue")
+    parser.add_argument("more", nargs="*", type=Path, metavar="RUN_DIR", help="a script's other runs, in their order")
     parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's")
     parser.add_argument("--before", metavar="TEXT", help="why the script has not come to srun")
     arguments = parser.parse_args()
+    begun = [directory for directory in (arguments.directory, *arguments.more) if directory and directory.is_dir()]
+    arguments.directory = begun[-1] if begun else arguments.directory
     try:
         return follow_up(run_named_by(arguments), arguments.exit_code, arguments.before)
     except OutlastError as error:

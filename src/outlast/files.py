@@ -2,13 +2,15 @@
 
 import errno
 import json
+import math
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .deletion import delete
 
 FLUSHERS = 4
 """Threads that flush small files: a file system joins what is flushed at the same time into one commit."""
@@ -70,14 +72,31 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Write plain values as JSON that any parser reads: NaN and infinity, which JSON lacks, as null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = True, private: bool = False) -> None:
     """Replace `path` as a whole: a reader sees the old text or the new one, never a part.
 
     Args:
         durable: flush to disk, so that the new text also survives a power loss.
+        private: whatever the umask, only the owner may read it, and the group if the umask lets it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", opener=_open_private if private else None) as file:
         file.write(text)
         if durable:
             file.flush()
@@ -87,10 +106,14 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
         flush_directory(path.parent)
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o660)
+
+
 def remove_temporaries(path: Path) -> None:
     """Remove what killed writers of `path` have left beside it. Nobody may be writing it meanwhile."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)
+        delete(temporary, inside=path.parent)
 
 
 @contextmanager
@@ -103,20 +126,24 @@ def staged_directory(target: Path, *, durable: bool = True) -> Iterator[Path]:
         durable: flush its files to disk, so that `target` is whole or absent also after a power loss.
     """
     staging, old = target.with_name(f".{target.name}.staging"), target.with_name(f".{target.name}.old")
-    for leftover in (staging, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _sweep(staging, old)
     staging.mkdir(parents=True)
     try:
         yield staging
         if durable:
             flush_tree(staging)
-        if target.exists():
+        if os.path.lexists(target):
             os.rename(target, old)
         os.rename(staging, target)
         flush_directory(target.parent)
     finally:
-        for leftover in (staging, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _sweep(staging, old)
+
+
+def _sweep(*leftovers: Path) -> None:
+    for leftover in leftovers:
+        with suppress(OSError):
+            delete(leftover, inside=leftover.parent)
 
 
 def flush_file(path: Path) -> None:

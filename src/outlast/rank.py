@@ -95,12 +95,13 @@ def _command() -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the guard is in place
         arguments = target_arguments("outlast.rank").parse_args()
         if agent.AGENT_ENV not in os.environ:
-            config = load(run_named_by(arguments).config)
+            run = run_named_by(arguments)
+            config = load(run.config)
             if config.parallel.launch == "accelerate":
                 die_with(PARENT_ENV, signal.SIGTERM)
                 os.environ.pop(PARENT_ENV, None)
                 try:
-                    agent.main(config, sys.argv[1:])
+                    agent.main(config, run.path, sys.argv[1:])
                 except OutlastError:
                     raise
                 except Exception:

@@ -3,6 +3,7 @@
 Arguments: run directory, epochs. `OPTIONS` (JSON) says which kind.
 """
 
+import datetime
 import json
 import os
 import random
@@ -65,6 +66,17 @@ loader = DataLoader(
 scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
+
+class Clock:
+    def state_dict(self):
+        return {"now": datetime.datetime.now()}
+
+    def load_state_dict(self, state):
+        self.now = state["now"]
+
+
+if options.get("clock", False):
+    accelerator.register_for_checkpointing(Clock())
 checkpoint = run.resume_point()
 step = checkpoint.step if checkpoint else 0
 if checkpoint:
@@ -83,7 +95,7 @@ for epoch, batches in ((e, loader) for e in range(epochs)) if plain else run.epo
             step += 1
             if step in options.get("stops", []) and run.attempt == 1 + options["stops"].index(step):
                 os.kill(os.getpid(), 10)
-            run.step_end(step, lambda directory: accelerator.save_state(str(directory)), total=options.get("total"))
+            run.step_end(step, lambda directory: accelerator.save_state(str(directory)))
     with torch.no_grad():  # an evaluation draws random numbers too
         total = sum(
             accelerator.unwrap_model(model)(x).sum().item() + torch.rand(1).item()

@@ -366,6 +366,77 @@ def optimizer_and_schedule_passed_in() -> Trainer:
     return trainer(model=model, more={"optimizers": (optimizer, schedule), "compute_loss_func": loss}, **STEPS)
 
 
+class Batches:
+    """No DataLoader, but batches of random rows, and their number."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Any:
+        for _ in range(5):
+            yield collate(rows(4, seed=random.randrange(100)))
+
+
+class OwnBatches(Trainer):  # type: ignore[misc]
+    def get_train_dataloader(self) -> Any:
+        return Batches()
+
+
+@scenario
+def batches_of_no_dataloader() -> Trainer:
+    return trainer(OwnBatches, **EPOCHS)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD that averages, as the schedule-free optimizers: gradients are taken between the average and its own point."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "train_mode": False, "k": 0})
+
+    def _move(self, group: dict[str, Any], weight: float) -> None:
+        for p in group["params"]:
+            if "z" in self.state[p]:
+                p.data.lerp_(self.state[p]["z"], weight)
+
+    def train(self) -> None:
+        for group in self.param_groups:
+            if not group["train_mode"]:
+                self._move(group, 0.1)
+                group["train_mode"] = True
+
+    def eval(self) -> None:
+        for group in self.param_groups:
+            if group["train_mode"]:
+                self._move(group, 1 - 1 / 0.9)
+                group["train_mode"] = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            assert group["train_mode"]
+            group["k"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    z = self.state[p].setdefault("z", p.detach().clone())
+                    p.lerp_(z, 1 / group["k"]).add_(p.grad, alpha=group["lr"] * (0.9 * (1 - 1 / group["k"]) - 1))
+                    z.sub_(p.grad, alpha=group["lr"])
+
+
+@scenario
+def schedule_free() -> Trainer:
+    """It ends without an evaluation."""
+    model = gpt2()
+    optimizer = ScheduleFree(model.parameters(), 1e-2)
+    return trainer(model=model, more={"optimizers": (optimizer, None)}, **{**STEPS, "eval_strategy": "no"})
+
+
+@scenario
+def schedule_free_best() -> Trainer:
+    model = gpt2()
+    optimizer = ScheduleFree(model.parameters(), 1e-2)
+    return trainer(model=model, more={"optimizers": (optimizer, None)}, **STEPS, **BEST)
+
+
 class Noisy(torch.optim.SGD):
     """Keeps what its `state_dict` leaves out: a counter, a generator, slow weights."""
 
@@ -668,7 +739,7 @@ def main(name: str, directory: str, result: str, strike: str) -> None:
     made = SCENARIOS[name]()
     struck = Strike(strike, run)
     made.add_callback(struck)
-    run.train(made)
+    output = run.train(made)
     state = made.state
     times = ("runtime", "per_second", "preparation_time")
     evaluations = [
@@ -677,6 +748,7 @@ def main(name: str, directory: str, result: str, strike: str) -> None:
         if any(key.startswith(("eval_", "probe_")) for key in entry)
     ]
     found = {"steps": state.global_step, "epoch": state.epoch, "best": [state.best_global_step, state.best_metric]}
+    found |= {"losses": [entry["loss"] for entry in state.log_history if "loss" in entry], "loss": output.training_loss}
     Path(result).write_text(json.dumps({**found, "evaluations": evaluations, "events": struck.attempt.count}))
 
 

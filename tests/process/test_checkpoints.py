@@ -1,5 +1,6 @@
 """Checkpoints of real training: when they are made, what becomes of them, who can read them, what resumes from them."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from outlast.checkpoint.manifest import verify
 
 from .. import forked
 from ..conftest import SMOKE, Command, RunProbe, wait_for
-from .test_library import SCRIPT, run_script
+from .test_library import SCRIPT, STOP_AT, run_script
 
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
@@ -113,6 +114,30 @@ def test_by_time_two_ranks_save_the_same_steps_and_come_back_exactly(outlast: St
     assert run.weights() == probe("twin").weights()
 
 
+def test_settings_that_were_changed_are_named(tmp_path: Path) -> None:
+    """Also the length of data whose rows can't be read, which is refused: it moves the rows."""
+    run, changed = RunProbe(tmp_path / "r"), tmp_path / "changed.py"
+    assert run_script(tmp_path, run.path, 50, [13]).returncode == 75
+    changed.write_text(SCRIPT.read_text().replace("use_cpu=True", "use_cpu=True, learning_rate=1e-4, max_grad_norm=2"))
+    done = forked.run([sys.executable, changed, run.path, "50"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: resuming although learning_rate is 0.0001, it was 5e-05" in done.stdout
+    assert {"learning_rate", "max_grad_norm"} <= run.events("resumed")[-1]["differences"].keys()
+
+    other, text = RunProbe(tmp_path / "other"), SCRIPT.read_text()
+    text = text.replace("\narguments =", "\ndata = torch.utils.data.Subset(data, range(80))\narguments =")
+    text = text.replace(
+        "run.train(", "import os; trainer.add_callback(StopAt()) if os.environ.get('STOP') else 0\nrun.train("
+    )
+    changed.write_text(f"stops = [13]\n{STOP_AT}\n{text}")
+    stopping = {**os.environ, "STOP": "1"}
+    assert forked.run([sys.executable, changed, other.path, "50"], tmp_path, env=stopping).returncode == 75
+    changed.write_text(changed.read_text().replace("range(80))", "range(60))"))
+    refused = forked.run([sys.executable, changed, other.path, "50"], tmp_path)
+    assert refused.returncode == 2
+    assert "dataset is of 60 rows, it was of 80 rows" in refused.stderr
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT's own
 def test_milestones_become_light_and_load_and_each_new_best_is_saved(outlast: Start, probe: Probe) -> None:
     command = outlast(
@@ -138,3 +163,35 @@ def test_milestones_become_light_and_load_and_each_new_best_is_saved(outlast: St
     kept = load_file(run.path / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
     final = load_file(run.path / "final" / "adapter_model.safetensors")
     assert all((kept[name] == final[name]).all() for name in final), "final/ is the best"
+
+
+def test_a_trainers_own_checkpoints_are_not_begun_beside(tmp_path: Path) -> None:
+    """In the run directory they are refused; in the Trainer's own, said. One of a run is to lie where it belongs."""
+    run, plain = RunProbe(tmp_path / "r"), tmp_path / "plain.py"
+    text = SCRIPT.read_text().replace("TrainingArguments(", "TrainingArguments(output_dir='r',")
+    without = text.replace("run = outlast.start(sys.argv[1])", "").replace("run.train(trainer)", "trainer.train()")
+    plain.write_text(without)
+    assert forked.run([sys.executable, plain, "-", "10"], tmp_path).returncode == 0
+    for place in (run.path, run.path / "checkpoints"):
+        refused = run_script(tmp_path, run.path, 20)
+        assert refused.returncode == 2, refused.stdout
+        assert f"outlast: {place / 'checkpoint-10'} was made by a Trainer without outlast" in refused.stderr
+        (run.path / "checkpoints").mkdir(exist_ok=True)
+        if place == run.path:
+            (place / "checkpoint-10").rename(place / "checkpoints" / "checkpoint-10")
+    assert not run.events()
+    assert not (run.path / "quarantine").exists()
+    (run.path / "checkpoints" / "checkpoint-10").rename(tmp_path / "checkpoint-10")
+
+    said = tmp_path / "said.py"
+    said.write_text(text.replace("output_dir='r'", "output_dir='.'"))
+    done = forked.run([sys.executable, said, run.path, "10"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: this run begins at step 0. checkpoint-10, which a Trainer has made without it" in done.stdout
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (run.path / "checkpoints" / "checkpoint-10").rename(other / "checkpoint-10")
+    misplaced = run_script(tmp_path, other, 20)
+    assert misplaced.returncode == 2
+    assert f"is a run's: move it into {other / 'checkpoints'} to go on from it" in misplaced.stderr

@@ -1,6 +1,7 @@
 """What becomes of data that is cut, refused by a template, or changed between two attempts."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,17 @@ def test_changed_data_is_refused_by_name_or_accepted(tmp_path: Path, outlast: St
     assert {"dataset", "source"} <= resumed["differences"].keys()
     assert json.loads((run / "prepared" / "data" / "prepared.json").read_text())["train"] == 30
     assert (run / "prepared" / "model" / "tokenizer.json").read_bytes() == model
+
+    path.unlink()  # what was prepared from it is whole, and is all that an attempt needs
+    saved = probe("r").saved(attempt=2)
+    command = outlast("resume", "r")
+    probe("r").reach(saved + 2, attempt=3)
+    command.process.terminate()
+    assert command.wait() == 75, command.output
+    assert probe("r").events("resumed")[-1]["step"] == saved
+    said = (run / "logs" / "attempt-003.rank-0.log").read_text()
+    assert "files of the data are gone: the run goes on with what was prepared from them" in said
+    shutil.rmtree(run / "prepared" / "data")
+    refused = outlast("resume", "r")
+    assert refused.wait() == 2, refused.output
+    assert f"data.train: '{path}' is refused; valid: a file that exists" in refused.output

@@ -1,5 +1,6 @@
 """The library in a user's own script, without the launcher."""
 
+import json
 import os
 import pty
 import re
@@ -15,7 +16,7 @@ from outlast.rundir.directory import RunDirectory, RunLock
 from outlast.rundir.ledger import Ledger
 
 from .. import forked
-from ..conftest import RunProbe, wait_for
+from ..conftest import OUTLAST, RunProbe, wait_for
 from ..forked import Forked
 
 Probe = Callable[[str], RunProbe]
@@ -74,11 +75,36 @@ def test_signalled_in_one_step(tmp_path: Path, twin: RunProbe, stop: int) -> Non
     assert len(list((run.path / "checkpoints").glob("checkpoint-*"))) >= 5
 
 
-def test_a_finished_run_ends_well_at_once(twin: RunProbe, tmp_path: Path) -> None:
+def test_a_finished_run_is_loaded_and_the_script_goes_on(twin: RunProbe, tmp_path: Path) -> None:
+    ledger = (twin.path / "ledger.jsonl").read_text()
     done = run_script(tmp_path, twin.path, 50)
     assert done.returncode == 0
-    assert "has finished already, at step 50; nothing to do" in done.stdout
-    assert "trained to step" not in done.stdout
+    assert "has finished already, at step 50" in done.stdout
+    assert "trained to step 50" in done.stdout
+    assert (twin.path / "ledger.jsonl").read_text() == ledger
+
+
+def test_a_loss_that_is_no_number_is_said_at_once(tmp_path: Path) -> None:
+    """Though the Trainer leaves it out of what it logs; and all that is written is JSON."""
+    script, run = tmp_path / "script.py", RunProbe(tmp_path / "r")
+    text = SCRIPT.read_text().replace('eval_strategy="epoch"', 'eval_strategy="steps",eval_steps=10')
+    script.write_text(text.replace("for _ in range(80)]", "for _ in range(80)]\ndata[0]['x'] /= 0"))
+    done = forked.run([sys.executable, script, run.path, "20"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the loss is nan. What is trained and saved from here on is likely to be of no use") == 1
+    (event,) = run.events("not_finite")
+    assert 1 <= event["step"] <= 20
+    assert event["time"] < run.events("checkpoint")[-1]["time"]
+    evaluated = run.events("evaluated")[-1]["metrics"]["eval_loss"]
+    assert evaluated is None
+    written = [(run.path / name).read_text() + "\n" for name in ("progress.json", "ledger.jsonl")]
+    runs = ["--json", "--root", tmp_path]
+    for command in (["status", *runs], ["report", "r", *runs], ["checkpoints", "r", *runs]):
+        written.append(json.dumps(json.loads(forked.run([OUTLAST, *command], tmp_path).stdout)) + "\n")
+    for line in filter(None, "".join(written).splitlines()):
+        json.loads(line, parse_constant=pytest.fail)
+    report = forked.run([OUTLAST, "report", "r", *runs[1:]], tmp_path).stdout
+    assert f"a loss was NaN or infinite at step {event['step']}" in " ".join(report.split())
 
 
 def test_two_at_once(tmp_path: Path) -> None:
@@ -102,6 +128,9 @@ def test_two_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
+        ("outlast.start('')", 2, "outlast: outlast.start: '' is refused; valid: a path"),
+        ("outlast.start('r', allow='dataset')", 2, "outlast: allow: 'dataset' is refused; valid: a list of names"),
+        ("outlast.start('r').describe(sed=1)", 2, "outlast: run.describe: 'sed' is refused; did you mean seed? valid:"),
         ("run = outlast.start('r', budget_gb=-1)", 2, "outlast: storage.budget_gb: -1 is refused; valid: a positive"),
         ("outlast.start('r').keep('mine', object())", 2, "outlast: keep: 'mine (object)' is refused; valid: an object"),
         ("outlast.start('r'); raise outlast.CheckpointError('no room')", 1, "outlast: no room"),
@@ -148,6 +177,7 @@ def test_an_error_can_be_caught(tmp_path: Path) -> None:
         "try: outlast.start('r', budget_gb=-1)\n"
         "except outlast.ConfigError as error: print(error.key, isinstance(error, outlast.OutlastError))\n"
         "print(issubclass(outlast.ResumeRefusedError, outlast.CheckpointError), outlast.AlreadyFinished(3).code)\n"
+        "assert all(getattr(outlast, name) for name in outlast.__all__)\n"
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "storage.budget_gb True\nTrue 0\n"), done.stderr

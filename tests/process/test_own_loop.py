@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -79,6 +80,14 @@ def test_what_cannot_be_found_again_is_refused_by_name(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+def test_what_could_not_be_read_back_is_refused_at_the_first_save(tmp_path: Path) -> None:
+    run = RunProbe(tmp_path / "r")
+    code, output = train(run.path, 1, {"clock": True, "stops": [2]})
+    assert code == 1, output
+    assert re.search(r"custom_checkpoint_0.pkl: 'datetime.datetime' is refused; a resume reads no code", output)
+    assert not list((run.path / "checkpoints").glob("checkpoint-*"))
+
+
 def test_a_loop_that_reads_its_data_by_itself_is_told_so(tmp_path: Path) -> None:
     """And it is saved periodically: without `every`, as with `auto`, whose first save comes after a minute."""
     run = RunProbe(tmp_path / "r")
@@ -88,9 +97,9 @@ def test_a_loop_that_reads_its_data_by_itself_is_told_so(tmp_path: Path) -> None
     assert len(run.events("batches_unknown")) == 1
 
 
-def test_the_last_step_is_saved_if_the_loop_says_which_that_is(tmp_path: Path) -> None:
+def test_the_last_step_is_saved(tmp_path: Path) -> None:
     run = RunProbe(tmp_path / "r")
-    code, output = train(run.path, 1, {"total": 6}, epochs=1)
+    code, output = train(run.path, 1, {}, epochs=1)
     assert code == 0, output
     assert [(event["step"], event["kind"]) for event in run.events("checkpoint")] == [(6, "periodic"), (6, "final")]
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from .. import forked
 from ..conftest import RunProbe
@@ -86,6 +88,7 @@ START, ASKS = "early_stopping_on_one_of_two_from_the_start", "a_callback_asks_fo
         pytest.param(ASKS, ["on_step_end:13:USR1"], id="a step with which a callback stops training"),
         pytest.param("grpo_buffered", ["on_step_end:5:USR1"], id="between two uses of what was generated"),
         pytest.param("a_subclass_with_state", ["on_save:1:KILL"], id="with the model in evaluation mode"),
+        pytest.param("schedule_free_best", ["on_step_end:9:USR1"], id="a best whose evaluation came after its save"),
         pytest.param("rloo_buffered", ["on_substep_end:2:USR1:short"], id="in a step that is left"),
     ],
 )
@@ -109,6 +112,20 @@ def test_a_stop_decided_while_leaving_holds(tmp_path: Path, right: Right) -> Non
     code, output = attempt(START, run)
     assert code == 0, output
     check(run, right(START))
+
+
+def test_a_schedule_free_optimizers_model_is_the_one_to_be_used(tmp_path: Path) -> None:
+    """Not that of the last step, which lies between the average and the optimizer's own point."""
+    run = RunProbe(tmp_path / "r")
+    code, output = attempt("schedule_free", run)
+    assert code == 0, output
+    last = run.path / "checkpoints" / "checkpoint-9"
+    state = torch.load(last / "optimizer.pt", weights_only=True)
+    assert state["param_groups"][0]["train_mode"]
+    trained, used = (load_file(path / "model.safetensors") for path in (last, run.path / "final"))
+    average = trained["transformer.wte.weight"].lerp(state["state"][0]["z"], 1 - 1 / 0.9)
+    assert torch.equal(used["transformer.wte.weight"], average)
+    assert not torch.equal(used["transformer.wte.weight"], trained["transformer.wte.weight"])
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("refused")])

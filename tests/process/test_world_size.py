@@ -5,6 +5,8 @@ runs are compared with one on two ranks, without ZeRO, that was left alone: on p
 """
 
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from outlast.checkpoint.manifest import read_entry, read_manifest, write_manifest
 
 from ..conftest import SMOKE, Command, RunProbe, wait_for
 
@@ -155,6 +159,16 @@ def test_a_conversion_stays_in_the_budget_and_can_be_killed(outlast: Start, prob
     assert not staged.exists()
     filler.unlink()
 
+    whole = shutil.move(run.path / "checkpoints" / "checkpoint-2", tmp_path / "whole")
+    forge(whole, staged.parents[1] / "checkpoint-2", tmp_path / "executed")
+    forged = outlast(*arguments, **watched.env)
+    assert forged.wait() != 0, forged.output
+    assert "Weights only load failed" in (run.path / "logs" / "attempt-003.rank-0.log").read_text()
+    assert not (tmp_path / "executed").exists()
+    assert not run.events("resumed")
+    shutil.rmtree(staged.parents[1] / "checkpoint-2")
+    shutil.copytree(whole, staged.parents[1] / "checkpoint-2")
+
     killed = outlast(*arguments, **watched.env)
     wait_for(staged.exists, "the conversion")
     killed.ranks()[0].kill()
@@ -168,6 +182,28 @@ def test_a_conversion_stays_in_the_budget_and_can_be_killed(outlast: Start, prob
     assert run.events("resumed")[0]["step"] == 2
     assert sorted(watched.rows()) == [1, 2, 3, 4]
     assert not staged.exists()
+
+
+def forge(checkpoint: Path, target: Path, mark: Path) -> None:
+    """Copy a checkpoint with a shard that executes code when it is unpickled, and a manifest that agrees."""
+    shutil.copytree(checkpoint, target)
+    manifest = read_manifest(target)
+    name = next(name for name in manifest.files if name.endswith("_optim_states.pt"))
+    torch.save(Code(mark), target / name)
+    (target / "latest_universal").write_text("../../forged")
+    for changed in (name, "latest_universal"):
+        manifest.files[changed] = read_entry(target / changed)
+    write_manifest(target, manifest)
+
+
+class Code:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_global_batch_is_refused(outlast: Start, probe: Probe) -> None:

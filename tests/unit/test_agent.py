@@ -35,7 +35,7 @@ def test_of_several_nodes() -> None:
             "machine_rank": 1,
             "num_processes": 12,
             "main_process_ip": "10.0.0.1",
-            "main_process_port": 12_345,
+            "main_process_port": 0,
             "multi_gpu": True,
             "use_deepspeed": False,
             "max_restarts": 0,

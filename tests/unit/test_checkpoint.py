@@ -416,10 +416,10 @@ def test_a_deletion_that_fails_is_reported_and_tried_again(harness: Harness, mon
     for step in (10, 20):
         harness.save(step)
 
-    def refuse(path: Path) -> None:
-        raise OSError(1, "Operation not permitted", str(path))
+    def refuse(path: str, dir_fd: int) -> None:
+        raise OSError(1, "Operation not permitted", path)
 
-    monkeypatch.setattr("outlast.checkpoint.removal.shutil.rmtree", refuse)
+    monkeypatch.setattr("outlast.deletion.shutil.rmtree", refuse)
     harness.store.room.retire()
     failed = [e for e in harness.events if e["event"] == "delete_failed"]
     assert len(failed) == 1

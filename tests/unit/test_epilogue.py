@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from outlast.config.configuration import build, dump
-from outlast.epilogue import follow_up
+from outlast.epilogue import _command, follow_up
 from outlast.launcher.commands import logs
 from outlast.launcher.runs.standing import look
 from outlast.rundir.directory import RunDirectory
@@ -63,6 +63,27 @@ def test_a_run_that_has_finished_is_done_whatever_srun_said(run: Run, slurm: Slu
     run.ledger.append("finished", 1, step=5, seconds=1.0)
     assert run.follow_up(143) == 0
     assert not slurm.calls("scontrol")
+
+
+def test_what_a_script_does_after_its_run_is_not_done_because_that_has_finished(run: Run, slurm: Slurm) -> None:
+    run.directory.config.unlink()  # a script's
+    run.start()
+    run.ledger.append("attempt_ended", 1, cause="finished", step=5)
+    run.ledger.append("finished", 1, step=5, seconds=1.0)
+    assert [run.follow_up(code) for code in (0, 75, 143)] == [0, 75, 143]
+    assert not slurm.calls("scontrol")
+
+
+def test_of_several_runs_of_a_script_the_last_that_has_begun_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.directory.config.unlink()
+    run.start()
+    before, later = run.directory.path.with_name("a"), run.directory.path.with_name("z")
+    before.mkdir()
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, (before, run.directory.path, later)), "--exit-code", "137"])
+    assert _command() == 75
+    assert run.events("requeued")
+    assert not (before / "ledger.jsonl").exists()
+    assert not later.exists()
 
 
 def test_what_rank_0_has_requeued_is_left_alone(run: Run, slurm: Slurm) -> None:

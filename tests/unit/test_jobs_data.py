@@ -258,6 +258,8 @@ def test_a_file_that_is_gone_is_refused(write: Write) -> None:
     path.unlink()
     with pytest.raises(ConfigError, match="can't be read: No such file"):
         data.load(config)
+    with pytest.raises(ConfigError, match=r"data\.train: '.*' is refused; valid: a file that exists"):
+        data.check(config)
 
 
 def test_a_plan_reads_the_beginning_and_loads_nothing_heavy(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,14 @@ def test_the_newest_attempt_and_the_rank_that_failed(run: RunDirectory) -> None:
     assert logs.choose(run, rank=0).path == run.log(2, 0)
 
 
+def test_a_scripts_run_has_no_log_of_its_own(run: RunDirectory) -> None:
+    run.config.unlink()
+    attempt(run, 1)
+    run.log(1, 0).unlink()
+    with pytest.raises(ConfigError, match="it is a script's run, which prints where it was started"):
+        logs.choose(run)
+
+
 def test_what_is_not_there_is_refused(run: RunDirectory) -> None:
     with pytest.raises(ConfigError, match="no attempt of it has started, and no job"):
         logs.choose(run)

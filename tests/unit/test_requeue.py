@@ -11,6 +11,7 @@ import pytest
 
 from outlast.config.preemption import PreemptionSection
 from outlast.errors import ConfigError, RunBusyError, SlurmError
+from outlast.preemption.afterwards import Afterwards
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
 from outlast.preemption.outcome import Outcome
@@ -284,6 +285,7 @@ class Rank:
         self.cause = StopCause(run, identity, self.guard, preemption, print)
         outcome = Outcome(run, identity, preemption, record, print)
         self.shutdown = Shutdown(identity, self.guard, self.cause, outcome, preemption, record, print)
+        self.afterwards = Afterwards(identity, self.cause, outcome, preemption)
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -340,6 +342,18 @@ def test_ctrl_c_never_brings_a_job_back(slurm: Slurm, rank: Rank) -> None:
     assert rank.shutdown.requeue(5) == 75
     assert [event["cause"] for event in rank.events if event["event"] == "attempt_ended"] == ["cancelled"]
     assert not slurm.calls("scontrol requeue")
+
+
+def test_a_signal_after_training_brings_the_job_back_for_what_follows(slurm: Slurm, rank: Rank) -> None:
+    """As often as any requeue, and not where it was cancelled; the run stays finished."""
+    rank.ledger.append("attempt_ended", 1, cause="finished", step=5)
+    rank.ledger.append("finished", 1, step=5, seconds=1.0)
+    slurm.says("scontrol", PREEMPTED)
+    assert rank.afterwards.follow("TERM") == 75
+    assert len(slurm.calls("scontrol requeue")) == 1
+    assert rank.names == ["attempt_ended", "finished", "requeued"]
+    assert rank.afterwards.follow("INT") == 75
+    assert len(slurm.calls("scontrol requeue")) == 1
 
 
 def test_a_rank_that_does_not_speak_for_all_writes_nothing(slurm: Slurm, tmp_path: Path) -> None:

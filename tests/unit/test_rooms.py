@@ -80,6 +80,30 @@ def test_a_room_says_what_it_is_and_imports_nothing() -> None:
     assert not found, "\n".join(found)
 
 
+def test_one_function_deletes() -> None:
+    names = {"rmtree", "unlink", "rmdir", "removedirs"}
+    found = []
+    for path in MODULES:
+        if path == LIBRARY / "deletion.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+            of_os = isinstance(node, ast.Attribute) and ast.unparse(node) == "os.remove"
+            if of_os or named & names or (isinstance(node, ast.Attribute) and node.attr in names):
+                found.append(at(path, node.lineno, f"{ast.unparse(node)}: outlast.deletion.delete follows no link"))
+    assert not found, "\n".join(found)
+
+
+def test_nothing_from_the_network_is_unpickled() -> None:
+    found = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "attr", "")
+            if re.search("_object(_list)?$", name) and re.search("gather|broadcast|scatter|send|recv", name):
+                found.append(at(path, node.lineno, f"{name}: torch pickles what it sends so"))
+    assert not found, "\n".join(found)
+
+
 def test_no_module_is_too_long() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in MODULES}
     found = [at(path, lines, f"{lines} lines") for path, lines in lengths.items() if lines > MOST_LINES]

@@ -197,3 +197,58 @@ def test_where_outlast_is_installed_inside_the_project_the_project_still_counts(
     done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("lib/outlast")[-1].split() == ["None", "2"]
+
+
+HEX = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
+HUB = "hf_" + "abCDefGHijKLmnOPqrSTuvWXyz12345678"
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_what_looks_like_a_secret_is_left_out_by_name(target: Path, project: Path, staged: bool) -> None:
+    secrets = {
+        ".envrc": f"export WANDB_API_KEY={HEX}01234567\n",
+        ".env": "X=1\n",
+        "hf_token.txt": f"{HUB}\n",
+        "api_key.txt": f"{HEX}\n",
+        "kaggle.json": f'{{"username": "me", "key": "{HEX}"}}\n',
+        "notes": "-----BEGIN DSA" + " PRIVATE KEY-----\nabc\n",
+        ".ssh/config": "Host x\n",
+        ".ssh/id_dsa": "x",
+        "settings.yaml": "db_password: hunter2hunter2\n",
+    }
+    harmless = {
+        "run.yaml": f'revision: "{HEX}01234567"\neos_token: "<|endoftext|>"\n',
+        "tokenizer_test.py": f'password = "test-only"\ndigest = "{HEX}"\n',
+        "data.jsonl": f'{{"id": "{HEX}"}}\n',
+    }
+    for name, text in (secrets | harmless).items():
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text(text)
+    if staged:
+        git(project, "add", "-A")
+    taken = snapshot.take(target, project)
+    assert files(target / "project") == {"mine.py", ".gitignore", *harmless}
+    assert {line.partition(":")[0] for line in taken.left_out} == secrets.keys()
+    everything = b"".join(path.read_bytes() for path in target.rglob("*") if path.is_file())
+    assert HUB.encode() not in everything
+    assert f"{HEX}01234567\n".encode() not in everything
+
+
+def test_a_secret_in_code_is_refused_by_file_and_line(target: Path, project: Path) -> None:
+    (project / "mine.py").write_text(f"import os\nlogin('{HUB}')\n")
+    with pytest.raises(ConfigError, match=r"mine.py, line 2: a token.*pragma: allowlist secret") as raised:
+        snapshot.take(target, project)
+    assert HUB not in str(raised.value)
+    (project / "mine.py").write_text(f"import os\nlogin('{HUB}')  # pragma: allowlist secret\n")
+    assert "mine.py" in files((snapshot.take(target, project), target / "project")[1])
+
+
+def test_a_secret_that_was_taken_out_is_not_in_the_patch(target: Path, project: Path) -> None:
+    (project / "mine.py").write_text(f"login('{HUB}')\n")
+    git(project, "commit", "-am", "a mistake")
+    (project / "mine.py").write_text("login()\n")
+    taken = snapshot.take(target, project)
+    assert taken.left_out == ["project.patch: it holds what looks like a secret"]
+    assert taken.project is not None
+    assert taken.project["dirty"]
+    assert not (target / "project.patch").exists()

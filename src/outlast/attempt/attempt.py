@@ -29,6 +29,7 @@ from outlast.ranks.collectives import Collectives
 from outlast.ranks.gradient_buckets import keep_one_layout
 from outlast.ranks.layout import Layout
 from outlast.ranks.lost import LostRankError
+from outlast.ranks.meeting import meet_in
 from outlast.rundir.attempts import attempts
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Recorder
@@ -75,6 +76,7 @@ class RankAttempt:
         self._started, self._guard, self._preemption = clock.now(), guard, preemption
         # Who this process is.
         export_ranks()
+        meet_in(directory.path)
         self.collectives = collectives = Collectives()
         self._ledger = Ledger(directory.ledger)
         self._identity, self._lock = identity, _ = join(directory, collectives, self.say, requeue=requeue)
@@ -105,7 +107,7 @@ class RankAttempt:
         self._shutdown = Shutdown(identity, guard, self._cause, self._outcome, preemption, self._recorder, _print)
         self._planner = Planner(preemption.lead_s, limit.expected_bytes)
         self._channel = ControlChannel(self.rank, collectives.world_size)
-        agreement = StepAgreement(self._channel, self._on_stop_asked)
+        self._agreement = agreement = StepAgreement(self._channel, self._on_stop_asked)
         self._watchdog = Watchdog(
             guard, collectives, self._channel, agreement, self._cause, self._shutdown, self._outcome, preemption
         )
@@ -120,7 +122,6 @@ class RankAttempt:
             self._saver,
             self._bytes_watch,
         )
-        self._agreement = agreement
         self._leave_in_startup = LeaveInStartup(identity, self._shutdown, self._outcome, self.store)
         guard.notify(on_startup=self._leave_in_startup, on_signal=self.steps.on_signal)
         if self.rank == 0:
@@ -179,10 +180,10 @@ class RankAttempt:
         """Say what this run is, as far as a checkpoint depends on it; to be called before :meth:`resume_point`.
 
         Args:
-            origin: any of `dataset`, `seed`, `global_batch`, `micro_batch`, `trainable`, `config`, as plain values;
-                `checkpoint/compatibility.py` has what follows if one differs on resume. With `accumulation` in the
-                place of `global_batch`, the loop takes it from `run.layout` afterwards: that suits another number of
-                ranks.
+            origin: any of `dataset`, `seed`, `global_batch`, `micro_batch`, `trainable`, `config`, `source`, `length`,
+                `settings`, plain values; `checkpoint/compatibility.py` has what follows if one differs on resume. With
+                `accumulation` in the place of `global_batch`, the loop takes it from `run.layout` afterwards: that
+                suits another number of ranks.
         """
         self._resuming.describe(**origin)
 

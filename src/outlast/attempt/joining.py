@@ -14,7 +14,7 @@ from outlast.slurm.environment import current_job, in_own_batch_script
 
 
 class AlreadyFinished(SystemExit):
-    """The run has finished before: the process ends well, having done nothing."""
+    """The run has finished before, and there is nothing to go on with: the process ends well, with code 0."""
 
     def __init__(self, step: int, code: Exit = Exit.DONE) -> None:
         super().__init__(int(code))
@@ -69,5 +69,5 @@ def _join(
 
 def _leave_if_finished(run: RunDirectory, say: Callable[[str], None], code: Exit = Exit.DONE) -> None:
     if done := finished(Ledger(run.ledger).read()):
-        say(f"{run.path} has finished already, at step {done['step']}; nothing to do")
+        say(f"{run.path} has finished already, at step {done['step']}")
         raise AlreadyFinished(done["step"], code)

@@ -77,8 +77,11 @@ class Kept:
         """The state that was read for `name`, or None."""
         return decode(self._read[name]) if self._read is not None and name in self._read else None
 
-    def restore(self) -> None:
+    def restore(self, *, of_others: bool = True) -> None:
         """Set the state of each kept object; one that is added later gets it then.
+
+        Args:
+            of_others: say which state nothing keeps now.
 
         Raises:
             CheckpointError: an object can't take the state that was saved for it.
@@ -91,7 +94,7 @@ class Kept:
                 self._set(name, obj)
             else:
                 self._say(f"WARNING: {self._checkpoint} has no state of {name!r}: it begins anew")
-        for name in sorted(set(self._read) - set(self._objects)):
+        for name in sorted(set(self._read) - set(self._objects)) if of_others else ():
             self._say(f"WARNING: {self._checkpoint} holds state of {name!r}, which nothing keeps now")
 
     def _set(self, name: str, obj: Any) -> None:

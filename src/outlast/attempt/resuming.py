@@ -3,13 +3,20 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outlast.checkpoint.compatibility import check, compare, origin_of
-from outlast.checkpoint.manifest import Sealed, TransientError, versions
+from outlast.checkpoint.compatibility import Comparison, check, compare, origin_of
+from outlast.checkpoint.manifest import Manifest, Sealed, TransientError, versions
 from outlast.checkpoint.store import CheckpointStore
-from outlast.errors import CheckpointError, ResumeRefusedError
+from outlast.errors import CheckpointError, ConfigError, ResumeRefusedError
 from outlast.ranks.collectives import Collectives
 from outlast.ranks.layout import Layout, layout
 from outlast.rundir.directory import RunDirectory
+
+from .loading import guard_loads
+
+DESCRIBED = frozenset(
+    {"dataset", "seed", "global_batch", "micro_batch", "trainable", "config", "source", "length", "settings"}
+)
+"""What a run may say of itself."""
 
 
 class Resuming:
@@ -55,6 +62,8 @@ class Resuming:
 
     def describe(self, accumulation: int | None = None, **origin: Any) -> None:
         """Say what this run is; see :meth:`outlast.Run.describe`."""
+        for name in origin.keys() - DESCRIBED:
+            raise ConfigError("run.describe", name, DESCRIBED | {"accumulation"})
         self.origin |= {name: value for name, value in origin.items() if value is not None}
         if accumulation is not None:
             self._accumulation = accumulation
@@ -76,6 +85,7 @@ class Resuming:
             CheckpointError: none verifies, or a rank does not see it; another attempt would fare no better.
             OSError: the file system hesitates: worth another attempt.
         """
+        guard_loads(self._run)
         problems = (ResumeRefusedError, TransientError, CheckpointError, OSError)
         try:
             step, self._made = self._collectives.on_rank_0(self._newest, *problems)
@@ -95,26 +105,29 @@ class Resuming:
         newest = self._store.newest_verified(restart="restart" in self._allow)
         if newest is None:  # the run has the global batch of its first attempt, though nothing was saved
             self._made = origin_of(self._run) or {"world_size": self._collectives.world_size}
-        else:
-            self._made = {"world_size": newest.manifest.world_size, **newest.manifest.origin}
-        self._lay_out(self._made)
-        if newest is None:
+            self._lay_out(self._made)
             if self._layout is not None and self._layout.accumulation != self._accumulation:
                 self._say(f"it began with {self._made['world_size']} ranks: {self._adapted()}")
             return None, self._made
-        compared = compare(
-            self._made,
-            self.origin,
-            versions_made=newest.manifest.versions,
-            versions_now=versions(),
-            allow=self._allow,
-            adapted=self._adapted(),
-        )
+        compared = self.compared(newest.manifest)
         check(newest.path.name, compared)
         self.differences = compared.noted
         for difference in compared.noted.values():
             self._say(f"WARNING: resuming although {difference}")
         return newest.step, self._made
+
+    def compared(self, manifest: Manifest) -> Comparison:
+        """How this run differs from the one that `manifest` says made a checkpoint."""
+        self._made = {"world_size": manifest.world_size, **manifest.origin}
+        self._lay_out(self._made)
+        return compare(
+            self._made,
+            self.origin,
+            versions_made=manifest.versions,
+            versions_now=versions(),
+            allow=self._allow,
+            adapted=self._adapted(),
+        )
 
     def _lay_out(self, made: dict[str, Any]) -> None:
         if not self._accumulation:

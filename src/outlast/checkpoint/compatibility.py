@@ -11,6 +11,7 @@ A checkpoint records its origin: the facts about the run that its contents depen
 | `trainable` | refused | the optimizer's state belongs to other parameters |
 | `micro_batch` | adapted | the position is the same; sums are rounded in another order |
 | `source` | allowed | the job has asked for `checkpoint.allow=[dataset]` already |
+| `settings` | allowed | such as a Trainer's learning rate or optimizer; each is named |
 | `config` | allowed | something else that decides the weights was changed, such as the learning rate |
 | a library's version | allowed | the weights may differ from those of a run that was not upgraded |
 
@@ -96,6 +97,10 @@ def compare(
     for name, meaning in NOTED.items():
         if name in made and name in now and made[name] != now[name]:
             noted[name] = f"{name} is {now[name]}, it was {made[name]}: {meaning}"
+    before, after = made.get("settings", {}), now.get("settings", {})
+    for name in before.keys() & after.keys():
+        if before[name] != after[name]:
+            noted[name] = f"{name} is {after[name]}, it was {before[name]}: what the optimizer's state holds stays"
     for name in LIBRARIES:
         if name in versions_made and name in versions_now and versions_made[name] != versions_now[name]:
             noted[name] = f"{name} is {versions_now[name]}, it was {versions_made[name]}: weights may differ a little"

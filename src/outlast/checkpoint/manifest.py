@@ -1,14 +1,16 @@
 """The manifest is written last into a checkpoint and removed first, so its presence means "whole".
 
-It lists every file with its size and xxh3-128 digest, and ends with a digest of itself. That finds torn, missing and
-corrupted files; it does not protect against forgery. Only a wrong size, a wrong digest or a missing file is damage:
-other errors may pass, so reading is tried again.
+It lists every file with its size and xxh3-128 digest, and ends with a digest of itself. That finds torn, missing,
+corrupted and foreign files; it does not protect against forgery, so what is read must not be able to do harm. Only a
+wrong size, a wrong digest, a missing file or one that does not belong there is damage: other errors may pass, so
+reading is tried again.
 """
 
 import errno
 import functools
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -167,8 +169,13 @@ def read_manifest(directory: Path, *, patient: bool = True) -> Manifest:
         UnreadableError: it can't be read, now or later.
         CheckpointError: there is none, or it is damaged; the message is the reason, in words.
     """
+
+    def read() -> bytes:
+        if not stat.S_ISREG(os.lstat(directory / MANIFEST).st_mode):  # reading a pipe would not end
+            raise CheckpointError("its manifest is a link or another special file")
+        return (directory / MANIFEST).read_bytes()
+
     try:
-        read = (directory / MANIFEST).read_bytes
         values = json.loads(_tried(read) if patient else read())
     except FileNotFoundError:
         raise CheckpointError("it has no manifest: it was never sealed") from None
@@ -197,7 +204,7 @@ def read_manifest(directory: Path, *, patient: bool = True) -> Manifest:
 
 
 def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
-    """Compare every file with the manifest: presence, size, digest.
+    """Compare every file with the manifest: presence, size, digest; nothing else may be there, links least of all.
 
     Args:
         from_disk: see :func:`read_entry`.
@@ -206,8 +213,44 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
         CheckpointError: the first difference, in words; or as :func:`read_manifest`.
     """
     manifest = read_manifest(directory)
+    _check_tree(directory, manifest)
     check_files(directory, manifest.files, from_disk=from_disk)
     return manifest
+
+
+def _check_tree(directory: Path, manifest: Manifest) -> None:
+    """Refuse links, files that the manifest does not list, and names in it that are none of a file in there."""
+    try:
+        found = _tried(lambda: _files(directory))
+    except OSError as error:
+        raise _unreadable(error.filename or directory.name, error) from None
+    for name in sorted(found.keys() | manifest.files.keys()):
+        if not found.get(name, True):
+            raise CheckpointError(f"{name} is a link or another special file; only regular files are read")
+        if name in found and name not in manifest.files and not _may_lie_there(name, light=manifest.light):
+            raise CheckpointError(f"{name} is not in its manifest: it was put there later")
+        if name not in found and os.path.lexists(directory / name):
+            raise CheckpointError(f"its manifest lists {name}, which is no regular file in it")
+
+
+def _files(directory: Path) -> dict[str, bool]:
+    """List all that is below `directory` and is no directory, by relative path: whether it is a regular file."""
+    found, pending = dict[str, bool](), [""]
+    while pending:
+        above = pending.pop()
+        with os.scandir(directory / above) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{above}{entry.name}/")
+                else:
+                    found[above + entry.name] = entry.is_file(follow_symlinks=False)
+    return found
+
+
+def _may_lie_there(name: str, *, light: bool) -> bool:
+    """Whether a file may be in a checkpoint without being listed: nothing reads it, and it may go at any moment."""
+    temporary = fnmatch(name, f".{MANIFEST}.*.tmp") or fnmatch(name.rpartition("/")[2], ".nfs[0-9a-f]*")
+    return name == MANIFEST or temporary or (light and resume_only(name))  # which was being lightened
 
 
 def check_files(directory: Path, files: dict[str, FileEntry], *, from_disk: bool = False) -> None:

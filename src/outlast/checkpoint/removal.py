@@ -1,16 +1,16 @@
 """Deletes and lightens checkpoints so that a kill at any instant leaves each one whole, light, or gone.
 
-No symbolic link is followed: a checkpoint is a real directory inside the run directory, and is renamed into the trash
-before its files are deleted. A deletion that fails is recorded in the ledger, and tried again at the next save.
+A checkpoint is renamed into the trash before its files are deleted. A deletion that fails is recorded in the ledger,
+and tried again at the next save.
 """
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from outlast.deletion import delete
 from outlast.errors import CheckpointError
 from outlast.files import flush_directory
 from outlast.rundir.directory import RunDirectory
@@ -31,7 +31,7 @@ class Remover:
     """
 
     def __init__(self, run: RunDirectory, record: Record, say: Callable[[str], None]) -> None:
-        self._checkpoints, self._trash = run.checkpoints, run.trash
+        self._run, self._checkpoints, self._trash = run.path, run.checkpoints, run.trash
         self._record, self._say = record, say
         self._reported: set[str] = set()
 
@@ -95,20 +95,19 @@ class Remover:
         if self._trash.is_dir():
             for path in sorted(self._trash.iterdir()):
                 gone &= self.remove_tree(path)
-            with contextlib.suppress(OSError):
-                self._trash.rmdir()
+            if gone:
+                with contextlib.suppress(OSError):
+                    delete(self._trash, inside=self._run)
         return gone
 
     def remove_tree(self, path: Path) -> bool:
-        """Remove a directory of this run; a failure is recorded in the ledger once.
+        """Remove something of this run; a failure is recorded in the ledger once.
 
         Returns:
             Whether it is gone, or was not there.
         """
         try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            pass
+            delete(path, inside=self._run)
         except OSError as error:
             return self._report(path.name, error)
         return True
@@ -125,9 +124,9 @@ class Remover:
         for path in sorted(checkpoint.path.rglob("*"), reverse=True):
             name = path.relative_to(checkpoint.path).as_posix()
             if resume_only(name) and name not in checkpoint.manifest.files and not path.is_dir():
-                path.unlink()
+                delete(path, inside=self._run)
                 if path.parent != checkpoint.path and not any(path.parent.iterdir()):
-                    path.parent.rmdir()
+                    delete(path.parent, inside=self._run)
 
     def _report(self, name: str, error: OSError) -> bool:
         reason = f"{error.filename or ''}: {error.strerror}".lstrip(": ")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from outlast.deletion import delete
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import margin
@@ -124,7 +125,4 @@ class Space:
         Returns:
             Whether there were any.
         """
-        with contextlib.suppress(FileNotFoundError):
-            self._run.reserve.unlink()
-            return True
-        return False
+        return delete(self._run.reserve, inside=self._run.path)

@@ -8,12 +8,12 @@ next attempt sweeps, or a whole checkpoint. (`files.staged_directory` is for one
 import contextlib
 import errno
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from outlast.deletion import delete
 from outlast.errors import CheckpointError
 from outlast.files import flush_directory, flush_tree, remove_temporaries
 from outlast.ranks.collectives import Collectives
@@ -287,8 +287,8 @@ class CheckpointStore:
         manifest.time = time.time()
         write_manifest(staged, manifest)
         flush_directory(staged.parent)
-        if target == self._run.final and target.exists():
-            shutil.rmtree(target)  # an attempt was killed between publishing it and saying "finished"
+        if target == self._run.final:
+            delete(target, inside=self._run.path)  # an attempt was killed between publishing it and saying "finished"
         elif os.path.lexists(target):
             self.quarantine(target, "it stood, unsealed, where a new checkpoint was published")
         os.rename(staged, target)

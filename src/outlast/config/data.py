@@ -30,8 +30,6 @@ class JsonlData(Section):
 
     def __post_init__(self) -> None:
         require(bool(self.train), "data.train", self.train, "valid: a JSON Lines file; data=jsonl needs it")
-        for key, value in (("data.train", self.train), ("data.eval", self.eval)):
-            require(value is None or Path(value).is_file(), key, value, "valid: a file that exists")
         self.train = str(Path(self.train or "").absolute())
         self.eval = str(Path(self.eval).absolute()) if self.eval else None
 

@@ -59,18 +59,18 @@ def saving_shards(trainer: "Trainer", directory: Path) -> Iterator[None]:
 
 @contextmanager
 def loading_shards() -> Iterator[None]:
-    """Have a Trainer load tensors, plain values and `classes()` from shards, and execute nothing in them."""
+    """Have DeepSpeed load tensors, plain values and `classes()` from shards, wherever `latest` says that these are."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     load = TorchCheckpointEngine.load
 
     def load_safely(self: Any, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(classes()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
 
     TorchCheckpointEngine.load = load_safely
     try:
-        yield
+        with torch.serialization.safe_globals(classes()):
+            yield
     finally:
         TorchCheckpointEngine.load = load
 

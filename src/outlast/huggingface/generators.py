@@ -23,6 +23,13 @@ def seed_process(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def seed_for_what_follows(seed: int, step: int, rank: int) -> None:
+    """Seed this process, GPUs included, for what a script does after training: alike whenever it comes to it."""
+    own = derived(seed, step, rank)
+    seed_process(own)
+    torch.manual_seed(own)
+
+
 def reseed(generator: Any, seed: int) -> None:
     """Begin `generator` anew with a seed of 32 bits."""
     if isinstance(generator, torch.Generator):

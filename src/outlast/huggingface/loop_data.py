@@ -52,6 +52,7 @@ class Batches:
         self._number, self.epoch = number, saved["epoch"] if saved else 0
         self.done = self._batches_done(saved) if saved else 0
         self._numbered = self._number_batches()
+        self._count: int | None = None
 
     def state(self) -> dict[str, Any]:
         """Where it stands, as plain values."""
@@ -62,10 +63,12 @@ class Batches:
             "rows": self._rows,
             "seeds": self._seeds,
             "first": self._first,
+            "count": self._count,
         }
 
     def epochs(self, count: int | None) -> Iterator[tuple[int, "Epoch"]]:
         """See :meth:`outlast.Run.epochs`."""
+        self._count = count
         while count is None or self.epoch < count:
             yield self.epoch, Epoch(self)
             self.epoch, self.done = self.epoch + 1, 0

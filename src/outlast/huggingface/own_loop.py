@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import dataloader
 
+from outlast.attempt.not_finite import NotFinite
 from outlast.checkpoint.manifest import Sealed
 from outlast.ranks.layout import derived_seed
 
@@ -38,6 +39,7 @@ class OwnLoop:
         self._run, self._loaders = run, list[Batches]()
         self._checkpoint, self._saved = checkpoint, list[dict[str, Any]]()
         self._watch: _Watch | None = _Watch()
+        self._finite = NotFinite(run)
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state, as of now."""
@@ -70,6 +72,10 @@ class OwnLoop:
             self._run.say(f"WARNING: {', '.join(large)}: {TOO_LARGE}. After a resume its random numbers may differ")
         return batches.epochs(count)
 
+    def counted(self, number: int) -> int | None:
+        """The epochs that the loop's loader of this number had in all, in what was loaded; None: not known."""
+        return self._saved[number].get("count") if number < len(self._saved) else None
+
     def step_done(self) -> None:
         """Say once if a step's batches come from a DataLoader that the run does not know."""
         if self._watch is not None and self._watch.step_done():
@@ -82,6 +88,10 @@ class OwnLoop:
                     "other data; `for epoch, batches in run.epochs(loader, 3)` or `next(run.batches(loader))` go on "
                     "from the batch at which the run was interrupted"
                 )
+
+    def look_at_loss(self, step: int, loss: float | None) -> None:
+        """Say once if the loss is no finite number."""
+        self._finite.look(step, {"the loss": None if loss is None else float(loss)})
 
     def close(self) -> None:
         """The run is done."""

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from outlast.errors import ConfigError
 
+from .logged_loss import KEPT as LOSS
 from .objects import Objects, State
 from .own_state import OwnState
 from .reachable import Classes, is_users
@@ -252,7 +253,7 @@ class Pipeline(TrainerCallback):  # type: ignore[misc]
         if self._trainer.args.gradient_accumulation_steps > 1 and not self._open:
             live = self._source.live if self._source is not None else None
             self._after_step = live if live is not None else self._objects.capture()
-            self._kept_after_step = self._run.kept.snapshot(without=(KEPT,))
+            self._kept_after_step = self._run.kept.snapshot(without=(KEPT, LOSS))
 
     def _set_mark(self) -> None:
         fetched = self._source.fetched if self._source is not None else 0

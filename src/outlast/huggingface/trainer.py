@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from outlast.checkpoint.compatibility import dataset_digest, trainable_digest
 from outlast.checkpoint.manifest import Sealed, read_manifest
 from outlast.errors import CheckpointError
 from outlast.processes import shield_worker
@@ -29,15 +28,21 @@ from . import random_state
 from .accumulation import Accumulation
 from .decisions import Decisions
 from .deepspeed import load_weights, loading_shards, saving_shards
+from .described import describe, warn_of_others
 from .evaluation import Evaluation
+from .finite_loss import FiniteLoss
 from .frozen_weights import frozen_weights, shortened
+from .given_back import given_back
 from .inexact import refuse_adapters, refuse_inexact
+from .logged_loss import KEPT as LOSS
+from .logged_loss import LoggedLoss
 from .names import own_names
 from .on_save import call_on_save, leave_out_on_save
 from .own_state import OwnState
 from .pipeline import KEPT, Pipeline
 from .plain_modules import save_shared_weights
 from .resharding import adapt, seed_rank
+from .schedule_free import put_into_use
 from .universal_checkpoint import Conversion, needs_conversion
 from .verification import Verification
 
@@ -69,15 +74,18 @@ def train(run: "RankAttempt", trainer: "Trainer") -> Any:
     Returns:
         The Trainer's `TrainOutput`. When the job is preempted this does not return.
     """
-    adapter = TrainerAdapter(run, trainer)
-    checkpoint = adapter.resume_from()
-    loading = loading_shards() if trainer.is_deepspeed_enabled else nullcontext()
-    with loading, adapter.pipeline.skipping():
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    state = trainer.state
-    if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
-        run.say(f"WARNING: the best, step {state.best_global_step}, could not be saved: final/ will be the last model")
-    run.finish(state.global_step, adapter.save_model, weights_step=adapter.loaded_best)
+    with given_back(trainer):
+        adapter = TrainerAdapter(run, trainer)
+        checkpoint = adapter.resume_from()
+        loading = loading_shards() if trainer.is_deepspeed_enabled else nullcontext()
+        with loading, adapter.pipeline.skipping():
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+        if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
+            best = f"the best, step {state.best_global_step}"
+            run.say(f"WARNING: {best}, could not be saved: final/ will be the last model")
+        run.record("trained", metrics=output.metrics)
+        run.finish(state.global_step, adapter.save_model, weights_step=adapter.loaded_best)
     return output
 
 
@@ -91,7 +99,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.save_at_epoch_end = False
         self.loaded_best: int | None = None
         self._looked_for_frozen = False
-        self._own = OwnState(trainer)
+        self._own, self._loss = OwnState(trainer), LoggedLoss(trainer)
         self._accumulation = Accumulation(run, trainer, self._own, self._save_step_before)
         self._evaluation = Evaluation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
         self._decisions = Decisions(run, trainer, self._evaluation, self.determine_best)
@@ -99,7 +107,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         args = trainer.args
         refuse_inexact(args)
         refuse_adapters(trainer.model)
-        args.output_dir = str(run.directory.checkpoints)
+        self._output, args.output_dir = Path(args.output_dir), str(run.directory.checkpoints)
         run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
         self._verification = Verification(run, trainer)
         self._save_checkpoint = trainer._save_checkpoint
@@ -115,23 +123,26 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             args.save_strategy = SaveStrategy.NO
         for name in ("get_train_dataloader", "get_eval_dataloader"):
             setattr(trainer, name, _shield_loader(getattr(trainer, name)))
-        for callback in (self, self._accumulation, self._evaluation, self._decisions):
+        for callback in (
+            self,
+            FiniteLoss(run, trainer),
+            self._loss,
+            self._accumulation,
+            self._evaluation,
+            self._decisions,
+        ):
             trainer.add_callback(callback)
 
     def resume_from(self) -> Path | None:
         args, trainer = self.trainer.args, self.trainer
-        self.run.describe(
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            micro_batch=args.train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            dataset=dataset_digest(trainer.train_dataset),
-            trainable=trainable_digest(trainer.model),
-        )
+        describe(self.run, trainer)
         self.checkpoint = self.run.resume_point()
         adapt(trainer, self.run.layout)
         self.pipeline = Pipeline(self.run, trainer, self._own)
         self.run.keep(KEPT, self.pipeline)
+        self.run.keep(LOSS, self._loss)
         if self.checkpoint is None:
+            warn_of_others(self.run, self._output)
             return None
         same_ranks = self.checkpoint.manifest.world_size == args.world_size
         self.pipeline.resume_at(self.run.kept.saved(KEPT), same_ranks=same_ranks)
@@ -247,6 +258,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
     def _save_step_before(self) -> None:
         """Save the last step's end, in the middle of the next."""
         self.pipeline.go_back()
+        self._loss.go_back()
         self.save(self.trainer.model_wrapped, None)
 
     def _point_at_best(self, state: "TrainerState") -> None:
@@ -302,6 +314,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
                 raise CheckpointError(f"the {what} is missing: the Trainer has written none of {', '.join(names)}")
 
     def save_model(self, directory: Path) -> None:
+        put_into_use(self.trainer, self.run.store.path(self.loaded_best) if self.loaded_best else None)
         with self._quiet(directory):
             self.trainer.save_model(str(directory))
 
@@ -330,9 +343,10 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
 def _shield_loader(get: Callable[..., Any]) -> Callable[..., Any]:
     def shielded(*args: Any, **kwargs: Any) -> Any:
         loader = get(*args, **kwargs)
-        # accelerate's loader is a DataLoader, but iterates over another one that it holds
-        for inner in (loader, getattr(loader, "base_dataloader", None)):
-            if inner is not None and inner.num_workers and not isinstance(inner.worker_init_fn, _Shielded):
+        # accelerate's loader is a DataLoader, but iterates over another one that it holds; a user's may be none at all
+        inners: tuple[Any, ...] = (loader, getattr(loader, "base_dataloader", None))
+        for inner in inners:
+            if getattr(inner, "num_workers", 0) and not isinstance(inner.worker_init_fn, _Shielded):
                 inner.worker_init_fn = _Shielded(inner.worker_init_fn)
         return loader
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from outlast.errors import CheckpointError, ResumeRefusedError
 from outlast.files import bytes_used
 from outlast.storage.budget import gb
 
-from .deepspeed import classes
+from .deepspeed import loading_shards
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -64,8 +64,8 @@ class Conversion:
         worker = threading.Thread(target=self._try, daemon=True)
         if run.rank == 0:
             worker.start()
-        state: tuple[str, str] | None = ("", "")
-        while state == ("", ""):
+        state: Sequence[str] | None = ("", "")
+        while state is not None and not any(state):
             if run.rank == 0:
                 worker.join(POLL_S)
                 state = ("", "") if worker.is_alive() else self._outcome()
@@ -106,7 +106,9 @@ class Conversion:
             self._problem = error
 
     def _convert(self) -> None:
-        run, source = self._run, next(self._checkpoint.path.glob("global_step*"))
+        run = self._run
+        shards = sorted({name.partition("/")[0] for name in self._checkpoint.manifest.files if "/" in name})
+        source = next(self._checkpoint.path / name for name in shards if name.startswith("global_step"))
         need = self._need()
         run.say(
             f"{self._checkpoint.path.name} was made by {self._checkpoint.manifest.world_size} ranks: converting it for "
@@ -116,9 +118,6 @@ class Conversion:
         if not run.store.room.make_space(kind=Kind.PERIODIC, need=need):
             raise self._no_space(need)
         self.path.mkdir(parents=True)
-        for file in self._checkpoint.path.iterdir():
-            if file != source:
-                os.symlink(file, self.path / file.name)
         from deepspeed.checkpoint import ds_to_universal
 
         arguments = Namespace(
@@ -131,8 +130,17 @@ class Conversion:
             inject_missing_state=True,
         )
         writer = Writer(self.path, run.store.space.free() - self._weights)
-        with writer.capture(), _quiet(ds_to_universal), _loading_tensors():
+        with writer.capture(), _quiet(ds_to_universal), loading_shards():
             ds_to_universal.main(arguments)
+        self._link(source.name)
+
+    def _link(self, converted: str) -> None:
+        """Link the other files that the manifest lists: nothing is written any more, so nothing through a link."""
+        for name in self._checkpoint.manifest.files:
+            link, file = self.path / name, self._checkpoint.path / name
+            if name.partition("/")[0] != converted and not os.path.lexists(link):
+                link.parent.mkdir(parents=True, exist_ok=True)
+                os.symlink(file, link)
 
     def _need(self) -> int:
         """The most that a conversion writes: slices of all shards, what they are merged into, the weights."""
@@ -192,7 +200,7 @@ def _repaired_stage_3() -> Iterator[None]:
         for state in self.optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
-        with torch.serialization.safe_globals(classes()):
+        with loading_shards():
             saved = torch.load(os.path.join(checkpoint_dir, "zero", "optimizer_state.pt"), weights_only=True)
         groups = saved["optimizer_state_dict"]["param_groups"]
         for group, made in zip(self.optimizer.param_groups, groups, strict=True):
@@ -215,19 +223,3 @@ def _quiet(converter: Any) -> Iterator[None]:
     finally:
         del converter.print
         converter.tqdm = bars
-
-
-@contextmanager
-def _loading_tensors() -> Iterator[None]:
-    """Have `torch.load` execute no code from the checkpoint, whatever the converter asks for."""
-    load = torch.load
-
-    def load_tensors(*args: Any, **options: Any) -> Any:
-        return load(*args, **{**options, "weights_only": True})
-
-    torch.load = load_tensors
-    try:
-        with torch.serialization.safe_globals(classes()):
-            yield
-    finally:
-        torch.load = load

@@ -17,6 +17,7 @@ from outlast.config.preemption import PreemptionSection
 from outlast.errors import Exit, OutlastError, SlurmError
 from outlast.ranks.identity import Identity
 from outlast.ranks.lost import Lost, LostRankError
+from outlast.ranks.started import ELASTIC_ENV
 from outlast.rundir.ledger import Cause, Event, Record
 from outlast.slurm.actions import bring_forward, requeue_job
 from outlast.slurm.environment import in_own_batch_script
@@ -26,8 +27,6 @@ from .outcome import Outcome
 from .repeats import exit_code_of, will_repeat
 from .signals import PreemptionGuard
 
-ELASTIC_ENV = "TORCHELASTIC_RUN_ID"
-"""Set by torch's agent for its ranks, under `accelerate launch` and `torchrun`."""
 ECHO_S = 2.0
 """A rank whose peer has died sees its connection break at once, and a moment later `srun`'s TERM. It waits for that, so
 that the ledger gets the cause and not the effect."""

@@ -64,7 +64,7 @@ class PreemptionGuard:
         for number in self._signals:
             signal.signal(number, self._handle)
         _active = self
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
 
     def uninstall(self) -> None:
         """Give the default actions back: for a process that goes on after its run has finished."""

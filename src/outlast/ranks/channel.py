@@ -19,6 +19,7 @@ from typing import Any
 from outlast.slurm.environment import current_node
 
 from .collectives import Collectives
+from .meeting import job_address
 
 Message = dict[str, Any]
 
@@ -62,16 +63,20 @@ class ControlChannel:
         """
         if self.world_size == 1 or self.connected:
             return
-        server = _listen(self.world_size + 16) if self.rank == 0 else None
-        secret = (server.getsockname()[1], secrets.token_hex(16)) if server is not None else (0, "")
-        port, token = collectives.from_rank_0(secret)
+        server, secret = None, ("", 0, "")
+        if self.rank == 0:
+            listen, tell = job_address()
+            family = socket.AF_INET6 if ":" in listen else socket.AF_INET
+            server = socket.create_server((listen, 0), family=family, backlog=self.world_size + 16)
+            secret = (tell, server.getsockname()[1], secrets.token_hex(16))
+        address, port, token = collectives.from_rank_0(secret)
         problem = None
         try:
             if server is not None:
                 with server:
                     self._accept(server, token)
             else:
-                self._sockets[0] = self._call(port, token)
+                self._sockets[0] = self._call(address, port, token)
         except OSError as error:
             problem = f"rank {self.rank} on {current_node()}: no connection between it and rank 0: {error}"
         found = collectives.from_all((current_node(), problem))
@@ -114,8 +119,8 @@ class ControlChannel:
                     continue
             connection.close()
 
-    def _call(self, port: int, token: str) -> socket.socket:
-        connection = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), CONNECT_S)
+    def _call(self, address: str, port: int, token: str) -> socket.socket:
+        connection = socket.create_connection((address, port), CONNECT_S)
         connection.sendall(json.dumps({"rank": self.rank, "token": token}).encode())
         return _ready(connection)
 
@@ -148,16 +153,6 @@ class ControlChannel:
             if now - last >= TICK_S:
                 tick(min(now - last, 2 * TICK_S))
                 last = now
-
-
-def _listen(backlog: int) -> socket.socket:
-    """Listen on a port of rank 0; only on loopback where the ranks' address says that all are on this machine.
-
-    Not on what a host's name resolves to: on its own machine that may be a loopback address, elsewhere another.
-    """
-    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    here = address if address in ("127.0.0.1", "localhost") else ""
-    return socket.create_server((here, 0), backlog=backlog)
 
 
 def _ready(connection: socket.socket) -> socket.socket:

@@ -1,11 +1,17 @@
-"""Ranks and their collectives: small collectives on a gloo group of their own, beside the one that trains."""
+"""Ranks and their collectives: small collectives on a gloo group of their own, beside the one that trains.
 
+Values travel as JSON in tensors, and nothing that comes from the network is unpickled. So a tuple arrives as a list, on
+every rank alike.
+"""
+
+import json
 import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
@@ -57,14 +63,18 @@ class Collectives:
         self.maximum(0)
 
     def from_rank_0(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank. It must be of plain Python types."""
+        """Rank 0's `value`, on every rank: what JSON makes of it."""
         if self.world_size == 1:
             return value
+        import torch
         import torch.distributed as dist
 
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._side_group())
-        return box[0]
+        group, own = self._side_group(), _encoded(value if self.rank == 0 else None)
+        size = torch.tensor([len(own)])
+        dist.broadcast(size, src=0, group=group)
+        text = own if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(text, src=0, group=group)
+        return _decoded(text)
 
     def on_rank_0(self, act: Callable[[], T], *problems: type[Exception]) -> T:
         """What `act` returns on rank 0, on every rank, in plain Python types; one of `problems` is raised on all.
@@ -87,14 +97,20 @@ class Collectives:
         return cast(T, found)
 
     def from_all(self, value: Any) -> list[Any]:
-        """Every rank's `value`, by rank, on every rank. Of plain Python types."""
+        """Every rank's `value`, by rank, on every rank: what JSON makes of them."""
         if self.world_size == 1:
             return [value]
+        import torch
         import torch.distributed as dist
 
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._side_group())
-        return values
+        group, own = self._side_group(), _encoded(value)
+        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(own)]), group=group)
+        longest = max(int(size) for size in sizes)
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+        padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+        dist.all_gather(texts, padded, group=group)
+        return [_decoded(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
 
     def close(self) -> None:
         """Leave the process groups, so that no communicator outlives an orderly exit.
@@ -126,3 +142,13 @@ class Collectives:
                 )
             self._group = dist.new_group(backend="gloo")
         return self._group
+
+
+def _encoded(value: Any) -> "torch.Tensor":
+    import torch
+
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decoded(text: "torch.Tensor") -> Any:
+    return json.loads(text.numpy().tobytes())

@@ -89,7 +89,7 @@ class RunDirectory:
             ConfigError: a part in which things are deleted is a symbolic link, or this user may not write there.
             OSError: it can't be made.
         """
-        for path in (self.checkpoints, self.staging, self.trash, self.quarantine):
+        for path in (self.checkpoints, self.staging, self.trash, self.quarantine, self.prepared):
             if path.is_symlink():
                 valid = "valid: a real directory, since nothing outside the run directory is ever deleted. "
                 raise ConfigError("run", str(path), valid + "Make the run directory itself the link, or set run.root.")

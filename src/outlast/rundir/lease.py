@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from outlast import clock
+from outlast.deletion import delete
 from outlast.errors import RunBusyError
 from outlast.files import read_json
 from outlast.processes import exit_at_once
@@ -80,7 +81,7 @@ class Lease:
         """Give it back."""
         self._over.set()
         if self._holder() == self.token:
-            self._path.unlink(missing_ok=True)
+            delete(self._path, inside=self._path.parent)
 
     def _watch(self) -> None:
         """Put the file aside if nobody has touched it for long."""
@@ -96,7 +97,7 @@ class Lease:
             aside = self._path.with_name(f"{self._path.name}.{self.token}")
             with suppress(OSError):  # another one was first
                 os.rename(self._path, aside)
-                aside.unlink()
+                delete(aside, inside=aside.parent)
             self._seen = None
 
     def _beat(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 from outlast import clock
 from outlast.errors import RunBusyError
+from outlast.files import to_json
 
 from .lease import wait_for_lease
 
@@ -61,6 +62,8 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "straggler": ("rank", "host", "seconds", "how"),
     "attempt_ended": ("cause", "step"),
     "gave_up": ("reason",),
+    "not_finite": ("step", "values"),
+    "trained": ("metrics",),
     "finished": ("step", "seconds"),
 }
 """Events and the fields that each line of them has; lines may carry further fields."""
@@ -133,7 +136,7 @@ class Ledger:
         missing = [name for name in EVENTS[event] if name not in values] if event in EVENTS else None
         if missing is None or missing:
             raise ValueError(f"ledger event {event!r}: " + (f"missing {missing}" if missing else "unknown"))
-        line = json.dumps({"time": at or clock.now(), "attempt": attempt, "event": event, **values}) + "\n"
+        line = to_json({"time": at or clock.now(), "attempt": attempt, "event": event, **values}) + "\n"
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(fd).st_size
@@ -246,4 +249,4 @@ class Recorder:
                     self._ledger.append(name, self._attempt.attempt, at=at, **fields)
                     self.waiting.pop(0)
             except OSError as error:
-                self._say(f"WARNING: the ledger can't be written: {error}; this waits: {json.dumps({event: values})}")
+                self._say(f"WARNING: the ledger can't be written: {error}; this waits: {to_json({event: values})}")

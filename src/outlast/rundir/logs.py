@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from outlast.deletion import delete
+
 from .directory import RunDirectory
 
 ATTEMPT = re.compile(r"attempt-(\d+)\.")
@@ -32,7 +34,7 @@ def bound(run: RunDirectory, limit: int, attempt: int) -> int:
         number = ATTEMPT.match(path.name)
         if total > limit // 2 and number is not None and int(number[1]) < attempt:
             with suppress(OSError):
-                path.unlink()
+                delete(path, inside=run.path)
                 total -= sizes.pop(path)
     for path in sorted(sizes, key=lambda path: -sizes[path]):
         if total > limit // 2:

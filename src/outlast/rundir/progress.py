@@ -5,14 +5,13 @@ disk, and at most twice a second.
 """
 
 import contextlib
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from outlast import clock
-from outlast.files import read_json, write_atomically
+from outlast.files import read_json, to_json, write_atomically
 
 from .directory import RunDirectory
 
@@ -71,7 +70,7 @@ class ProgressWriter:
         if force or moment - self._written >= INTERVAL_S:
             self._written, self.now.time = moment, time.time()  # which readers compare with theirs
             with contextlib.suppress(OSError):  # a full disk must not end the training that it reports on
-                write_atomically(self._path, json.dumps(asdict(self.now)), durable=False)
+                write_atomically(self._path, to_json(asdict(self.now)), durable=False)
 
 
 def read(run: RunDirectory) -> Progress | None:

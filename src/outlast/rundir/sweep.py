@@ -9,7 +9,7 @@
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class SweepManifest:
     submissions: list[Submission] = field(default_factory=list)
 
     def write(self, sweep: Path) -> None:
-        write_atomically(sweep / SWEEP_MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+        write_atomically(sweep / SWEEP_MANIFEST, json.dumps(asdict(self), indent=1) + "\n", private=True)
 
 
 def read_sweep_manifest(sweep: Path) -> SweepManifest:
@@ -58,7 +58,11 @@ def read_sweep_manifest(sweep: Path) -> SweepManifest:
     try:
         values: dict[str, Any] = json.loads((sweep / SWEEP_MANIFEST).read_text())
         cells = [Cell(**cell) for cell in values.pop("cells")]
-        submissions = [Submission(**submission) for submission in values.pop("submissions")]
+        known = {field.name for field in fields(Submission)}  # a newer version's may have more
+        submissions = [
+            Submission(**{name: value for name, value in submission.items() if name in known})
+            for submission in values.pop("submissions")
+        ]
         return SweepManifest(**values, cells=cells, submissions=submissions)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutlastError(f"{sweep / SWEEP_MANIFEST} can't be read: {error}") from None

@@ -71,6 +71,9 @@ class Step:
     address: str
     """An address of the first task's node that resolves."""
     port: int
+    """One for the job's own use; outlast listens on none that can be computed."""
+    key: str = ""
+    """What no other step of this cluster is called, of this attempt or another."""
 
 
 def current_step() -> Step | None:
@@ -92,6 +95,7 @@ def current_step() -> Step | None:
         local_tasks=int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]),
         address="127.0.0.1" if tasks == 1 else address_of(hostnames(env["SLURM_JOB_NODELIST"])[0]),
         port=10_000 + (job * 1009 + restart) % 10_000,  # jobs with ids close together may share a node
+        key=f"{job}.{restart}.{env['SLURM_STEP_ID']}",
     )
 
 
@@ -114,6 +118,14 @@ def export_ranks() -> None:
         "MASTER_ADDR": here.address,
         "MASTER_PORT": str(here.port),
     }
+
+
+def other_nodes() -> list[str]:
+    """The names of the job's other nodes, if this process is in an `srun` step of several."""
+    env = os.environ
+    if "SLURM_STEP_ID" not in env or env.get("SLURM_JOB_NUM_NODES", "1") == "1":
+        return []
+    return [node for node in hostnames(env["SLURM_JOB_NODELIST"]) if node != current_node()]
 
 
 def hostnames(nodelist: str) -> list[str]:
