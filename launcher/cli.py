@@ -16,6 +16,9 @@ def main() -> None:
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        print(f"outlast: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(Exit.REFUSED)
     except BrokenPipeError:
         sys.exit(Exit.FAILED)
     except OSError as error:

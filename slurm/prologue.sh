@@ -9,6 +9,10 @@ if [ -n "${OUTLAST_SITE_PROLOGUE:-}" ]; then
     . "$OUTLAST_SITE_PROLOGUE"
 fi
 
+# With `sbatch --export=NONE`, NIL or a list of names, `srun` would keep from the ranks what this script has set up, the
+# PATH included. `--export` is about the submitter's environment; what a rank gets is this script's.
+export SLURM_EXPORT_ENV=ALL PATH HOME="${HOME:-$(echo ~)}"
+
 # Hold signals back in a rank until its guard is in place: they stay pending instead of killing an interpreter that is
 # still starting. `env --block-signal` is in GNU coreutils 8.31 and later; without it that first half second is open.
 OUTLAST_HOLD=(env)

@@ -44,7 +44,9 @@ def check(config: Config) -> None:
         case JsonlData() as data:
             _same_form([head.rows[0][1] for head in heads(data)])
         case HubData() as data if _is_local(data.path) and not Path(data.path or "").expanduser().is_dir():
-            raise ConfigError("data.path", data.path, "valid: a directory that exists, or a dataset's name on the hub")
+            raise ConfigError(
+                "data.path", data.path, "valid: a directory that exists, or a dataset's name on the hub"
+            ) from FileNotFoundError(data.path)
 
 
 def notes(config: Config) -> list[str]:

@@ -161,9 +161,13 @@ def _check_path(path: str) -> None:
         return
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        raise ConfigError("model.path", path, "valid: a directory that exists, or a name on the hub")
+        raise ConfigError(
+            "model.path", path, "valid: a directory that exists, or a name on the hub"
+        ) from FileNotFoundError(path)
     if not (directory / "config.json").is_file():
-        raise ConfigError("model.path", path, "it holds no config.json; valid: a directory that save_pretrained wrote")
+        raise ConfigError(
+            "model.path", path, "it holds no config.json; valid: a directory that save_pretrained wrote"
+        ) from FileNotFoundError(path)
 
 
 def _reason(error: Exception) -> str:

@@ -23,9 +23,9 @@ from outlast.files import read_json
 from outlast.rundir.directory import RunDirectory
 
 from ..runs import queue
-from ..runs.find import runs_named, runs_under
+from ..runs.find import is_writable, owner_of, runs_named, runs_under
 from ..runs.queue import ACTIVE, WAITING, JobKey
-from ..runs.standing import RunStatus, collect, owner_of
+from ..runs.standing import RunStatus, collect
 from ..runs.state import State, is_locked
 from ..runs.submissions import mark_cancelled, unmark_cancelled
 
@@ -93,7 +93,9 @@ def cancel(rows: Sequence[RunStatus]) -> list[Done]:
     local: list[RunStatus] = []
     done: list[Done] = []
     for row in rows:
-        if _in_queue(row):
+        if (_in_queue(row) or row.state not in OVER) and not is_writable(row.directory.path):
+            done.append(Done(row.name, f"is {row.owner}'s, and not cancelled: you may not write there", ok=False))
+        elif _in_queue(row):
             queued[row.slurm_conf].append(row)
         elif row.state in OVER:
             done.append(Done(row.name, OVER[row.state]))
@@ -116,7 +118,7 @@ def _scancel(conf: str | None, rows: list[RunStatus]) -> list[Done]:
         mark_cancelled(row.directory, row.job_id)
     try:
         queue.cancel(conf, [key.job_id for key in jobs])
-        left = stay_cancelled(conf, list(jobs), {owner_of(row.path) for row in rows})
+        left = stay_cancelled(conf, list(jobs), {owner_of(row.directory.path) for row in rows})
     except SlurmError as error:
         for row in rows:
             unmark_cancelled(row.directory)

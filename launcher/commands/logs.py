@@ -85,7 +85,17 @@ def choose(run: RunDirectory, attempt: int | None = None, rank: int | None = Non
     if not path.exists() and not run.config.exists() and submission is None:
         why = "it is a script's run, which prints where it was started (in a job, into the job's log); nothing is kept"
         raise ConfigError("RUN", name_of(run), f"{why}. `outlast report` says what happened")
+    if number not in ranks and (log := _before_the_ranks(run, number, tries.get(number))) is not None:
+        return Source(log, f"no rank of attempt {number} has begun; what was printed before: {log}", number)
     return Source(path, f"attempt {number}, rank {chosen}: {path}", number)
+
+
+def _before_the_ranks(run: RunDirectory, number: int, attempt: Attempt | None) -> Path | None:
+    """The log of what starts the ranks: the agent's, else the batch job's."""
+    if run.agent_log(number).is_file():
+        return run.agent_log(number)
+    ended, submission = (attempt.ended if attempt else None) or {}, submission_of(run)
+    return Path(ended["log"]) if "log" in ended else submission.log if submission else None
 
 
 def _ranks(run: RunDirectory) -> dict[int, set[int]]:

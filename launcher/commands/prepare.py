@@ -4,14 +4,17 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from outlast.errors import Exit
+from outlast.config.configuration import load
+from outlast.errors import ConfigError, Exit
+from outlast.rundir.directory import RunDirectory
 
 from ..execution.freeze import freeze
 from ..execution.sweep import prepare_cell
 from ..planning.batch_script import shell_file, shell_python
 from ..planning.compose import compose
-from ..planning.plan import plan_run
+from ..planning.plan import Plan, plan_run
 from ..planning.sweep import plan_sweep
+from ..runs.state import is_locked
 
 
 def main(overrides: Sequence[str], config_dir: Path | None, *, sweep: bool, cell: int) -> int:
@@ -19,9 +22,25 @@ def main(overrides: Sequence[str], config_dir: Path | None, *, sweep: bool, cell
     if sweep:
         run = prepare_cell(plan_sweep(overrides, config_dir=config_dir), cell)
     else:
-        run = freeze(plan_run(compose(overrides, config_dir=config_dir)))
+        run = _prepare(plan_run(compose(overrides, config_dir=config_dir)))
     print(run.path)
     return Exit.DONE
+
+
+def _prepare(plan: Plan) -> RunDirectory:
+    """Freeze the plan, unless an attempt is alive: it keeps the configuration that it has.
+
+    Raises:
+        ConfigError: that attempt has other values, which this job would take over.
+    """
+    run = plan.directory
+    if not (is_locked(run) and run.config.exists()):
+        return freeze(plan)
+    changes = plan.config.all_differences(load(run.config))
+    for key, (mine, its) in changes.items():
+        reason = f"an attempt is alive on {run.path}, with {its!r}; the same command again when it has ended"
+        raise ConfigError(key, mine, reason)
+    return run
 
 
 def prologue() -> int:

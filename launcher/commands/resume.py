@@ -1,5 +1,6 @@
 """`outlast resume`: what is unfinished goes on, also what failed, was cancelled or gave up."""
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -9,17 +10,18 @@ from rich.console import Console
 
 from outlast.config.cluster import LocalCluster, SlurmCluster
 from outlast.errors import ConfigError, Exit, SlurmError
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.sweep import read_sweep_manifest
 
 from ..execution import local
-from ..execution.submit import submit
+from ..execution.submit import LEAVING_S, POLL_S, submit
 from ..execution.sweep import submit_sweep
 from ..planning.expand import Combination
 from ..planning.plan import Plan, plan_run
 from ..planning.resume import changed
 from ..planning.sweep import PlannedCell, SweepPlan
 from ..runs import queue
-from ..runs.find import is_named, runs_named
+from ..runs.find import is_named, is_writable, runs_named
 from ..runs.standing import RunStatus, collect
 from ..runs.state import State
 from ..runs.submissions import sweep_at
@@ -40,11 +42,14 @@ def main(arguments: Sequence[str], root: Path) -> int:
         SlurmError: Slurm does not answer: whether a run is in the queue can't be known, so nothing is submitted.
     """
     names, overrides = sorted_out(arguments, root)
-    rows = collect(runs_named(names, root), ask=partial(queue.ask, limit_s=LIMIT_S))
+    rows = _settled(runs_named(names, root))
     for row in rows:
         if row.note is not None:
             raise SlurmError(f"{row.note}. Whether {row.name} is in the queue can't be known: nothing was submitted.")
     for row in rows:
+        if not is_writable(row.directory.path):
+            reason = f"it is {row.owner}'s, and you may not write there; a copy of the directory is a run of your own"
+            raise ConfigError("RUN", row.name, reason)
         changed(row.directory, overrides)  # refused whatever the run is doing
     plans = {row.name: plan_of(row, overrides) for row in rows if _left_alone(row) is None}
     if overrides and not plans:
@@ -61,7 +66,22 @@ def main(arguments: Sequence[str], root: Path) -> int:
             print(f"{name}: " + (f"job {job.job_id} is in the queue already" if job.again else f"job {job.job_id}"))
     for directory, members in cells.items():
         _submit_cells(directory, members)
-    return _train_here([plan for plan in plans.values() if isinstance(plan.config.cluster, LocalCluster)])
+    code = _train_here([plan for plan in plans.values() if isinstance(plan.config.cluster, LocalCluster)])
+    return code or (Exit.FAILED if any(map(_is_leaving, rows)) else Exit.DONE)
+
+
+def _settled(runs: list[RunDirectory]) -> list[RunStatus]:
+    """Where the runs stand. A job that is on its way out is waited for, within limits: it may end, or come back."""
+    deadline = time.monotonic() + LEAVING_S
+    while True:
+        rows = collect(runs, ask=partial(queue.ask, limit_s=LIMIT_S))
+        if not any(map(_is_leaving, rows)) or time.monotonic() > deadline:
+            return rows
+        time.sleep(POLL_S)
+
+
+def _is_leaving(row: RunStatus) -> bool:
+    return row.slurm_state == "COMPLETING" and row.state != State.FINISHED
 
 
 def sorted_out(arguments: Sequence[str], root: Path) -> tuple[list[str], list[str]]:
@@ -102,6 +122,8 @@ def _train_here(plans: list[Plan]) -> int:
 
 def _left_alone(row: RunStatus) -> str | None:
     """Why a run is left alone; None if it is to go on."""
+    if _is_leaving(row):
+        return f"is on its way out (job {row.job_id}), and did not leave; try again when it has"
     match row.state:
         case State.FINISHED:
             return "has finished already"

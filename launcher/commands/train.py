@@ -33,7 +33,8 @@ def train(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, a
     run, console = plan.directory, _console(as_json)
     _warn(plan.hazards, console)
     if done := finished(Ledger(run.ledger).read()):
-        console.print(f"{run.path} has finished already, at step {done['step']}; its model is in {run.final}")
+        model = f"its model is in {run.final}" if run.final.is_dir() else f"its model is no longer in {run.final}"
+        console.print(f"{run.path} has finished already, at step {done['step']}; {model}")
         if changes := plan.config.all_differences(load(run.config)):
             console.print("no effect on a run that has finished: " + ", ".join(changes))
     elif plan.config.cluster.kind == "local":

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..runs.find import user_name
 from ..runs.standing import RunStatus
 from ..runs.state import State
 from .progress import duration, size
@@ -92,11 +93,13 @@ def lines(rows: list[RunStatus], width: int | None) -> Iterable[Text]:
     """
     if not rows:
         return [Text("no runs here")]
-    cells = {row.path: _cells(row, None if width is None else REASON) for row in rows}
-    widths = [max(map(cell_len, column)) for column in zip(HEADERS, *cells.values(), strict=True)]
+    shared = len({row.owner for row in rows} | {user_name()}) > 1
+    headers = (*HEADERS[:2], "owner", *HEADERS[2:]) if shared else HEADERS
+    cells = {row.path: _cells(row, None if width is None else REASON, owner=shared) for row in rows}
+    widths = [max(map(cell_len, column)) for column in zip(headers, *cells.values(), strict=True)]
     while width is not None and len(widths) > 3 and sum(widths) + 2 * (len(widths) - 1) > width:
         widths.pop()
-    table = [Text(_padded(HEADERS, widths), style="dim")]
+    table = [Text(_padded(headers, widths), style="dim")]
     for sweep, group in groupby(rows, key=lambda row: row.sweep):
         members = list(group)
         if sweep is not None:
@@ -109,7 +112,7 @@ def _padded(cells: Iterable[str], widths: list[int]) -> str:
     return "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=False)).rstrip()
 
 
-def _cells(row: RunStatus, longest: int | None) -> list[str]:
+def _cells(row: RunStatus, longest: int | None, *, owner: bool) -> list[str]:
     saved = "" if row.checkpoint_step is None else f"{row.checkpoint_step}"
     if row.checkpoint_age_s is not None:
         saved += f", {duration(row.checkpoint_age_s)} ago"
@@ -122,6 +125,7 @@ def _cells(row: RunStatus, longest: int | None) -> list[str]:
     return [
         f"  {row.name.rpartition('/')[2]}" if row.sweep else row.name,
         f"{state} ({_shortened(row.reason, longest)})" if row.reason else state,
+        *([row.owner] if owner else []),
         score,
         f"{row.step}/{'?' if row.total_steps is None else row.total_steps}",
         "" if row.eta_s is None else duration(row.eta_s),
@@ -138,6 +142,10 @@ def _shortened(text: str, longest: int | None) -> str:
 def _below(rows: list[RunStatus]) -> list[Text]:
     found = [Text(note, style="yellow") for note in sorted({row.note for row in rows if row.note})]
     states = {row.state for row in rows}
-    long = [row for row in rows if row.state == State.FAILED and len(row.reason or "") > REASON]
+    long = [
+        row
+        for row in rows
+        if row.state in (State.FAILED, State.STOPPED_UNEXPECTEDLY) and len(row.reason or "") > REASON
+    ]
     found += [Text(f"{row.name}: {row.reason}", style="red") for row in long[:WHOLE]]
     return found + [Text(HINTS[state], style="dim") for state in State if state in HINTS and state in states]

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from outlast.config.cluster import SlurmCluster
 from outlast.deletion import delete
+from outlast.errors import SlurmError
 from outlast.files import write_atomically
+from outlast.rundir.place import place_of
 from outlast.rundir.submission import Submission, new_token
 from outlast.rundir.sweep import SweepManifest
 from outlast.slurm.actions import max_array_size
 from outlast.slurm.environment import slurm_conf
+from outlast.slurm.refusal import refusal_of
 from outlast.slurm.submit import submit_recorded
 
 from ..planning.batch_script import Target, batch_script
@@ -53,7 +56,8 @@ def submit(
         arrays: how many are submitted now; they share `cluster.array_parallelism`.
 
     Raises:
-        SlurmError: Slurm refused it, or did not answer.
+        ConfigError: Slurm refuses it, and the manifest is as before.
+        SlurmError: Slurm does not answer.
     """
     config = cells[0].plan.config
     assert isinstance(config.cluster, SlurmCluster)
@@ -72,6 +76,7 @@ def submit(
             log=str(target.log),
             indices=indices,
             offset=target.offset,
+            place=place_of(sweep.directory),
         )
     )
 
@@ -80,7 +85,16 @@ def submit(
         manifest.write(sweep.directory)
 
     tasks = ranges([index - target.offset for index in indices])
-    return submit_recorded(manifest.submissions[-1], script, [f"--array={tasks}{limit}"], lock, record)
+    try:
+        return submit_recorded(manifest.submissions[-1], script, [f"--array={tasks}{limit}"], lock, record)
+    except SlurmError as error:
+        refusal = refusal_of(error, config.flat())
+        if refusal is None:
+            raise
+        manifest.submissions.pop()
+        manifest.write(sweep.directory)
+        script.unlink()
+        raise refusal from None
 
 
 def _link(script: Path, link: Path) -> None:

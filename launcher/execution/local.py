@@ -190,7 +190,7 @@ class Launcher:
         if stuck and why:
             bar.note(f"{why[-1]}, so the attempt was ended; its logs: {self.run.log(number, 0).parent}")
             return
-        refused = [e["error"] for e in own if e["event"] == "attempt_ended" and e.get("refused") and "error" in e]
+        refused = [e["error"] for e in own if e["event"] == "attempt_ended" and "error" in e]
         if code == Exit.REFUSED and refused:
             bar.note(f"refused: {refused[-1].partition(': ')[2]}")
             return

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -10,9 +12,11 @@ from pathlib import Path
 from outlast.config.cluster import SlurmCluster
 from outlast.config.configuration import Config, load
 from outlast.deletion import delete
-from outlast.errors import ConfigError, SlurmError
+from outlast.errors import ConfigError, RunBusyError, SlurmError
 from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
+from outlast.rundir.place import place_of
 from outlast.rundir.submission import Submission, new_token, submission_lock
 from outlast.slurm.environment import slurm_conf
 from outlast.slurm.refusal import refusal_of
@@ -24,12 +28,20 @@ from ..planning.batch_script import Target, batch_script, target_of
 from ..planning.plan import Plan
 from ..runs import queue
 from ..runs.queue import JobKey, JobState
-from ..runs.submissions import submission_of
+from ..runs.state import is_locked, job_id_of, started_attempts
+from ..runs.submissions import Submitted, submission_of
 from . import snapshot
 from .freeze import freeze, make_run_directory
 
 SCRIPT = "job.sbatch"
 """The batch script as it was submitted, in the run directory."""
+LEAVING_S = 60.0
+"""How long a job that is on its way out is waited for: it may save, and have `KillWait` (30 s by default) for that."""
+FREE_S = 5.0
+"""How long processes may outlive their job."""
+POLL_S = 1.0
+OVER = ("finished", "failed", "cancelled", "out_of_memory")
+"""Causes after which a job does not come back, unless it is written that it does."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ def submit(plan: Plan) -> SubmittedJob:
         ConfigError: the directory holds another run, the code can't be frozen, or the job in the queue has other
             values.
         ConfigError: Slurm refuses the job; of a run that was not there before, nothing is left.
+        RunBusyError: an attempt is alive on it outside Slurm, or its job does not leave.
         SlurmError: Slurm does not answer.
     """
     use_cluster(plan.config)
@@ -79,6 +92,11 @@ def submit(plan: Plan) -> SubmittedJob:
         if state is not None and state.active:
             check_same(plan, job_id)
             return SubmittedJob(job_id, str(target.log).replace("%j", job_id), again=True)
+        deadline = time.monotonic() + FREE_S
+        while is_locked(run) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if is_locked(run):
+            raise RunBusyError(f"{run.path} is in use by a process of this machine, and not by a job. Stop it first.")
         try:
             check_code(plan)
         except ConfigError:
@@ -96,6 +114,7 @@ def submit(plan: Plan) -> SubmittedJob:
                     cluster=plan.config.cluster.kind,
                     slurm_conf=slurm_conf(),
                     log=str(target.log),
+                    place=place_of(run.path),
                 ),
                 run.path / SCRIPT,
                 [],
@@ -160,26 +179,64 @@ def take_code(config: Config, target: Target) -> list[str]:
 def in_queue(runs: Sequence[RunDirectory]) -> dict[Path, tuple[str, JobState]]:
     """Ask Slurm for the newest job of each run: its id and state, by the run's path.
 
-    A job whose launcher was killed before it had the id is found by its comment. A run that was never submitted, and
-    one whose job Slurm no longer has, is absent.
+    A job whose launcher was killed before it had the id is found by its comment, one of a plain `sbatch` by the ledger.
+    One that is on its way out is waited for: it may end, or come back. A run that was never submitted, and one whose
+    job Slurm no longer has, is absent.
 
     Raises:
+        RunBusyError: a job does not leave.
         SlurmError: Slurm does not answer. A cluster whose configuration is gone (a devcluster that is down) is none.
     """
-    submissions = {run.path: entry for run in runs if (entry := submission_of(run)) is not None}
-    confs = {path: entry.submission.slurm_conf for path, entry in submissions.items()}
-    newest = {p: e for p, e in submissions.items() if (conf := confs[p]) is None or os.path.exists(conf)}
-    if not newest:
+    jobs = {run.path: job for run in runs if (job := _newest_job(run)) is not None}
+    deadline, said = time.monotonic() + LEAVING_S, False
+    while True:
+        found = _look(jobs)
+        leaving = [job_id for job_id, state in found.values() if state.state == "COMPLETING"]
+        if not leaving:
+            return found
+        if time.monotonic() > deadline:
+            raise RunBusyError(
+                f"job {leaving[0]} is on its way out, and has not left within {LEAVING_S:g} s. Nothing was submitted: "
+                "the same command again, when it has"
+            )
+        if not said:
+            print(f"waiting for job {leaving[0]}, which is on its way out", file=sys.stderr)
+        said = True
+        time.sleep(POLL_S)
+
+
+Job = tuple[str | None, str | None, Submitted | None]
+"""The `slurm.conf` of a job's cluster, its id, and its submission, by which it is found if the id is not known."""
+
+
+def _newest_job(run: RunDirectory) -> Job | None:
+    submitted, tries = submission_of(run), started_attempts(Ledger(run.ledger).read())
+    newest = tries[-1] if tries else None
+    conf = submitted.submission.slurm_conf if submitted else slurm_conf()
+    if conf is not None and not os.path.exists(conf):
+        return None
+    if submitted is not None and (newest is None or submitted.time > newest.last_time):
+        return conf, submitted.job_id, submitted
+    over = newest is not None and newest.ended and not newest.requeued and newest.ended["cause"] in OVER
+    job_id = None if over else job_id_of(run, newest)
+    if job_id is None and submitted is None:
+        return None
+    return conf, job_id or (submitted.job_id if submitted else None), submitted
+
+
+def _look(jobs: dict[Path, Job]) -> dict[Path, tuple[str, JobState]]:
+    if not jobs:
         return {}
-    wanted = [JobKey(confs[path], entry.job_id) for path, entry in newest.items() if entry.job_id is not None]
-    owners = {os.stat(path).st_uid for path in newest} | {os.getuid()}
-    answer = queue.ask(wanted, owners, {confs[path] for path in newest})
+    wanted = [JobKey(conf, job_id) for conf, job_id, _ in jobs.values() if job_id is not None]
+    owners = {os.stat(path).st_uid for path in jobs} | {os.getuid()}
+    answer = queue.ask(wanted, owners, {conf for conf, _, _ in jobs.values()})
     for reason in answer.silent.values():
         raise SlurmError(f"{reason}. Nothing was submitted: what is in the queue is not known")
     found = {}
-    for path, entry in newest.items():
-        job_id = entry.job_id or entry.job_id_in(answer.tokens.get((confs[path], entry.submission.comment)))
-        state = answer.jobs.get(JobKey(confs[path], job_id)) if job_id is not None else None
+    for path, (conf, job_id, entry) in jobs.items():
+        if job_id is None and entry is not None:
+            job_id = entry.job_id_in(answer.tokens.get((conf, entry.submission.comment)))
+        state = answer.jobs.get(JobKey(conf, job_id)) if job_id is not None else None
         if job_id is not None and state is not None:
             found[path] = (job_id, state)
     return found

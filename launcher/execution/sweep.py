@@ -4,6 +4,7 @@ The same command again finds the sweep by its name, adds cells that are new, and
 the queue.
 """
 
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from pathlib import Path
 
 from outlast.config.configuration import load
 from outlast.errors import ConfigError
+from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.submission import Submission, submission_lock
+from outlast.rundir.sweep import SWEEP_MANIFEST
 
 from ..planning.plan import check_run_directory
 from ..planning.sweep import PlannedCell, SweepPlan, check_budget, check_cells, merged
@@ -54,9 +57,12 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
         reopen: submit also what failed, was cancelled or gave up.
 
     Raises:
-        SlurmError: Slurm does not answer, or refuses. Cells whose array was accepted before that are in the queue.
+        ConfigError: Slurm refuses; of what was not there before, nothing is left.
+        SlurmError: Slurm does not answer. Cells whose array was accepted before that are in the queue.
     """
     use_cluster(sweep.cells[0].plan.config)
+    record = sweep.directory / SWEEP_MANIFEST
+    known = record.read_text() if record.exists() else None
     make_sweep_directory(sweep)
     with submission_lock(sweep.directory) as lock:
         check_cells(sweep)
@@ -73,14 +79,22 @@ def submit_sweep(sweep: SweepPlan, *, reopen: bool = False) -> SweepSubmission:
             return outcome
         check_budget([cell.plan for cell in sweep.cells], manifest, code_bytes=snapshot.size(Path.cwd()))
         found = arrays.arrays_of(todo, manifest)
+        fresh = [cell.plan.directory for cell in todo if not cell.plan.directory.path.exists()]
         _freeze(todo)
         # Cells that this command does not know of may wait, or run, with what was frozen for them.
         code = "code" if not manifest.submissions else f"code-{len(manifest.submissions) + 1}"
         outcome.left_out = take_code(todo[0].plan.config, sweep.target(code=code))
         for cells, indices, offset in found:
-            done = arrays.submit(
-                sweep, manifest, cells, indices, sweep.target(code=code, offset=offset), lock, len(found)
-            )
+            target = sweep.target(code=code, offset=offset)
+            try:
+                done = arrays.submit(sweep, manifest, cells, indices, target, lock, len(found))
+            except ConfigError:
+                if not outcome.jobs:  # nothing is left that would look like a sweep, or like cells of it
+                    for path in (sweep.directory,) if known is None else (*(run.path for run in fresh), target.code):
+                        shutil.rmtree(path, ignore_errors=True)
+                    if known is not None:
+                        write_atomically(record, known)
+                raise
             outcome.jobs.append(done)
             outcome.submitted += [cell.name for cell in cells]
     return outcome
@@ -95,6 +109,8 @@ def _states(sweep: SweepPlan) -> dict[str, State | None]:
         elif job.state == "CANCELLED":  # by `scancel`, while it waited: Slurm forgets that, so it is written down
             mark_cancelled(runs[path.name], job_id)
             states[path.name] = State.CANCELLED
+        else:
+            states[path.name] = left_alone(runs[path.name])  # it may have been on its way out, and waited for
     return states
 
 

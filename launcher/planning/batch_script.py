@@ -7,6 +7,7 @@ has to know in its run directory.
 import os
 import shlex
 import shutil
+import subprocess
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -72,7 +73,7 @@ def batch_script(config: Config, target: Target) -> str:
     epilogue = shlex.join(["outlast.epilogue", *target.arguments, "--exit-code"])
     path = shlex.quote(pythonpath(target.code))
     lines = [
-        *cluster.setup,
+        *_setup(cluster.setup, f'PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"', epilogue),
         f"export OMP_NUM_THREADS={config.parallel.cpus_per_rank}",
         f". {shlex.quote(str(_prologue(target.code)))}",
         "# The code that was frozen at submission comes before what is installed.",
@@ -86,6 +87,40 @@ def batch_script(config: Config, target: Target) -> str:
     ]
     header = _header(config, target)
     return f"{header}\n\n" + "\n".join(lines) + "\n"
+
+
+def _setup(lines: list[str], environment: str, epilogue: str) -> list[str]:
+    """The lines of `cluster.setup`; one that fails ends the job, and the run's ledger says which.
+
+    Args:
+        environment: an assignment before a command, so that it runs the frozen code.
+        epilogue: what is told then, up to the exit code.
+    """
+    if not lines:
+        return []
+    units = lines if all(map(_stands_alone, lines)) else ["\n".join(lines)]
+    return [
+        "setup_failed() {",
+        '    code=$? why="cluster.setup: exit code $? of: $setup"',
+        '    echo "[outlast] $why"',
+        f'    {environment} {shlex.join(python_module_command())} {epilogue} "$code" --before "$why"',
+        "    exit $?",
+        "}",
+        "trap setup_failed EXIT",
+        *(
+            line
+            for unit in units
+            for line in (f"setup={shlex.quote(unit)}", unit, "code=$?; [ $code = 0 ] || exit $code")
+        ),
+        "trap - EXIT",
+        "",
+    ]
+
+
+def _stands_alone(line: str) -> bool:
+    """Whether a line is a whole command: it does not go on in the next one, as `if` or a here-document does."""
+    checked = subprocess.run(["bash", "-n", "-c", line], capture_output=True)
+    return not (checked.returncode or checked.stderr or line.rstrip("\n").endswith("\\"))
 
 
 def pythonpath(target: Path) -> str:

@@ -1,6 +1,7 @@
 """The runs that a command's arguments name, and the names by which runs are shown."""
 
 import os
+import pwd
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from outlast.rundir.directory import RunDirectory
 from outlast.rundir.sweep import SWEEP_MANIFEST
 
 from .submissions import sweep_at
+
+RECORDS = ("config.yaml", "ledger.jsonl", "progress.json", "submitted.json", "cancelled.json", SWEEP_MANIFEST)
+"""What is read of a run, or of a sweep, to say where it stands."""
 
 
 def runs_under(root: Path) -> list[RunDirectory]:
@@ -28,14 +32,41 @@ def runs_under(root: Path) -> list[RunDirectory]:
 def unreadable_under(root: Path) -> list[Path]:
     """Directories under `root` that this user may not look into: others' runs, as a rule."""
     here = sorted(root.iterdir()) if root.is_dir() else []
-    return [path for path in here if path.is_dir() and not _readable(path)]
+    return [path for path in here if path.is_dir() and not _is_readable(path)]
 
 
-def _readable(path: Path) -> bool:
-    ledger = path / "ledger.jsonl"
-    return os.access(path, os.R_OK | os.X_OK, effective_ids=True) and (
-        not ledger.exists() or os.access(ledger, os.R_OK, effective_ids=True)
-    )
+def _is_readable(path: Path) -> bool:
+    if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+        return False
+    there = [path / name for name in RECORDS if (path / name).exists()]
+    return all(os.access(file, os.R_OK, effective_ids=True) for file in there)
+
+
+def is_writable(path: Path) -> bool:
+    """Whether this user may write into a run's directory: others' are shown, and left alone."""
+    return not path.exists() or os.access(path, os.W_OK | os.X_OK, effective_ids=True)
+
+
+def owner_of(path: Path) -> int:
+    """The number of the user whose directory it is; that of this process if it is not there."""
+    try:
+        return path.stat().st_uid
+    except OSError:
+        return os.geteuid()
+
+
+def owner_name(path: Path) -> str:
+    """The name of the user whose directory it is."""
+    return user_name(owner_of(path))
+
+
+def user_name(number: int | None = None) -> str:
+    """The name of a user, or the number of one without a name; this process's, if left out."""
+    number = os.geteuid() if number is None else number
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def cells_of(directory: Path) -> list[RunDirectory]:
@@ -45,7 +76,7 @@ def cells_of(directory: Path) -> list[RunDirectory]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() or (path / "ledger.jsonl").is_file()
+    return os.path.isfile(path / "config.yaml") or os.path.isfile(path / "ledger.jsonl")
 
 
 def _is_cell(path: Path) -> bool:
@@ -66,6 +97,8 @@ def run_named(name: str, root: Path) -> RunDirectory:
         ConfigError: there is no such run, or it is a whole sweep.
     """
     path = _directory(name, root)
+    if path.is_dir() and not _is_readable(path):
+        raise ConfigError("RUN", name, f"you may not read {path}, which is {owner_name(path)}'s")
     if _is_run(path) or _is_cell(path):
         return RunDirectory(path)
     if cells := cells_of(path):
@@ -82,6 +115,8 @@ def runs_named(names: Sequence[str], root: Path) -> list[RunDirectory]:
     """
     found: dict[Path, RunDirectory] = {}
     for name in names:
+        if not _is_readable(_directory(name, root)):
+            run_named(name, root)  # says what is wrong with it
         for run in cells_of(_directory(name, root)) or [run_named(name, root)]:
             found.setdefault(run.path, run)
     return list(found.values())
@@ -90,7 +125,7 @@ def runs_named(names: Sequence[str], root: Path) -> list[RunDirectory]:
 def is_named(name: str, root: Path) -> bool:
     """Whether there is a run or a sweep of that name."""
     path = _directory(name, root)
-    return _is_run(path) or _is_cell(path) or (path / SWEEP_MANIFEST).is_file()
+    return _is_run(path) or _is_cell(path) or os.path.isfile(path / SWEEP_MANIFEST)
 
 
 def _directory(name: str, root: Path) -> Path:

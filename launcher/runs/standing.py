@@ -1,7 +1,6 @@
 """Where runs stand: a value for each, from ledger, lock and disk, and one look at Slurm's queue."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -12,12 +11,13 @@ from outlast.files import bytes_used
 from outlast.rundir import progress
 from outlast.rundir.attempts import Attempt
 from outlast.rundir.directory import RunDirectory
+from outlast.rundir.job_log import last_words
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.progress import Progress
 from outlast.slurm.environment import slurm_conf
 
 from . import queue
-from .find import name_of
+from .find import name_of, owner_name, owner_of
 from .queue import FAILURES, ON_NODES, WAITING, Answer, JobKey, JobState
 from .settings import best_metric, budget_of, settings_of
 from .state import State, is_locked, job_id_of, started_attempts, state_of
@@ -34,6 +34,8 @@ class RunStatus:
     """Of a sweep's cell: `SWEEP/CELL`."""
     sweep: str | None
     path: str
+    owner: str
+    """The user whose directory it is."""
     state: State
     reason: str | None = None
     """Why Slurm lets it wait, or how it ended by Slurm's word."""
@@ -79,7 +81,7 @@ def collect(runs: Iterable[RunDirectory], ask: Ask = queue.ask) -> list[RunStatu
     clusters = {row.slurm_conf for row in rows if row.path in unnamed}
     if not wanted and not unnamed:
         return rows
-    owners = {owner_of(row.path) for row in rows}
+    owners = {owner_of(Path(row.path)) for row in rows}
     answer = ask([_key(row) for row in wanted], owners, clusters)
     rows = [_with_job_id(row, answer, unnamed.get(row.path)) for row in rows]
     asked = {row.path for row in wanted} | unnamed.keys()
@@ -88,14 +90,6 @@ def collect(runs: Iterable[RunDirectory], ask: Ask = queue.ask) -> list[RunStatu
 
 def _key(row: RunStatus) -> JobKey:
     return JobKey(row.slurm_conf, row.job_id or "")
-
-
-def owner_of(path: str) -> int:
-    """Whose run it is: the number of the user whose jobs are asked for."""
-    try:
-        return os.stat(path).st_uid
-    except OSError:
-        return os.getuid()
 
 
 def _with_job_id(row: RunStatus, answer: Answer, submitted: Submitted | None) -> RunStatus:
@@ -120,6 +114,7 @@ def look(run: RunDirectory) -> RunStatus:
         name=name_of(run),
         sweep=sweep.path.name if sweep else None,
         path=str(run.path),
+        owner=owner_name(run.path),
         state=state,
         reason=_why(newest) if state == State.FAILED else None,
         attempts=len(tries),
@@ -207,10 +202,12 @@ def _state(row: RunStatus, job: JobState | None) -> State:
 
 
 def _reason(row: RunStatus, state: State, job: JobState | None) -> str | None:
-    if job is None:
-        return row.reason
-    if state == State.QUEUED:
+    if job is not None and state == State.QUEUED:
         return job.reason if job.state == "PENDING" else job.state.lower()
-    if state == State.FAILED and row.state != State.FAILED:
-        return f"{job.state} by Slurm's word"
-    return row.reason
+    said = None
+    if row.state == State.QUEUED and state in (State.FAILED, State.STOPPED_UNEXPECTEDLY):  # no rank has begun
+        submitted = submission_of(row.directory)
+        said = last_words(submitted.log) if submitted and submitted.log else None
+    if job is not None and state == State.FAILED and row.state != State.FAILED:
+        return f"{job.state} by Slurm's word" + (f": {said}" if said else "")
+    return said or row.reason

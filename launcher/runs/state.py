@@ -10,6 +10,7 @@ from outlast.rundir import progress
 from outlast.rundir.attempts import Attempt, attempts, finished
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event
+from outlast.rundir.place import is_of_another
 
 from .submissions import cancelled_at, submission_of
 
@@ -51,8 +52,10 @@ def state_of(run: RunDirectory, events: list[Event]) -> State:
     if any(event["event"] == "gave_up" and event["attempt"] >= newest.number for event in events):
         return State.GAVE_UP
     if newest.requeued is not None:
-        return State.QUEUED
+        return State.INTERRUPTED if _is_copied(run, newest) else State.QUEUED
     if newest.ended is None:
+        if _is_copied(run, newest):
+            return State.STOPPED_UNEXPECTEDLY
         now = progress.read(run)
         alive = held is None and now is not None and time.time() - now.time < FRESH_S
         return State.RUNNING if alive and now and now.phase != "done" else State.STOPPED_UNEXPECTEDLY
@@ -88,7 +91,15 @@ def is_locked(run: RunDirectory) -> bool | None:
 def job_id_of(run: RunDirectory, newest: Attempt | None) -> str | None:
     """The job that was named last: by the submission, by the newest attempt, or by its requeue."""
     submission = submission_of(run)
-    if submission is not None and (newest is None or submission.time > newest.last_time):
+    event = (newest.requeued or newest.started) if newest else None
+    if submission is not None and (newest is None or event is None or submission.time > newest.last_time):
         return submission.job_id
-    event = newest and (newest.requeued or newest.started)
-    return None if not event or event["job_id"] is None else str(event["job_id"])
+    if newest is None or event is None or event["job_id"] is None or _is_copied(run, newest):
+        return None
+    return str(event["job_id"])
+
+
+def _is_copied(run: RunDirectory, newest: Attempt) -> bool:
+    """Whether the newest attempt was another directory's, of which this one is a copy: its job is not this run's."""
+    event = newest.requeued or newest.started
+    return event is not None and is_of_another(event.get("place"), run.path)

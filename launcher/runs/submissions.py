@@ -18,6 +18,7 @@ from outlast.deletion import delete
 from outlast.errors import OutlastError
 from outlast.files import read_json, write_atomically
 from outlast.rundir.directory import RunDirectory
+from outlast.rundir.place import is_of_another
 from outlast.rundir.submission import Submission
 from outlast.rundir.sweep import SWEEP_MANIFEST, read_sweep_manifest
 
@@ -83,7 +84,8 @@ def _sweep(path: Path, *version: int) -> Sweep | None:
         return None
     names = {cell.index: cell.directory for cell in manifest.cells}
     newest: dict[str, Submitted] = {}
-    for submission in sorted(manifest.submissions, key=lambda one: one.time):
+    own = [one for one in manifest.submissions if not is_of_another(one.place, path)]
+    for submission in sorted(own, key=lambda one: one.time):
         for index in submission.indices or ():
             if index in names:
                 newest[names[index]] = Submitted(submission, index - submission.offset)
@@ -91,11 +93,11 @@ def _sweep(path: Path, *version: int) -> Sweep | None:
 
 
 def submission_of(run: RunDirectory) -> Submitted | None:
-    """How the run was submitted last, by itself or with its sweep; None if it was not."""
+    """How the run was submitted last, by itself or with its sweep; None if it was not, though a copy of it was."""
     record = read_json(run.path / SUBMITTED)
     sweep = sweep_at(run.path.parent)
     found = [sweep.newest.get(run.path.name)] if sweep else []
-    if isinstance(record, dict):
+    if isinstance(record, dict) and not is_of_another(record.get("place"), run.path):
         with suppress(TypeError):  # a field is missing: it is damaged
             found += [Submitted(Submission(**{f.name: record[f.name] for f in fields(Submission) if f.name in record}))]
     return max((one for one in found if one), key=lambda one: one.time, default=None)

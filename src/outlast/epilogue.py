@@ -23,8 +23,10 @@ from .processes import SIGNALS
 from .rundir.attempts import Attempt, attempt_of, attempts, finished
 from .rundir.cancelled import cancelled_after
 from .rundir.directory import RunDirectory
+from .rundir.job_log import last_words, own_log
 from .rundir.ledger import KILLED, AttemptNumber, Event, Ledger, Recorder
 from .rundir.lock import RunLock
+from .rundir.place import place_of
 from .rundir.submission import Submission, new_token, submission_lock
 from .slurm.actions import requeue_job
 from .slurm.environment import SlurmJob, current_job, slurm_conf
@@ -40,11 +42,12 @@ WAIT_S = 20.0
 """How long ranks of this job, on other nodes, may take to be gone after `srun` has returned."""
 
 
-def follow_up(run: RunDirectory, code: int) -> int:
+def follow_up(run: RunDirectory, code: int, before: str | None = None) -> int:
     """Decide what follows, and do it.
 
     Args:
         code: `srun`'s exit code.
+        before: why the batch script has not come to `srun`.
 
     Returns:
         The exit code for the batch script.
@@ -65,14 +68,35 @@ def follow_up(run: RunDirectory, code: int) -> int:
         lock.acquire(f"the end of job {job.job_id}", wait_s=WAIT_S)
     except RunBusyError as error:  # another attempt holds it, and writes the ledger
         _say(str(error))
-        return code or Exit.FAILED
+        return _wait_in_the_queue(run, job, limits, code or Exit.FAILED)
     try:
-        return _end_attempt(run, job, limits, code)
+        if finished(Ledger(run.ledger).read()):  # meanwhile, by another job
+            return Exit.DONE
+        return _end_attempt(run, job, limits, code, before)
     finally:
         lock.release()
 
 
-def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int) -> int:
+def _wait_in_the_queue(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int) -> int:
+    """Have a job start again that found its run in use, `preemption.max_crashes` times in a row.
+
+    Whoever uses the run will leave, or finish it. The ledger is theirs.
+    """
+    begun = [e for e in Ledger(run.ledger).read() if e["event"] == "attempt_started" and e["job_id"] == job.job_id]
+    starts = job.restart_count - max((int(e["restart_count"]) for e in begun), default=-1)
+    if code != Exit.FAILED or not 0 < starts <= limits.max_crashes:
+        return code
+    try:
+        now = show_job(job.job_id)
+        if now.is_cancelled(job) or (now.start_time is not None and cancelled_after(run.path, now.start_time)):
+            return Exit.RESUME_ME
+        _start_next(run, job, limits)
+    except SlurmError as error:
+        _say(f"it could not be started again: {error}. The same command again resumes.")
+    return Exit.RESUME_ME
+
+
+def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int, before: str | None) -> int:
     ledger = Ledger(run.ledger)
     events = ledger.read()
     number = attempt_of(events, (job.job_id, job.restart_count))
@@ -86,12 +110,16 @@ def _end_attempt(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, co
         return Exit.GAVE_UP
     view = _ask(job)
     if attempt.ended is None:
-        outcome.ended(**_end(run, job, view, attempt, code, limits.lead_s))
+        outcome.ended(**_end(run, job, view, attempt, code, limits.lead_s, before))
         attempt = next(a for a in attempts(ledger.read()) if a.number == number)
     assert attempt.ended is not None
     _say(f"attempt {number} ended: {describe(attempt.ended)}")
     try:
-        decision = outcome.follow(attempt.ended["cause"], lambda: _start_next(run, job, limits))
+        decision = outcome.follow(
+            attempt.ended["cause"],
+            lambda: _start_next(run, job, limits),
+            is_cancelled=lambda: _is_cancelled(run, job, attempt, view),
+        )
     except SlurmError as error:
         _say(f"it could not be started again: {error}. The same command again resumes.")
         return Exit.RESUME_ME
@@ -121,7 +149,25 @@ def _ask(job: SlurmJob) -> JobView | None:
             time.sleep(5.0)
 
 
-def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attempt, code: int, lead_s: float) -> Event:
+def _is_cancelled(run: RunDirectory, job: SlurmJob, attempt: Attempt, before: JobView | None) -> bool:
+    """Whether the job was cancelled since Slurm was asked, or since a rank has written how the attempt ended."""
+    try:
+        now = show_job(job.job_id)
+    except SlurmError:
+        return False  # neither will it requeue the job
+    began = attempt.started["time"] if attempt.started else now.start_time
+    return now.is_cancelled(job, before) or (began is not None and cancelled_after(run.path, began))
+
+
+def _end(
+    run: RunDirectory,
+    job: SlurmJob,
+    view: JobView | None,
+    attempt: Attempt,
+    code: int,
+    lead_s: float,
+    before: str | None = None,
+) -> Event:
     """Find out why an attempt ended: from what Slurm says about the job, else from the ranks' exit code."""
     began = attempt.started["time"] if attempt.started else 0.0
     if attempt.started and cancelled_after(run.path, began):
@@ -130,6 +176,11 @@ def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attemp
     cause = view.stop_cause(job, lead_s if attempt.signals else -math.inf) if view else None
     if cause is not None:
         return {"cause": cause, "detail": KILLED}
+    log = None if attempt.started else own_log()
+    said = (last_words(log) if log else None) or ""
+    if before:
+        detail = ": ".join(filter(None, (before, said)))
+        return {"cause": "failed", "detail": detail, "refused": True} | ({"log": str(log)} if log else {})
     if code == 0 and attempt.signals:
         return {"cause": "preempted"}  # in start-up, by a signal that somebody sent on purpose
     if code > 128 and ran_out_of_memory(job.job_id):
@@ -137,8 +188,10 @@ def _end(run: RunDirectory, job: SlurmJob, view: JobView | None, attempt: Attemp
     if code > 128:
         name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
         return {"cause": "failed", "detail": f"a rank was killed by {name}"}
-    where = "" if attempt.started else " before the run began"
-    end: Event = {"cause": "failed", "detail": f"the ranks ended with exit code {code}{where}"}
+    end: Event = {"cause": "failed", "detail": f"the ranks ended with exit code {code}"}
+    if not attempt.started:
+        end["detail"] += " before the run began" + (f": {said}" if said else "")
+        end |= {"log": str(log)} if log else {}
     return end | ({"refused": True} if code in (Exit.REFUSED, 126, 127) else {})
 
 
@@ -180,6 +233,7 @@ def _submit_dependent(run: RunDirectory, job: SlurmJob) -> str:
                 cluster=load(run.config).cluster.kind,
                 slurm_conf=slurm_conf(),
                 log=str((run.path.parent if task else run.path) / "logs" / ("%A_%a.log" if task else "%j.log")),
+                place=place_of(run.path),
             ),
             run.path / SCRIPT,
             flags,
@@ -209,11 +263,12 @@ def _command() -> int:
     parser = target_arguments("outlast.epilogue")
     parser.add_argument("more", nargs="*", type=Path, metavar="RUN_DIR", help="a script's other runs, in their order")
     parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's")
+    parser.add_argument("--before", metavar="TEXT", help="why the script has not come to srun")
     arguments = parser.parse_args()
     begun = [directory for directory in (arguments.directory, *arguments.more) if directory and directory.is_dir()]
     arguments.directory = begun[-1] if begun else arguments.directory
     try:
-        return follow_up(run_named_by(arguments), arguments.exit_code)
+        return follow_up(run_named_by(arguments), arguments.exit_code, arguments.before)
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return arguments.exit_code or error.exit_code

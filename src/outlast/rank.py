@@ -13,9 +13,9 @@ import sys
 import traceback
 
 from . import agent
-from .attempt.joining import AlreadyFinished
 from .config.configuration import load
 from .errors import OutlastError, denied
+from .preemption.repeats import exit_code_of
 from .preemption.signals import PreemptionGuard
 from .processes import PARENT_ENV, SIGNALS, die_with, ignore_output_errors
 from .run import Run
@@ -45,8 +45,6 @@ def main(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         run = Run(run_directory, guard, config.preemption, config.checkpoint, config.storage)
-    except AlreadyFinished:
-        return
     except Exception as error:
         _show(error)
         raise
@@ -102,11 +100,17 @@ def _command() -> int:
             if config.parallel.launch == "accelerate":
                 die_with(PARENT_ENV, signal.SIGTERM)
                 os.environ.pop(PARENT_ENV, None)
-                agent.main(config, run.path, sys.argv[1:])
+                try:
+                    agent.main(config, run.path, sys.argv[1:])
+                except OutlastError:
+                    raise
+                except Exception:
+                    traceback.print_exc()
+                    raise
         main(arguments)
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code_of(error)
     except Exception as error:
         if text := denied(error):
             print(f"outlast: {text}", file=sys.stderr)

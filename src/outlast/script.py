@@ -18,6 +18,7 @@ from .config.section import require, section
 from .config.storage import StorageSection
 from .errors import ConfigError, OutlastError
 from .finished_run import FinishedRun
+from .preemption.repeats import exit_code_of
 from .preemption.signals import PreemptionGuard
 from .processes import at_parents_death, die_with, ignore_output_errors
 from .ranks.meeting import use_private_store
@@ -92,6 +93,8 @@ def start(
         try:
             started = Run(*arguments, loop_saves=every is None, requeue=requeue)
         except AlreadyFinished as done:
+            if done.code:  # the other ranks wait for this one, and can't be told
+                raise
             started = FinishedRun(*arguments, step=done.step, requeue=requeue)
     except BaseException:
         guard.uninstall()
@@ -155,4 +158,4 @@ class _Hook:
         # Not `sys.stderr`: torch's own hook, in ranks, has put a buffer there, which it drops if this one exits.
         with contextlib.suppress(OSError):
             print(f"outlast: {error}", file=sys.__stderr__ or sys.stderr, flush=True)
-        sys.exit(int(error.exit_code))
+        sys.exit(int(exit_code_of(error)))

@@ -31,7 +31,19 @@ EXPECTED = """#!/bin/bash
 #SBATCH --signal=USR2@120
 #SBATCH --time=600
 
+setup_failed() {{
+    code=$? why="cluster.setup: exit code $? of: $setup"
+    echo "[outlast] $why"
+    PYTHONPATH='{root}/my run/code'"${{PYTHONPATH:+:$PYTHONPATH}}" {python} -P -u -m \
+outlast.epilogue {arguments} --exit-code "$code" --before "$why"
+    exit $?
+}}
+trap setup_failed EXIT
+setup='module load cuda'
 module load cuda
+code=$?; [ $code = 0 ] || exit $code
+trap - EXIT
+
 export OMP_NUM_THREADS=3
 . '{root}/my run/code/outlast/shell/prologue.sh'
 # The code that was frozen at submission comes before what is installed.
@@ -154,3 +166,38 @@ def test_a_comment_and_a_wckey_of_the_users_are_kept(tmp_path: Path) -> None:
     assert with_token(script, "outlast:7") == "preemption=yes;requeue=true;outlast:7"
     script.write_text("#!/bin/sh\n")
     assert with_token(script, "outlast:7") == "outlast:7"
+
+
+@pytest.mark.parametrize(
+    ("setup", "code", "told"),
+    [
+        (["export A=1  # kept", "echo $A; no_such_module 2>/dev/null", "echo never"], 127, "echo $A; no_such_module"),
+        (["A=1", "if true; then", "  echo $A; false", "fi"], 1, "A=1\nif true; then"),
+        (["echo 1", "set -e", "false", "echo never"], 1, "false"),
+        (["echo 1 \\", "; exit 3"], 3, "echo 1 \\\n; exit 3"),
+        (["echo 1; exit 0"], 0, "echo 1; exit 0"),
+        (["echo 1", "false || true"], None, ""),
+    ],
+)
+def test_a_line_of_the_setup_that_fails_ends_the_job(
+    setup: list[str], code: int | None, told: str, tmp_path: Path
+) -> None:
+    """Run by a real shell, in which `srun` and Python only print what they are told."""
+    config = compose(["job=smoke", "cluster=slurm", f"run.root={tmp_path}", "run.name=r"])
+    config = replace(config, cluster=replace(config.cluster, setup=setup))
+    says = tmp_path / "says"
+    says.write_text("#!/bin/sh\nprintf '%s|' \"$@\"\nexit 9\n")
+    says.chmod(0o755)
+    text = batch_script(config, target_of(config)).replace(sys.executable, str(says))
+    run = subprocess.run(
+        ["bash", "-c", f"srun() {{ echo SRUN; }}\n{text}"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 9
+    assert run.stdout.startswith("1\n")
+    assert "never" not in run.stdout
+    assert ("SRUN" in run.stdout) == (code is None)
+    if code is not None:
+        assert (
+            f"outlast.epilogue|{tmp_path}/r|--exit-code|{code}|--before|cluster.setup: exit code {code} of: {told}"
+            in run.stdout
+        )

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.ledger import Ledger
+
 from .. import forked
 from ..conftest import OUTLAST, RunProbe, wait_for
 from ..forked import Forked
@@ -146,6 +149,24 @@ def test_an_error_that_nobody_catches_is_a_message(tmp_path: Path, line: str, co
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
     assert done.stdout.endswith("clean up\n")
+
+
+def test_a_run_that_finishes_while_its_lock_is_waited_for_is_left_as_it_is(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "r")
+    run.create()
+    Ledger(run.ledger).append("data", 1, rows=1, notes=[])
+    lock = RunLock(run)
+    lock.acquire("another attempt")
+    script = tmp_path / "script.py"
+    script.write_text("import outlast\noutlast.start('r')\n")
+    run.logs.rmdir()
+    second = subprocess.Popen([sys.executable, script], cwd=tmp_path)
+    wait_for(run.logs.is_dir, "the second one, which makes this before it waits for the lock")
+    Ledger(run.ledger).append("finished", 1, step=5, seconds=1.0)
+    before = run.ledger.read_bytes()
+    lock.release()
+    assert second.wait(60) == 0
+    assert run.ledger.read_bytes() == before
 
 
 def test_an_error_can_be_caught(tmp_path: Path) -> None:

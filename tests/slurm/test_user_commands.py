@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -24,7 +25,8 @@ from .cluster import Cluster
 Run = Callable[..., str]
 Probe = Callable[[str], RunProbe]
 LONG = ["trainer.max_steps=80", "trainer.step_s=0.1"]
-JOB = ["cluster=devcluster", *SMOKE, *LONG]
+JOB = ["cluster=devcluster", *SMOKE, *LONG, "cluster.sbatch.export=NIL"]
+"""Nothing of the submitter's environment is passed on, not even a PATH."""
 
 
 @pytest.fixture
@@ -79,6 +81,10 @@ def test_from_submit_to_done(outlast_on: Run, devcluster: Cluster, probe: Probe)
     now = devcluster.job(again)
     assert (now["TimeLimit"], now["Partition"], now["NumNodes"]) == ("00:30:00", "high", "1")
     assert "is running already" in outlast_on("resume", "r")
+    devcluster.run("scancel", again)
+    said = outlast_on("train", *JOB, "parallel.nodes=2", "run.name=r")
+    assert f"waiting for job {again}, which is on its way out" in said
+    assert "submitted job" in said
     wait_for(lambda: run.events("finished"), "the end")
     assert run.steps_repeated() == 0
     assert "accumulation is 2, configured 1 for 2 ranks" in run.events("resumed")[0]["differences"]["world_size"]
@@ -119,10 +125,27 @@ def test_a_job_that_waits(outlast_on: Run, devcluster: Cluster, probe: Probe) ->
     said = outlast_on("logs", "r")
     assert f"no attempt has started since job {row['job_id']} was submitted" in said
     assert "nothing there yet" in said
+    run = probe("r")
+    shutil.copytree(run.path, run.path.with_name("copy"))
+    assert "was neither running nor in the queue" in outlast_on("cancel", "copy")
+    assert devcluster.state(row["job_id"]) == "PENDING"
     assert "was waiting; taken out of the queue" in outlast_on("cancel", "r")
     assert devcluster.state(row["job_id"]) == "CANCELLED"
     assert devcluster.state(blocker) == "RUNNING"
     assert status(outlast_on)["r"]["state"] == "cancelled"
+
+
+def test_a_setup_that_fails_says_so(outlast_on: Run, devcluster: Cluster, probe: Probe) -> None:
+    outlast_on("train", *JOB, "run.name=r", "cluster.setup=['export A=1','module load cuda/99']")
+    run = probe("r")
+    wait_for(lambda: run.events("attempt_ended"), "the job's end", 60)
+    row = status(outlast_on)["r"]
+    devcluster.wait_for_state(row["job_id"], "FAILED", 30)
+    assert row["state"] == "failed"
+    assert row["reason"].startswith("cluster.setup: exit code 127 of: module load cuda/99: ")
+    assert "module: command not found" in row["reason"]
+    assert "module: command not found" in outlast_on("logs", "r")
+    assert not run.events("requeued")
 
 
 @contextmanager

@@ -33,7 +33,13 @@ def test_by_the_launcher(
 
 
 @pytest.mark.parametrize("launch", ["srun", "accelerate"])
-def test_by_plain_sbatch(devcluster: Cluster, probe: Callable[[str], RunProbe], parent: Path, launch: str) -> None:
-    job = sbatch(devcluster, parent, ["--nodes=2", "--cpus-per-task=1"], *SMALL, f"parallel.launch={launch}")
+def test_by_plain_sbatch(devcluster: Cluster, parent: Path, launch: str) -> None:
+    flags, work = ["--nodes=2", "--cpus-per-task=1"], parent
+    if launch == "srun":
+        work = parent / "a directory of its own"
+        work.mkdir()
+        (work / "outlast").symlink_to(REPOSITORY)
+        flags.append(f"--chdir={work}")
+    job = sbatch(devcluster, parent, flags, *SMALL, f"parallel.launch={launch}")
     devcluster.wait_for_state(job, "COMPLETED", 120)
-    assert probe("r").causes() == ["finished"]
+    assert RunProbe(work / "runs" / "r").causes() == ["finished"]

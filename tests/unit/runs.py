@@ -21,9 +21,9 @@ from outlast.rundir.sweep import Cell, SweepManifest
 Make = Callable[..., RunDirectory]
 
 
-def start(run: RunDirectory, attempt: int = 1, job_id: str | None = None) -> Ledger:
-    ledger = Ledger(run.ledger)
-    ledger.append("attempt_started", attempt, job_id=job_id, restart_count=0, hosts=["a"], world_size=1, versions={})
+def start(run: RunDirectory, attempt: int = 1, job_id: str | None = None, **values: Any) -> Ledger:
+    ledger, values = Ledger(run.ledger), {"hosts": ["a"], "world_size": 1, "versions": {}} | values
+    ledger.append("attempt_started", attempt, job_id=job_id, restart_count=0, **values)
     return ledger
 
 

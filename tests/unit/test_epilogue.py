@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 
 from outlast.config.configuration import build, dump
 from outlast.epilogue import _command, follow_up
+from outlast.launcher.commands import logs
+from outlast.launcher.runs.standing import look
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.lock import RunLock
@@ -145,6 +148,15 @@ def test_a_job_that_slurm_has_put_back_by_itself_is_noted_as_that(run: Run, slur
     assert not slurm.calls("sbatch")
 
 
+def test_a_job_cancelled_after_a_rank_had_said_how_it_ended_is_not_brought_back(run: Run, slurm: Slurm) -> None:
+    run.start()
+    run.ledger.append("attempt_ended", 1, cause="failed", step=3, error="ValueError: no", rank=1)
+    slurm.says("scontrol", "JobState=COMPLETING")
+    assert run.follow_up(1) == 75
+    assert not run.events("requeued")
+    assert not slurm.calls("scontrol requeue")
+
+
 def test_what_outlast_cancel_has_marked_stays_cancelled(run: Run, slurm: Slurm) -> None:
     run.start()
     (run.directory.path / "cancelled.json").write_text(json.dumps({"time": time.time() + 1}))
@@ -173,6 +185,78 @@ def test_ranks_that_never_began_are_an_attempt_too(run: Run, slurm: Slurm) -> No
     (ended,) = run.events("attempt_ended")
     assert ended["attempt"] == 1
     assert ended["detail"] == "the ranks ended with exit code 1 before the run began"
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "why"),
+    [
+        ("[outlast] hello\nenv: 'python': No such file or directory\nsrun: error: n0: task 0: Exited\n", 127,
+         "env: 'python': No such file or directory"),
+        ("Traceback (most recent call last):\n  File x\nValueError: no\nsrun: error: n0: task 0: Exited\n", 1,
+         "ValueError: no"),
+        ("outlast: run is in use by job 6\nsrun: error: n0: task 0: Exited with exit code 1\n", 1,
+         "run is in use by job 6"),
+        ("slurmstepd: error: execve(): /x/python: No such file\nsrun: error: n0: task 0: Exited\n", 2,
+         "execve(): /x/python: No such file"),
+        ("ValueError: of the start before\n[outlast] attempt 1 ended: failed\n", 1, None),
+    ],
+)  # fmt: skip
+def test_why_ranks_never_began_is_in_the_ledger_in_status_and_in_logs(
+    run: Run, slurm: Slurm, printed: str, code: int, why: str | None
+) -> None:
+    log = run.directory.logs / "7.log"
+    log.write_text(printed)
+    command = [sys.executable, "-m", "outlast.epilogue", str(run.directory.path), "--exit-code", str(code)]
+    with log.open("a") as out:
+        subprocess.run(command, stdout=out, stderr=out, timeout=60)
+    (ended,) = run.events("attempt_ended")
+    detail = f"the ranks ended with exit code {code} before the run began" + (f": {why}" if why else "")
+    assert ended["detail"] == detail
+    now = look(run.directory)
+    assert now.state == ("failed" if code != 1 else "queued")
+    if code != 1:
+        assert now.reason == detail
+    source = logs.choose(run.directory)
+    assert source.path == log
+    assert source.title == f"no rank of attempt 1 has begun; what was printed before: {log}"
+
+
+def test_a_job_that_finds_its_run_in_use_waits_in_the_queue_within_limits(
+    run: Run, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.start(1, job_id="6")
+    holder = RunLock(run.directory)
+    holder.acquire("another attempt")
+    monkeypatch.setattr("outlast.epilogue.WAIT_S", 0.1)
+    codes = []
+    try:
+        for restart in range(4):
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+            slurm.says("scontrol", f"JobState=RUNNING Restarts={restart}")
+            codes.append(run.follow_up(1))
+        slurm.says("scontrol", "JobState=COMPLETING")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+        assert run.follow_up(1) == 75
+    finally:
+        holder.release()
+    assert codes == [75, 75, 1, 1]  # preemption.max_crashes is 2
+    assert len(slurm.calls("scontrol requeue")) == 2
+    assert [event["event"] for event in run.ledger.read()] == ["attempt_started"]
+
+
+def test_a_run_that_finishes_while_its_lock_is_waited_for_is_done(run: Run, slurm: Slurm) -> None:
+    run.start(1, job_id="6")
+    holder = RunLock(run.directory)
+    holder.acquire("another attempt")
+
+    def finish() -> None:
+        run.ledger.append("attempt_ended", 1, cause="finished", step=5)
+        run.ledger.append("finished", 1, step=5, seconds=1.0)
+        holder.release()
+
+    threading.Timer(0.5, finish).start()
+    assert run.follow_up(1) == 0
+    assert [event["event"] for event in run.ledger.read()] == ["attempt_started", "attempt_ended", "finished"]
 
 
 def test_a_refused_configuration_is_not_tried_again(run: Run, slurm: Slurm) -> None:

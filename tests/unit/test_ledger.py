@@ -10,7 +10,7 @@ import pytest
 from outlast.checkpoint.interval import LOWER_S, SaveInterval
 from outlast.config.checkpoint import CheckpointSection
 from outlast.rundir.attempts import attempts, finished, next_attempt
-from outlast.rundir.ledger import AttemptNumber, Ledger, Recorder
+from outlast.rundir.ledger import EVENTS, AttemptNumber, Ledger, Recorder
 
 
 @pytest.fixture
@@ -26,6 +26,29 @@ def test_a_ledger_that_does_not_exist_is_empty(ledger: Ledger) -> None:
     assert ledger.read() == []
     assert next_attempt([]) == 1
     assert finished([]) is None
+
+
+VALUES = {"job_id": "7", "hosts": ["a"], "versions": {}, "checkpoint": "c", "name": "TERM", "metrics": {}, "kind": "k",
+          "reason": "r", "cause": "failed", "how": "late", "notes": [], "objects": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_line_that_lacks_a_field_or_has_it_of_another_type_is_left_out(ledger: Ledger, event: str) -> None:
+    """What reads the ledger relies on its fields: one flipped bit must not take `report` away."""
+    fields = {name: VALUES.get(name, 1) for name in EVENTS[event]}
+    ledger.append(event, 1, **fields)
+    whole = json.loads(ledger.path.read_text())
+    lines = [{key: value for key, value in whole.items() if key != name} for name in ("time", "attempt", *fields)]
+    lines += [whole | {"attempt": "1"}, whole | {"time": None}, whole | {"event": 1}]
+    lines += [
+        whole | {name: 1.5 if name in VALUES else "x"} for name in {"step", "bytes", "metrics", "hosts"} & fields.keys()
+    ]
+    for line in lines:
+        with ledger.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert [line for line in ledger.read() if line != whole] == []
+    ledger.append("gave_up", 2, reason="r")
+    assert [line["event"] for line in ledger.read()][-1] == "gave_up"
 
 
 def test_append_refuses_unknown_events_and_missing_fields(ledger: Ledger) -> None:

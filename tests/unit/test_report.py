@@ -39,6 +39,20 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "runs" / "one")
 
 
+def test_a_ledger_without_any_one_of_its_fields_can_be_reported(run: RunDirectory) -> None:
+    write(run, *PREEMPTED)
+    lines = [json.loads(line) for line in run.ledger.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        for field in line:
+            damaged = [
+                *lines[:number],
+                {("x" if key == field else key): line[key] for key in line},
+                *lines[number + 1 :],
+            ]
+            run.ledger.write_text("".join(json.dumps(one) + "\n" for one in damaged))
+            assert "attempts" in show(summarize(run))
+
+
 PREEMPTED = [
     (0.0, 1, "attempt_started", STARTED),
     (50.0, 1, "checkpoint", saved(50, "periodic")),

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from outlast.config.preemption import PreemptionSection
+from outlast.errors import ConfigError, RunBusyError, SlurmError
 from outlast.preemption.afterwards import Afterwards
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
 from outlast.preemption.outcome import Outcome
 from outlast.preemption.policy import decide, since_submission, startup_warning
-from outlast.preemption.repeats import will_repeat
+from outlast.preemption.repeats import exit_code_of, will_repeat
 from outlast.preemption.shutdown import ELASTIC_ENV, Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.ranks.identity import Identity
@@ -23,7 +24,7 @@ from outlast.ranks.lost import Lost, LostRankError
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Recorder
 from outlast.slurm.environment import BATCH_JOB_ENV, SlurmJob, in_own_batch_script
-from outlast.slurm.view import JobView
+from outlast.slurm.view import JobView, restart_cause, show_job
 
 from .conftest import Slurm
 
@@ -171,10 +172,40 @@ def _raised(error: Exception, on_account_of: Exception | None) -> Exception:
         (ConnectionError("the hub"), False),
         (MemoryError(), False),
         (_raised(ValueError("can't be loaded"), OSError("Stale file handle")), False),
+        (ConfigError("trainer.optim", "sdg", ["sgd"]), True),
+        (_raised(ConfigError("data.train", "/mnt/x", "it can't be read"), FileNotFoundError("/mnt/x")), False),
+        (RunBusyError("in use"), False),
+        (SlurmError("node n0: no address"), False),
+        (RuntimeError("The server socket has failed to listen: errno: 98, Address already in use"), False),
     ],
 )
 def test_which_errors_repeat(error: Exception, repeats: bool) -> None:
     assert will_repeat(error) is repeats
+
+
+def test_a_refusal_whose_reason_is_hidden_from_the_user_still_has_one() -> None:
+    def refuse() -> None:
+        try:
+            Path("/nowhere/train.jsonl").read_text()
+        except OSError as error:
+            raise ConfigError("data.train", "train.jsonl", str(error)) from None
+
+    with pytest.raises(ConfigError) as raised:
+        refuse()
+    assert not will_repeat(raised.value)
+
+
+def test_in_a_job_exit_code_2_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, refused = RunBusyError("in use"), ConfigError("trainer.optim", "sdg", ["sgd"])
+    assert (exit_code_of(busy), exit_code_of(refused)) == (2, 2)
+    in_batch_script_of_ours(monkeypatch)
+    assert (exit_code_of(busy), exit_code_of(refused)) == (1, 2)
+
+
+@pytest.mark.parametrize(("error", "refused"), [(SlurmError("no address"), False), (ConfigError("a", 1, "2"), True)])
+def test_only_what_would_be_refused_again_is_final(slurm: Slurm, rank: "Rank", error: Exception, refused: bool) -> None:
+    rank.shutdown.fail(error, 0)
+    assert rank.events[-1]["refused"] is refused
 
 
 NOW = time.time()
@@ -208,7 +239,8 @@ RESTARTED = JobView("COMPLETING", "None", None, NOW, NOW + 3600, restarts=1)
         ("PREEMPTED\n", "alloc\n", "preempted"),
         ("NODE_FAIL\n", "alloc\n", "node_failure"),
         ("REQUEUED\n", "alloc\ndown*\n", "node_failure"),
-        ("", "alloc\ncomp\n", "preempted"),  # no sacct: its nodes are well, so they were taken
+        ("REQUEUED\n", "alloc\n", "requeued"),
+        ("", "alloc\ncomp\n", "requeued"),  # no sacct: its nodes are well, and nothing says that they were taken
         ("", "comp\ndown\n", "node_failure"),
     ],
 )
@@ -216,6 +248,30 @@ def test_the_cause_of_a_restart_that_slurm_made(slurm: Slurm, sacct: str, nodes:
     slurm.says("sacct", sacct)
     slurm.says("sinfo", nodes)
     assert RESTARTED.stop_cause(JOB, lead_s=90) == cause
+
+
+@pytest.mark.parametrize(
+    ("says", "cause"),
+    [
+        ("PreemptTime=1000", "preempted"),
+        ("PreemptTime=900", "requeued"),  # of an earlier start
+        ("PreemptTime=None GraceTime=0", "preempted"),  # which leaves no trace
+        ("PreemptTime=None GraceTime=30", "requeued"),
+        ("GraceTime=0 Reason=job_requeued_in_held_state", "requeued"),
+    ],
+)
+def test_a_preemption_leaves_its_time_behind_unless_it_comes_without_a_grace_period(
+    slurm: Slurm, says: str, cause: str
+) -> None:
+    slurm.says("scontrol", f"PreemptType = preempt/partition_prio\nJobId=7 Partition=low Restarts=1 {says}\n")
+    slurm.says("sinfo", "mix\n")
+    assert show_job("7").stop_cause(JOB, lead_s=90, since=950.0) == cause
+
+
+@pytest.mark.parametrize(("signalled", "cause"), [(True, "requeued"), (False, "node_failure")])
+def test_a_node_that_is_well_again_gave_no_signal_when_it_failed(slurm: Slurm, signalled: bool, cause: str) -> None:
+    slurm.says("sinfo", "mix\n")
+    assert restart_cause(JOB, 0.0, RESTARTED, signalled=signalled) == cause
 
 
 class Rank:
@@ -351,11 +407,25 @@ def test_a_refused_requeue_is_not_noted_as_one(slurm: Slurm, rank: Rank) -> None
     assert rank.names == ["attempt_ended"]
 
 
-@pytest.mark.parametrize("ending", ["JobState=COMPLETING StartTime=2020-01-01T00:00:00", CANCELLED_IN_GRACE])
-def test_a_job_cancelled_during_its_save_is_not_brought_back(slurm: Slurm, rank: Rank, ending: str) -> None:
-    slurm.says("scontrol", PREEMPTED)
+AT_THE_LIMIT = f"JobState=RUNNING EndTime={int(time.time()) + 60}"
+
+
+@pytest.mark.parametrize(
+    ("signalled", "cause", "ending"),
+    [
+        (PREEMPTED, "preempted", "JobState=COMPLETING StartTime=2020-01-01T00:00:00"),
+        (PREEMPTED, "preempted", CANCELLED_IN_GRACE),
+        (AT_THE_LIMIT, "time_limit", "JobState=COMPLETING"),
+        (AT_THE_LIMIT, "time_limit", "JobState=CANCELLED"),
+        (RUNNING, "preempted", "JobState=COMPLETING"),  # by a signal that somebody sent on purpose
+    ],
+)
+def test_a_job_cancelled_during_its_save_is_not_brought_back(
+    slurm: Slurm, rank: Rank, signalled: str, cause: str, ending: str
+) -> None:
+    slurm.says("scontrol", signalled)
     rank.cause.ask_why()
-    assert rank.cause.cause("TERM") == "preempted"
+    assert rank.cause.cause("TERM") == cause
     slurm.says("scontrol", ending)
     assert rank.shutdown.requeue(5) == 75
     assert rank.names == ["attempt_ended"]
@@ -369,6 +439,40 @@ def test_with_preempt_mode_cancel_a_job_past_its_grace_period_is_still_brought_b
     slurm.says("scontrol", CANCELLED_IN_GRACE.replace("2099", "2020"))
     assert rank.shutdown.requeue(5) == 75
     assert rank.names == ["attempt_ended", "requeued"]
+
+
+@pytest.mark.parametrize(
+    ("signalled", "ending"),
+    [
+        (AT_THE_LIMIT, "JobState=COMPLETING Reason=TimeLimit"),
+        (RUNNING, "JobState=COMPLETING StartTime=2020-01-01T00:00:00 PreemptTime=2020-01-01T01:00:00"),
+    ],
+)
+def test_a_job_that_ends_otherwise_during_its_save_is_brought_back(
+    slurm: Slurm, rank: Rank, signalled: str, ending: str
+) -> None:
+    slurm.says("scontrol", signalled)
+    rank.cause.ask_why()
+    slurm.says("scontrol", ending)
+    assert rank.shutdown.requeue(5) == 75
+    assert rank.names == ["attempt_ended", "requeued"]
+
+
+def test_a_signal_that_came_before_slurm_could_explain_it(slurm: Slurm, rank: Rank) -> None:
+    slurm.says("scontrol", RUNNING)
+    rank.cause.ask_why()
+    slurm.says("scontrol", "JobState=PENDING Restarts=1")
+    slurm.says("sinfo", "down\n")
+    slurm.refuse_requeue()
+    rank.shutdown.requeue(5)
+    assert rank.events[0]["cause"] == "node_failure"
+
+
+def test_a_lost_rank_brings_no_job_back_that_was_cancelled_meanwhile(slurm: Slurm, rank: Rank) -> None:
+    slurm.says("scontrol", "JobState=COMPLETING")
+    rank.shutdown.fail(LostRankError([Lost(rank=1, host="here", seconds=0.1, how="gone")]), 7)
+    assert rank.names == ["straggler", "attempt_ended"]
+    assert not slurm.calls("scontrol requeue")
 
 
 def test_what_outlast_cancel_marked_is_cancelled_whatever_slurm_says(slurm: Slurm, rank: Rank, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import fcntl
 import json
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from outlast.launcher.runs.submissions import cancelled_at, mark_cancelled, subm
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.lock import RunLock
+from outlast.rundir.place import place_of
+from outlast.rundir.sweep import read_sweep_manifest
 
 from .runs import Make, end, progress, row, save, says, shown, start, submit, sweep_of
 
@@ -231,6 +235,38 @@ def test_cancelled_while_it_saves(make: Make) -> None:
     assert row(run).state == "stopped_unexpectedly"
     end(ledger, "preempted", attempt=2)
     assert row(run).state == "interrupted"
+
+
+@pytest.mark.parametrize("requeued", [True, False])
+@pytest.mark.parametrize("submitted", [True, False])
+def test_the_job_of_a_run_is_not_that_of_its_copy(make: Make, tmp_path: Path, submitted: bool, requeued: bool) -> None:
+    """Nor is that of a run which was moved another's: it keeps the inode, as it keeps the path on another mount."""
+    run = make("a")
+    place = place_of(run.path)
+    start(run, job_id="7", place=place)
+    if requeued:
+        end(Ledger(run.ledger), "preempted")
+        Ledger(run.ledger).append("requeued", 1, cause="preempted", job_id="7", place=place)
+    if submitted:
+        submit(run, "7", place=place)
+    shutil.copytree(run.path, tmp_path / "b")
+    copy = row(RunDirectory(tmp_path / "b"), says(J7="RUNNING"))
+    assert copy.state == ("interrupted" if requeued else "stopped_unexpectedly")
+    assert copy.job_id is None
+    assert submission_of(RunDirectory(tmp_path / "b")) is None
+    assert row(run, says(J7="RUNNING")).job_id == "7"
+    run.path.rename(tmp_path / "c")
+    assert row(RunDirectory(tmp_path / "c"), says(J7="RUNNING")).job_id == "7"
+
+
+def test_a_copy_of_a_sweep_has_not_been_submitted(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, [("7", [0, 1, 2])])
+    manifest = read_sweep_manifest(sweep)
+    manifest.submissions[0] = replace(manifest.submissions[0], place=place_of(sweep))
+    manifest.write(sweep)
+    shutil.copytree(sweep, tmp_path / "t")
+    assert submission_of(RunDirectory(sweep / "seed=0")) is not None
+    assert submission_of(RunDirectory(tmp_path / "t" / "seed=0")) is None
 
 
 def test_the_cells_of_a_sweep(make: Make, tmp_path: Path) -> None:

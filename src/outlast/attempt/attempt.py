@@ -1,13 +1,12 @@
 """One attempt of one rank, from start to leave. All its parts are made here, in order, each complete."""
 
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from outlast import clock
-from outlast.checkpoint.manifest import Kind, Sealed, versions
+from outlast.checkpoint.manifest import Kind, Sealed
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore
 from outlast.config.checkpoint import CheckpointSection
@@ -35,7 +34,7 @@ from outlast.rundir.attempts import attempts
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Recorder
 from outlast.rundir.progress import ProgressWriter, read
-from outlast.slurm.environment import export_ranks, hostnames
+from outlast.slurm.environment import export_ranks
 from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
@@ -43,6 +42,7 @@ from .bytes_watch import BytesWatch
 from .joining import join
 from .kept import Kept
 from .limit import CheckpointLimit, planned_footprint
+from .opening import write_start
 from .resuming import Resuming
 from .saving import Saver
 from .steps import Steps
@@ -216,16 +216,7 @@ class RankAttempt:
             self._outcome.gave_up(reason)
             raise SystemExit(int(Exit.GAVE_UP))
         self.store.clean_up()
-        hosts = hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
-        self.record(
-            "attempt_started",
-            job_id=job.job_id if job else None,
-            restart_count=job.restart_count if job else 0,
-            hosts=hosts,
-            world_size=self.collectives.world_size,
-            versions=versions(),
-        )
-        self.say(f"attempt {self.attempt} on {', '.join(hosts)}, {self.collectives.world_size} rank(s)")
+        write_start(self.directory, self._identity, self.record, self.say)
         self.progress.now.attempt = self.attempt
         self.update_progress(phase="starting")
         view = self._cause.ask_for_limits()

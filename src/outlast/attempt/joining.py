@@ -16,8 +16,8 @@ from outlast.slurm.environment import current_job, in_own_batch_script
 class AlreadyFinished(SystemExit):
     """The run has finished before, and there is nothing to go on with: the process ends well, with code 0."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(int(Exit.DONE))
+    def __init__(self, step: int, code: Exit = Exit.DONE) -> None:
+        super().__init__(int(code))
         self.step = step
 
 
@@ -49,16 +49,25 @@ def _join(
     around = current_job()
     job = around if requeue or in_own_batch_script() else None
     ledger = Ledger(run.ledger)
-    if done := finished(ledger.read()):
-        say(f"{run.path} has finished already, at step {done['step']}")
-        raise AlreadyFinished(done["step"])
+    _leave_if_finished(run, say)
     run.create()
     lock = RunLock(run)
     lock.share()
     if collectives.rank == 0 and LOCK_FD_ENV not in os.environ:
         # A predecessor of the same job may still be on its way out, on another node.
         lock.acquire(f"job {job.job_id}" if job else "a training script", wait_s=60.0)
+        try:  # it may have finished meanwhile; the other ranks, which wait for this one, end with it
+            _leave_if_finished(run, say, Exit.DONE if collectives.world_size == 1 else Exit.RESUME_ME)
+        except AlreadyFinished:
+            lock.release()
+            raise
     number = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(
         ledger.read(), (job.job_id, job.restart_count) if job else None
     )
     return Identity(collectives.rank, collectives.world_size, job, number, around), lock
+
+
+def _leave_if_finished(run: RunDirectory, say: Callable[[str], None], code: Exit = Exit.DONE) -> None:
+    if done := finished(Ledger(run.ledger).read()):
+        say(f"{run.path} has finished already, at step {done['step']}")
+        raise AlreadyFinished(done["step"], code)

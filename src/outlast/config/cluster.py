@@ -39,7 +39,7 @@ class SlurmCluster(Section):
     exclude: str | None = None
     """Nodes to stay away from (`--exclude`)."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines that the batch script runs before `srun`: `module load ...`, `export ...`."""
+    """Shell lines before `srun`: `module load ...`, `export ...`. One that fails ends the job; `... || true` may."""
     sbatch: dict[str, Any] = field(default_factory=dict)
     """Any other `sbatch` flag, without the dashes: `cluster.sbatch.reservation=x`."""
     srun: dict[str, Any] = field(default_factory=dict)

@@ -34,6 +34,7 @@ class StopCause:
     ) -> None:
         self._job, self._guard, self._preemption, self._say = identity.around, guard, preemption, say
         self._in_own_job = identity.job is not None
+        self._job_began = clock.now()
         self._cancelled = CancelMark(run.path)
         self._asking = threading.Lock()
         self._view: JobView | None = None
@@ -57,6 +58,7 @@ class StopCause:
             self._say(f"Slurm did not say when this job ends ({error}); its signal is what is left")
             return None
         self.end_time = view.end_time
+        self._job_began = view.start_time or self._job_began
         with suppress(SlurmError):
             self.notice = notice_of(self._job.job_id, self._preemption.grace_s)
         return view
@@ -103,23 +105,29 @@ class StopCause:
         return self._by_slurm() or ("time_limit" if signal == CLOCK else "preempted")
 
     def cause_after_saving(self, signal: str | None) -> Cause:
-        """The cause, now that all is saved: a preempted job may have been cancelled meanwhile, and must stay so.
+        """The cause, now that all is saved: the job may have been cancelled meanwhile, and must stay so.
 
-        A job that was in its grace period and is completing before the end of it, without being back in the queue,
-        was cancelled. With `PreemptMode=CANCEL` it looks the same after the end, and must then be requeued.
+        A signal may also come before Slurm can say why: what it could not explain then, it may by now.
         """
-        cause, first = self.cause(signal), self._view
-        if self._job is None or cause != "preempted":
+        cause, explained = self.cause(signal), self.is_explained
+        if cause == "cancelled" or self._job is None:
             return cause
-        try:
-            now = self._view = show_job(self._job.job_id, timeout_s=5.0)
-        except SlurmError:
-            return cause
-        restarted = now.restarts > self._job.restart_count
-        in_grace = first is not None and not first.is_ending and clock.now() < (first.end_time or 0.0) - 1.0
-        if now.is_ending and not restarted and (in_grace or not now.is_preempted):
+        if self.is_cancelled():
             return "cancelled"
-        return cause
+        return cause if explained or self._view is None else self._by_slurm() or cause
+
+    def is_cancelled(self) -> bool:
+        """Whether the job has been cancelled by now, whatever it was signalled for; asked before every requeue."""
+        if self._job is None:
+            return False
+        if self._cancelled.is_set:
+            return True
+        first = self._view
+        try:
+            self._view = show_job(self._job.job_id, timeout_s=5.0)
+        except SlurmError:
+            return False
+        return self._view.is_cancelled(self._job, first)
 
     def deadline(self) -> float | None:
         """When the job will be killed, as far as that is known by now; Unix seconds.
@@ -143,4 +151,4 @@ class StopCause:
     def _by_slurm(self) -> Cause | None:
         assert self._view is not None
         assert self._job is not None
-        return self._view.stop_cause(self._job, self._preemption.lead_s)
+        return self._view.stop_cause(self._job, self._preemption.lead_s, self._job_began)

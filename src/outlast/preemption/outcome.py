@@ -10,6 +10,7 @@ from outlast.config.preemption import PreemptionSection
 from outlast.rundir.attempts import last_step
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import AttemptNumber, Cause, Event, Ledger, Numbered, Record
+from outlast.rundir.place import place_of
 
 from .policy import Decision, decide
 
@@ -81,11 +82,14 @@ class Outcome:
         """Write that the attempt ended by finishing the run, whatever was written of it before."""
         self._record("attempt_ended", cause="finished", step=step)
 
-    def follow(self, cause: Cause, start_next: Next | None) -> Decision:
+    def follow(
+        self, cause: Cause, start_next: Next | None, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> Decision:
         """Do what the policy says of an attempt that ended with `cause`.
 
         Args:
             start_next: called if another attempt is due; None: somebody else starts it.
+            is_cancelled: asked just before that: a job that was cancelled meanwhile stays so.
 
         Raises:
             SlurmError: the next attempt could not be started; nothing is written.
@@ -94,12 +98,14 @@ class Outcome:
         if decision.action == "give_up":
             self.gave_up(decision.reason)
         elif decision.action == "again" and start_next is not None:
+            if is_cancelled():
+                return Decision("stop", "the job was cancelled meanwhile")
             self.requeued(cause, **start_next())
         return decision
 
     def requeued(self, cause: Cause, **values: Any) -> None:
         """Write that another attempt follows; `values` are `job_id`, and by what means it was started."""
-        self._record("requeued", cause=cause, **values)
+        self._record("requeued", cause=cause, place=place_of(self._run.path), **values)
 
     def gave_up(self, reason: str) -> None:
         """Write that no other attempt follows, and why."""

@@ -15,7 +15,7 @@ from outlast.rundir.ledger import Cause, Event
 PATIENCE = 3
 """Restarts in a row that trained and saved no new step, after which a run gives up."""
 CRASHES = ("failed", "out_of_memory")
-TAKEN = ("preempted", "node_failure")
+TAKEN = ("preempted", "node_failure", "requeued")
 """Causes for which the cluster is to blame, whenever they come."""
 
 

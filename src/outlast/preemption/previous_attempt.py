@@ -1,13 +1,15 @@
 """Records how the previous attempt ended if nobody could: it was killed with its node or its job."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from outlast.config.preemption import PreemptionSection
+from outlast.errors import SlurmError
 from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import KILLED, Cause, Ledger
 from outlast.slurm.environment import SlurmJob
-from outlast.slurm.view import STATE_CAUSES, accounted_state, restart_cause
+from outlast.slurm.view import STATE_CAUSES, accounted_state, restart_cause, show_job
 
 from .outcome import Outcome
 from .policy import decide, since_submission, startup_warning
@@ -56,5 +58,8 @@ def _cause(last: Attempt, job: SlurmJob | None) -> Cause:
     started, restarts = last.started["job_id"], last.started["restart_count"]
     its = SlurmJob(str(started), int(restarts), ",".join(last.started["hosts"]))
     if job is not None and _same_job(last, job):
-        return restart_cause(its)
+        now = None
+        with suppress(SlurmError):
+            now = show_job(job.job_id, timeout_s=5.0)
+        return restart_cause(its, last.started["time"], now, signalled=bool(last.signals))
     return STATE_CAUSES.get(accounted_state(its) or "", "failed")

@@ -24,6 +24,7 @@ from outlast.slurm.environment import in_own_batch_script
 
 from .cause import StopCause
 from .outcome import Outcome
+from .repeats import exit_code_of, will_repeat
 from .signals import PreemptionGuard
 
 ECHO_S = 2.0
@@ -144,10 +145,10 @@ class Shutdown:
             return self._failed
 
     def _fail(self, error: BaseException, step: int, repeats: bool) -> Exit:
-        lost, refused = isinstance(error, LostRankError), isinstance(error, OutlastError)
+        lost, ours = isinstance(error, LostRankError), isinstance(error, OutlastError)
         if isinstance(error, LostRankError):
             self._lost = error.lost
-        if not refused and in_own_batch_script() and self._identity.world_size > 1:
+        if not ours and in_own_batch_script() and self._identity.world_size > 1:
             deadline = time.monotonic() + ECHO_S
             while self._guard.requested is None and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -156,7 +157,7 @@ class Shutdown:
         stopping = None if died else self._guard.requested
         if stopping is not None and self._identity.rank != 0:
             return Exit.RESUME_ME  # rank 0 speaks for all
-        if stopping is not None and not refused:
+        if stopping is not None and not ours:
             self._say(f"{type(error).__name__} while leaving: {error}")
             if self.left_to_epilogue():
                 return Exit.FAILED
@@ -168,12 +169,13 @@ class Shutdown:
         if isinstance(error, LostRankError):
             self._end(cause, step=step, rank=error.rank, detail=str(error))
             if self._identity.job is not None and self.ended_it and not in_own_batch_script():
-                return self._follow(cause, step)  # it may be its node's fault
+                return self._follow(cause, step, self._cause.is_cancelled)  # it may be its node's fault
             return Exit.FAILED
         text = f"{type(error).__name__}: {error}"[:2000]
-        more = {"repeats": True} if repeats and not refused else {}
+        more = {"repeats": True} if repeats and not ours else {}
+        refused = ours and will_repeat(error)
         self._end(cause, step=step, rank=self._identity.rank, error=text, refused=refused, **more)
-        return error.exit_code if isinstance(error, OutlastError) else Exit.FAILED
+        return exit_code_of(error) if isinstance(error, OutlastError) else Exit.FAILED
 
     def note_late(self, one: Lost) -> None:
         """Write down a rank that has kept the others waiting."""
@@ -184,10 +186,11 @@ class Shutdown:
         stragglers = [("straggler", asdict(one)) for one in self._lost]
         self.ended_it = self._outcome.ended(cause, before=stragglers, speaks=self._speaks, **values)
 
-    def _follow(self, cause: Cause, step: int) -> Exit:
+    def _follow(self, cause: Cause, step: int, is_cancelled: Callable[[], bool] = lambda: False) -> Exit:
         """Do what the policy says of an attempt that this rank has noted as ended."""
+        start_next = self._requeue_job if self._identity.job is not None else None
         try:
-            decision = self._outcome.follow(cause, self._requeue_job if self._identity.job is not None else None)
+            decision = self._outcome.follow(cause, start_next, is_cancelled)
         except SlurmError as error:
             what = "the batch script looks for another way" if in_own_batch_script() else "submit it again"
             self._say(f"could not requeue: {error}; {self._saved(step)}, {what}")

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, Protocol
 
 from outlast import clock
@@ -22,7 +23,10 @@ from outlast.files import to_json
 
 from .lease import wait_for_lease
 
-Cause = Literal["finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "out_of_memory"]
+Cause = Literal[
+    "finished", "preempted", "time_limit", "cancelled", "failed", "node_failure", "requeued", "out_of_memory"
+]
+"""Why an attempt ended. `requeued`: somebody else than the run has put the job back into the queue."""
 Event = dict[str, Any]
 
 RESERVE = 65_536
@@ -63,6 +67,31 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "finished": ("step", "seconds"),
 }
 """Events and the fields that each line of them has; lines may carry further fields."""
+
+_NUMBER, _MAYBE = (int, float), (int, float, NoneType)
+_TYPES: dict[type | tuple[type, ...], tuple[str, ...]] = {
+    int: ("attempt", "restart_count", "world_size", "rank", "micro_batches", "ranks"),
+    _NUMBER: (
+        "time",
+        "bytes",
+        "stall_s",
+        "seconds",
+        "cost_s",
+        "mtbf_s",
+        "needed_s",
+        "save_s",
+        "reaction_s",
+        "run_bytes",
+    ),
+    _MAYBE: ("step", "sealed_s", "deadline_s", "notice_s", "model_step"),
+    str: ("event", "checkpoint", "reason", "name", "kind", "cause", "how"),
+    (str, NoneType): ("job_id", "detail", "error", "log"),
+    list: ("hosts", "notes"),
+    dict: ("versions", "metrics", "objects", "place"),
+}
+_TYPE_OF = {field: kind for kind, fields in _TYPES.items() for field in fields}
+_STEPS = ("resumed", "checkpoint", "evaluated", "finished", "signal")
+"""Events whose step is never unknown."""
 
 
 KILLED = "killed"
@@ -145,7 +174,7 @@ class Ledger:
             return True
 
     def read(self) -> list[Event]:
-        """All whole lines, in order; a torn one (the writer was killed) is left out."""
+        """All whole lines, in order; a torn one (the writer was killed) or a damaged one is left out."""
         try:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
@@ -156,7 +185,7 @@ class Ledger:
             )  # parsing them at once is twice as fast, which shows with many runs
         except ValueError:
             parsed = [_parsed(line) for line in lines]
-        return [_clamped(e) for e in parsed if isinstance(e, dict) and {"time", "attempt", "event"} <= e.keys()]
+        return [_clamped(event) for event in parsed if _is_whole(event)]
 
 
 def _reserve(fd: int, size: int) -> None:
@@ -165,6 +194,17 @@ def _reserve(fd: int, size: int) -> None:
     fallocate = getattr(ctypes.CDLL(None), "fallocate", None)
     if fallocate is not None:
         fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(size), ctypes.c_int64(RESERVE))
+
+
+def _is_whole(event: Any) -> bool:
+    """Whether a line has all fields of its event, each of its type: what reads the ledger relies on that."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    if not all(name in event for name in ("time", "attempt", *EVENTS.get(event["event"], ()))):
+        return False
+    if event["event"] in _STEPS and event["step"] is None:
+        return False
+    return all(isinstance(value, _TYPE_OF.get(name, object)) for name, value in event.items())
 
 
 def _clamped(event: Event) -> Event:

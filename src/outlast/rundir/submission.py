@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .lease import wait_for_lease
 
@@ -36,6 +37,8 @@ class Submission:
     """The cells of the sweep that are in an array, by index."""
     offset: int = 0
     """A cell's task in the array is its index less this, since tasks are bounded by Slurm's `MaxArraySize`."""
+    place: dict[str, Any] | None = None
+    """Whose it is (`place.py`): a copy of the run's directory has not been submitted."""
 
     @property
     def comment(self) -> str:

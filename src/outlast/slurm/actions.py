@@ -1,6 +1,7 @@
 """Asks Slurm to submit a job, and to requeue it."""
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ class Requeued:
     by: Literal["job", "slurm"]
     """Who put it there: the job itself, or Slurm, which had done so already."""
     hold_lifted: bool
+    """False also for a job that somebody has put there to stay (`scontrol requeuehold`)."""
 
 
 def requeue_job(job: SlurmJob, delay_s: int) -> Requeued:
@@ -36,8 +38,11 @@ def requeue_job(job: SlurmJob, delay_s: int) -> Requeued:
     try:
         run_slurm("scontrol", "requeue", job.job_id)
     except SlurmError:
-        if show_job(job.job_id).restarts <= job.restart_count:
+        now = show_job(job.job_id)
+        if now.restarts <= job.restart_count:
             raise
+        if now.is_held:
+            return Requeued("slurm", False)
         by = "slurm"
     try:
         bring_forward(job, delay_s)
@@ -52,7 +57,8 @@ def bring_forward(job: SlurmJob, delay_s: int) -> None:
     Raises:
         SlurmError: it was refused.
     """
-    run_slurm("scontrol", "update", f"JobId={job.job_id}", f"StartTime=now+{delay_s}")
+    # As Unix seconds: the command reads `now+5` as local time, which is an hour off while an hour comes twice.
+    run_slurm("scontrol", "update", f"JobId={job.job_id}", f"StartTime=uts{int(time.time()) + delay_s}")
 
 
 def sbatch(script: Path, flags: list[str], keep_open: int | None = None) -> str:

@@ -21,7 +21,7 @@ def run_slurm(
         SlurmError: it is not installed, failed, or did not answer within `timeout_s`; one line that says which.
     """
     env = {name: value for name, value in (env or os.environ).items() if not name.startswith("SQUEUE_")}
-    env["SLURM_TIME_FORMAT"] = "standard"
+    env["SLURM_TIME_FORMAT"] = "%s"  # Unix seconds: local time is ambiguous in the hour that comes twice
     env["SLURM_BITSTR_LEN"] = "0"  # the tasks of an array in full: by default the list ends after 64 characters
     try:
         with signals_blocked():
@@ -54,7 +54,9 @@ def seconds_of(text: str) -> float | None:
 
 
 def slurm_timestamp(text: str | None) -> float | None:
-    """Parse a time as Slurm prints it into Unix seconds; None where it prints none."""
+    """Parse a time that Slurm prints, as Unix seconds or local time; None where it prints none."""
+    if text and text.isdigit():
+        return float(text)
     try:
         return datetime.fromisoformat(text or "").timestamp()
     except ValueError:

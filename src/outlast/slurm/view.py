@@ -1,5 +1,6 @@
 """What Slurm says about a job: its state, why it was signalled, how long it has, how it ended."""
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from .environment import SlurmJob
 
 STATE_CAUSES: dict[str, Cause] = {
     "PREEMPTED": "preempted",
+    "REQUEUED": "requeued",
     "NODE_FAIL": "node_failure",
     "BOOT_FAIL": "node_failure",
     "TIMEOUT": "time_limit",
@@ -44,7 +46,28 @@ class JobView:
     def is_ending(self) -> bool:
         return self.state == "COMPLETING" or self.state in STATE_CAUSES
 
-    def stop_cause(self, job: SlurmJob, lead_s: float) -> Cause | None:
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody has put the job back into the queue to stay there (`scontrol requeuehold`)."""
+        return self.reason == "job_requeued_in_held_state" or self.state in ("REQUEUE_HOLD", "SPECIAL_EXIT")
+
+    def is_cancelled(self, job: SlurmJob, before: "JobView | None" = None) -> bool:
+        """Whether the job has been cancelled, whatever it was signalled for: to be asked before it is requeued.
+
+        A cancelled job is completing, and is not back in the queue. One that has come to its time limit says so; a
+        `scancel` after that leaves no trace. A preempted one is completing when its grace period is over, with
+        `PreemptMode=CANCEL`; before the end of it, it was cancelled.
+
+        Args:
+            before: what Slurm said when the signal came, with the end of the grace period.
+        """
+        if self.state != "COMPLETING" or self.restarts > job.restart_count or self.reason == "TimeLimit":
+            return self.state == "CANCELLED" and self.restarts <= job.restart_count
+        if before is not None and before.is_preempted and not before.is_ending:
+            return time.time() < (before.end_time or 0.0) - 1.0 or not self.is_preempted
+        return not self.is_preempted
+
+    def stop_cause(self, job: SlurmJob, lead_s: float, since: float = math.inf) -> Cause | None:
         """Why this job was signalled, from what Slurm says while the signal is fresh.
 
         A preempted job is still RUNNING and has a `PreemptTime`, or, without a grace period, is COMPLETING with one;
@@ -53,13 +76,14 @@ class JobView:
 
         Args:
             lead_s: the lead time that `--signal` was given, seconds.
+            since: when this start of the job began, Unix seconds.
 
         Returns:
             None: the job goes on, as far as Slurm is concerned. Then somebody sent the signal on purpose, or `srun`
             did, which ends the other ranks when one has died.
         """
         if self.restarts > job.restart_count:
-            return restart_cause(job)
+            return restart_cause(job, since, self)
         if self.is_preempted and self.state != "CANCELLED":
             return "preempted"
         if self.reason == "TimeLimit":
@@ -118,11 +142,23 @@ def notice_of(job_id: str, grace_s: float | None = None, timeout_s: float = 5.0)
     Raises:
         SlurmError: no answer.
     """
-    lines = run_slurm("scontrol", "show", "config", timeout_s=timeout_s).splitlines()
-    site = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+    site = _site(timeout_s)
     kill_wait_s = seconds_of(site.get("KillWait", ""))
     if grace_s is not None:
         return Notice(grace_s, "preemption.grace_s", kill_wait_s)
+    given, source = _grace_time(job_id, site, timeout_s)
+    if given == 0:
+        return Notice(kill_wait_s, f"{source} is 0, which leaves KillWait", kill_wait_s)
+    return Notice(given, source, kill_wait_s)
+
+
+def _site(timeout_s: float) -> dict[str, str]:
+    lines = run_slurm("scontrol", "show", "config", timeout_s=timeout_s).splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+
+
+def _grace_time(job_id: str, site: dict[str, str], timeout_s: float) -> tuple[float | None, str]:
+    """Slurm's `GraceTime` for a job, in seconds, and where that comes from; None: it is not preempted here."""
     rule = site.get("PreemptType", "preempt/none")
     job = pairs(run_slurm("scontrol", "show", "job", job_id, "-o", timeout_s=timeout_s))
     source = f"GraceTime of partition {job.get('Partition')}"
@@ -136,25 +172,45 @@ def notice_of(job_id: str, grace_s: float | None = None, timeout_s: float = 5.0)
         qos = ("sacctmgr", "-nP", "show", "qos", f"name={job.get('QOS')}", "format=GraceTime")
         given = seconds_of(run_slurm(*qos, timeout_s=timeout_s).strip())
     else:
-        return Notice(None, "jobs are not preempted here", kill_wait_s)
-    if given == 0:
-        return Notice(kill_wait_s, f"{source} is 0, which leaves KillWait", kill_wait_s)
-    return Notice(given, source, kill_wait_s)
+        return None, "jobs are not preempted here"
+    return given, source
 
 
-def restart_cause(job: SlurmJob) -> Cause:
-    """Find out why Slurm itself requeued this attempt's job: from `sacct`, else from the state of its nodes.
+def restart_cause(job: SlurmJob, since: float, now: JobView | None = None, *, signalled: bool = True) -> Cause:
+    """Find out why a job is in the queue again, though its run has not requeued it.
 
-    If `sacct` does not say and the nodes are well, they were taken for another job, without a grace period.
+    `sacct` knows it. Without it: a preemption leaves its time behind, unless it comes without a grace period; a node
+    that has failed is not well, or gave no signal to what ran on it. What is left was `scontrol requeue`.
+
+    Args:
+        since: when that start of the job began, Unix seconds.
+        now: what Slurm says of the job.
+        signalled: whether its ranks were told to stop.
     """
     cause = STATE_CAUSES.get(accounted_state(job) or "")
     if cause in ("preempted", "node_failure"):
         return cause
+    if now is not None and now.preempt_time is not None and now.preempt_time >= since:
+        return "preempted"
+    if now is not None and now.is_held:
+        return "requeued"
+    if not _nodes_are_well(job.nodelist):
+        return "node_failure"
+    if cause == "requeued":
+        return cause
     with suppress(SlurmError):
-        nodes = run_slurm("sinfo", "--noheader", "--Node", f"--nodes={job.nodelist}", "--format=%t", timeout_s=5.0)
-        well = {"alloc", "mix", "idle", "comp", "resv", "plnd", "drng"}
-        return "preempted" if {state.strip("*~#!%$@^-") for state in nodes.split()} <= well else "node_failure"
-    return "node_failure"
+        if _grace_time(job.job_id, _site(5.0), 5.0)[0] == 0:
+            return "preempted"
+    return "requeued" if signalled else "node_failure"
+
+
+def _nodes_are_well(nodelist: str) -> bool:
+    try:
+        nodes = run_slurm("sinfo", "--noheader", "--Node", f"--nodes={nodelist}", "--format=%t", timeout_s=5.0)
+    except SlurmError:
+        return False
+    well = {"alloc", "mix", "idle", "comp", "resv", "plnd", "drng", "drain", "maint"}
+    return {state.strip("*~#!%$@^-") for state in nodes.split()} <= well
 
 
 def accounted_state(job: SlurmJob) -> str | None:
