@@ -70,7 +70,7 @@ def remember_versions() -> None:
 
 
 def warm_up() -> None:
-    """Compute what each process of a Trainer would compute for itself: what is known of models, methods and packages."""
+    """Compute what each process of a Trainer would compute for itself: what is known of models and methods."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from outlast.checkpoint.manifest import versions
