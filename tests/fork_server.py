@@ -34,17 +34,18 @@ PADDING = "FORK_SERVER_PADDING"
 MODULES = (
     *("outlast.rank", "outlast.agent", "outlast.script", "outlast.launcher.cli", "outlast.jobs.sft"),
     *("torch.distributed", "transformers.trainer", "trl.trainer.sft_trainer", "peft", "datasets", "accelerate"),
-    *("accelerate.commands.launch", "outlast.huggingface.trainer", "deepspeed"),
+    *("accelerate.commands.launch", "outlast.huggingface.trainer"),
 )
+OF_DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
+"""The second, which an engine imports to look at its optimizer, imports all of torch's compiler."""
 _PR_SET_PDEATHSIG = 1
 
 
 def main(path: str) -> None:
     _die_with_parent()
     remember_versions()
-    for name in MODULES:
-        if name != "deepspeed" or importlib.util.find_spec(name):
-            importlib.import_module(name)
+    for name in (*MODULES, *(OF_DEEPSPEED if importlib.util.find_spec("deepspeed") else ())):
+        importlib.import_module(name)
     subprocess.Popen._execute_child = _start_child  # type: ignore[attr-defined]
     warm_up()
     _remember_data()
