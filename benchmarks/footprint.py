@@ -22,7 +22,17 @@ from typing import Any
 
 from footprint_cases import RANKS, Case, cases, estimate, prepare, train
 
-PRELOADED = ("outlast", "outlast.jobs.estimate.footprint", "torch", "transformers", "trl", "peft", "deepspeed")
+PRELOADED = (
+    *(
+        "outlast.script",
+        "outlast.jobs.estimate.footprint",
+        "outlast.jobs.training.models",
+        "outlast.huggingface.trainer",
+    ),
+    *("torch", "transformers.trainer", "trl.trainer.sft_trainer", "peft", "datasets"),
+    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
+)
+"""Imported once. The modules that do the work are named: `trl` and `transformers` import theirs only when asked."""
 
 
 def _logged(act: Any, log: Path, *arguments: Any) -> None:
@@ -99,7 +109,7 @@ def main() -> int:
     arguments.add_argument("pattern", nargs="*", default=[""], help="cases whose name begins so")
     arguments.add_argument("--json", action="store_true", help="every part of every case instead of a table")
     options = arguments.parse_args()
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # threads that wait for each other cost the most
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
     chosen = list(dict.fromkeys(case for pattern in options.pattern for case in cases(pattern)))
     rows = []

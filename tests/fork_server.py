@@ -15,6 +15,7 @@ import ctypes
 import functools
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -33,18 +34,21 @@ PADDING = "FORK_SERVER_PADDING"
 MODULES = (
     *("outlast.rank", "outlast.agent", "outlast.script", "outlast.launcher.cli", "outlast.jobs.sft"),
     *("torch.distributed", "transformers.trainer", "trl.trainer.sft_trainer", "peft", "datasets", "accelerate"),
-    *("accelerate.commands.launch", "outlast.huggingface.trainer", "deepspeed"),
+    *("accelerate.commands.launch", "outlast.huggingface.trainer"),
 )
+OF_DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
+"""The second, which an engine imports to look at its optimizer, imports all of torch's compiler."""
 _PR_SET_PDEATHSIG = 1
 
 
 def main(path: str) -> None:
     _die_with_parent()
-    for name in MODULES:
-        if name != "deepspeed" or importlib.util.find_spec(name):
-            importlib.import_module(name)
+    remember_versions()
+    for name in (*MODULES, *(OF_DEEPSPEED if importlib.util.find_spec("deepspeed") else ())):
+        importlib.import_module(name)
     subprocess.Popen._execute_child = _start_child  # type: ignore[attr-defined]
-    _warm_up()
+    warm_up()
+    _remember_data()
     gc.collect()
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -61,13 +65,27 @@ def main(path: str) -> None:
             connection.close()
 
 
-def _warm_up() -> None:
-    """Compute what each process would compute for itself: what transformers knows of models, and the embedded data."""
+def remember_versions() -> None:
+    """Have each installed package's metadata parsed once: the libraries and a manifest ask for its version often."""
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
+
+
+def warm_up() -> None:
+    """Compute what each process of a Trainer would compute for itself: what is known of models and methods."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from outlast.jobs.training import python_docs
+    from outlast.checkpoint.manifest import versions
+    from outlast.huggingface.own_state import _attributes_of_trainer
 
     get_checkpoint_conversion_mapping("")
+    _attributes_of_trainer()
+    versions()
+
+
+def _remember_data() -> None:
+    """Read the embedded data, which the standard library's documentation is, once."""
+    from outlast.jobs.training import python_docs
+
     found = functools.cache(lambda root, read=python_docs._docstrings: tuple(read(root)))
     python_docs._docstrings = found  # type: ignore[assignment]
     python_docs.pairs(1)

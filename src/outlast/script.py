@@ -93,7 +93,7 @@ def start(
         try:
             started = Run(*arguments, loop_saves=every is None, requeue=requeue)
         except AlreadyFinished as done:
-            if done.code:  # it ends the other ranks, which wait for this one
+            if done.code:  # the other ranks wait for this one, and can't be told
                 raise
             started = FinishedRun(*arguments, step=done.step, requeue=requeue)
     except BaseException:

@@ -20,21 +20,27 @@ import time
 import traceback
 from typing import Any, NoReturn
 
+from ..fork_server import remember_versions, warm_up
+
 _PR_SET_PDEATHSIG = 1
 
 
 def main(path: str) -> None:
     _die_with_parent()
+    remember_versions()
     if importlib.util.find_spec("deepspeed"):
         import deepspeed  # noqa: F401  (accelerate imports it where it is installed)
+    import jinja2  # noqa: F401  (for the model card of an adapter)
     import torch
 
     import outlast.checkpoint.store
-    import outlast.huggingface.trainer  # noqa: F401
+    import outlast.huggingface.trainer
+    import outlast.script  # noqa: F401
 
     from . import training
 
     torch.set_num_threads(1)
+    warm_up()
     training.warm_up()
     gc.collect()
     gc.freeze()

@@ -415,8 +415,8 @@ AT_THE_LIMIT = "JobState=RUNNING EndTime=2020-01-01T00:00:00"
     [
         (PREEMPTED, "preempted", "JobState=COMPLETING StartTime=2020-01-01T00:00:00"),
         (PREEMPTED, "preempted", CANCELLED_IN_GRACE),
-        (AT_THE_LIMIT, "time_limit", "JobState=COMPLETING"),
-        (AT_THE_LIMIT, "time_limit", "JobState=CANCELLED"),
+        pytest.param(AT_THE_LIMIT, "time_limit", "JobState=COMPLETING", id="at its limit, completing"),
+        pytest.param(AT_THE_LIMIT, "time_limit", "JobState=CANCELLED", id="at its limit, cancelled"),
         (RUNNING, "preempted", "JobState=COMPLETING"),  # by a signal that somebody sent on purpose
     ],
 )
@@ -444,7 +444,7 @@ def test_with_preempt_mode_cancel_a_job_past_its_grace_period_is_still_brought_b
 @pytest.mark.parametrize(
     ("signalled", "ending"),
     [
-        (AT_THE_LIMIT, "JobState=COMPLETING Reason=TimeLimit"),
+        pytest.param(AT_THE_LIMIT, "JobState=COMPLETING Reason=TimeLimit", id="at its limit"),
         (RUNNING, "JobState=COMPLETING StartTime=2020-01-01T00:00:00 PreemptTime=2020-01-01T01:00:00"),
     ],
 )
