@@ -93,7 +93,7 @@ def submit(
             raise
         manifest.submissions.pop()
         manifest.write(sweep.directory)
-        script.unlink()
+        delete(script, inside=sweep.directory)
         raise refusal from None
 
 

@@ -177,8 +177,11 @@ def test_durations_that_a_set_clock_has_spoilt_are_read_as_none_at_all(tmp_path:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     start = {"job_id": None, "restart_count": 0, "hosts": ["a"], "world_size": 1, "versions": {}}
     ledger.append("attempt_started", 1, at=2000.0, **start)
-    ledger.append("checkpoint", 1, at=1000.0, step=4, kind="periodic", bytes=1, stall_s=-60.0, sealed_s=float("nan"))
-    ledger.append("resumed", 1, at=900.0, step=4, checkpoint="checkpoint-4", seconds=float("inf"))
+    saved = {"step": 4, "kind": "periodic", "bytes": 1, "stall_s": -60.0, "sealed_s": float("nan")}
+    resumed = {"step": 4, "checkpoint": "checkpoint-4", "seconds": float("inf")}
+    with ledger.path.open("a") as file:  # by hand: what is appended now is JSON, which has no such numbers
+        for at, event, values in ((1000.0, "checkpoint", saved), (900.0, "resumed", resumed)):
+            file.write(json.dumps({"time": at, "attempt": 1, "event": event, **values}) + "\n")
     found = [event for event in ledger.read() if event["event"] != "attempt_started"]
     assert [(event.get("stall_s"), event.get("sealed_s"), event.get("seconds")) for event in found] == [
         (0.0, 0.0, None),
