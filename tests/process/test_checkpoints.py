@@ -125,10 +125,9 @@ def test_settings_that_were_changed_are_named(tmp_path: Path) -> None:
     assert {"learning_rate", "max_grad_norm"} <= run.events("resumed")[-1]["differences"].keys()
 
     other, text = RunProbe(tmp_path / "other"), SCRIPT.read_text()
-    text = text.replace("\narguments =", "\ndata = torch.utils.data.Subset(data, range(80))\narguments =")
-    text = text.replace(
-        "run.train(", "import os; trainer.add_callback(StopAt()) if os.environ.get('STOP') else 0\nrun.train("
-    )
+    text = text.replace("train_dataset=data", "train_dataset=torch.utils.data.Subset(data, range(80))")
+    stop = "import os; trainer.add_callback(StopAt()) if os.environ.get('STOP') else None"
+    text = text.replace("run.train(", f"{stop}\nrun.train(")
     changed.write_text(f"stops = [13]\n{STOP_AT}\n{text}")
     stopping = {**os.environ, "STOP": "1"}
     assert forked.run([sys.executable, changed, other.path, "50"], tmp_path, env=stopping).returncode == 75

@@ -114,6 +114,18 @@ def test_a_stop_decided_while_leaving_holds(tmp_path: Path, right: Right) -> Non
     check(run, right(START))
 
 
+@pytest.mark.parametrize("name", ["sft_packed_lora", "schedule_free_best", "a_subclass_with_state"])
+def test_of_a_finished_run_a_script_gets_what_it_got_then(tmp_path: Path, name: str) -> None:
+    """The Trainer's state, what training returned, and the model: its evaluation is that of the best, or the last."""
+    run = RunProbe(tmp_path / "r")
+    code, output = attempt(name, run)
+    assert code == 0, output
+    then = found(run)
+    code, output = attempt(name, run)
+    assert code == 0, output
+    assert found(run) | {"events": 0} == then | {"events": 0}
+
+
 def test_a_schedule_free_optimizers_model_is_the_one_to_be_used(tmp_path: Path) -> None:
     """Not that of the last step, which lies between the average and the optimizer's own point."""
     run = RunProbe(tmp_path / "r")
