@@ -116,6 +116,7 @@ def main(run: "Run", config: Config) -> None:
         made = {"train": trainer.train_dataset} | ({"eval": trainer.eval_dataset} if "eval" in splits else {})
         notes += left_out.notes(config, args, splits, made)
         _say(run, len(train), notes)
+        run.check_budget("prepared data", prepared.size(trainer.train_dataset, trainer.eval_dataset))
         if run.rank == 0:
             prepared.save(tokenized, trainer.train_dataset, trainer.eval_dataset)
             source.keep(run.directory, made_of)

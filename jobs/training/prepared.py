@@ -20,15 +20,24 @@ COLUMNS = ("input_ids", "labels", "seq_lengths")
 """The columns of a prepared row that TRL's collator reads; the raw text is left behind."""
 
 
+def size(train: "Dataset", evaluation: "Dataset | None") -> int:
+    """The bytes that :func:`save` will write, but for the few that describe them."""
+    kept = [_kept(split) for split in (train, evaluation) if split is not None]
+    return sum(int(split.data.nbytes * len(split) / max(len(split.data), 1)) for split in kept)
+
+
 def save(directory: Path, train: "Dataset", evaluation: "Dataset | None") -> None:
     """Keep a trainer's prepared datasets, `trainer.train_dataset` and `trainer.eval_dataset`; rank 0 alone calls it."""
     splits = {"train": train} | ({} if evaluation is None else {"eval": evaluation})
     with staged_directory(directory) as staging:
         for name, split in splits.items():
-            kept = split.select_columns([column for column in COLUMNS if column in split.column_names])
-            kept.save_to_disk(str(staging / name))
+            _kept(split).save_to_disk(str(staging / name))
         (staging / "prepared.json").write_text(json.dumps({name: len(split) for name, split in splits.items()}))
         write_listing(staging)
+
+
+def _kept(split: "Dataset") -> "Dataset":
+    return split.select_columns([column for column in COLUMNS if column in split.column_names])
 
 
 def verify(*directories: Path) -> None:

@@ -103,6 +103,7 @@ def summarize(run: RunDirectory) -> Summary:
         ],
         "deleted": sum(event["event"] == "deleted" for event in events),
         "data_notes": next((e["notes"] for e in reversed(events) if e["event"] == "data"), []),
+        "over_budget": max((e["bytes"] for e in events if e["event"] == "over_budget"), default=None),
         "not_saved": {path: why for e in events if e["event"] == "not_saved" for path, why in e["objects"].items()},
         "batches_differ": [e["step"] for e in events if e["event"] == "batch_differs"],
         "not_finite": next((event["step"] for event in events if event["event"] == "not_finite"), None),
@@ -155,6 +156,8 @@ def render(summary: Summary, console: Console) -> None:
         "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
         "on disk": size(summary["bytes_used"], summary["budget_bytes"]) + (f", peak {size(summary['bytes_peak'])}"),
     }
+    if summary["over_budget"]:
+        facts["over budget"] = f"{size(summary['over_budget'])} were there at once: others write into the run directory"
     if summary["not_saved"]:
         facts["not saved"] = "; ".join(f"{path}: {why}" for path, why in summary["not_saved"].items())
     if summary["not_finite"] is not None:

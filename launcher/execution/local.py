@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from rich.console import Console
 
@@ -168,7 +168,7 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self._port),
             }
-        with open(self._log(number, rank), "ab") as log:
+        with self._open_log(number, rank) as log:
             return subprocess.Popen(
                 python_module_command("outlast.rank", str(self.run.path)),
                 stdin=subprocess.DEVNULL,
@@ -178,6 +178,12 @@ class Launcher:
                 pass_fds=[lock.fd] if lock.fd is not None else [],
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes on what it means
             )
+
+    def _open_log(self, number: int, rank: int) -> BinaryIO:
+        try:
+            return open(self._log(number, rank), "ab")
+        except OSError:  # a full disk: what a rank prints is lost, not the run
+            return open(os.devnull, "ab")
 
     def _log(self, number: int, rank: int) -> Path:
         return self.run.agent_log(number) if self.agent else self.run.log(number, rank)

@@ -131,6 +131,17 @@ class Run(RankAttempt):
         """
         return (batch for _, epoch in self.epochs(loader) for batch in epoch)
 
+    def check_budget(self, part: str, size: int) -> None:
+        """See that the byte budget still holds the run with `size` more bytes of `part`; all ranks call it together.
+
+        Args:
+            part: what they are, in words (`prepared data`); rank 0's numbers count.
+
+        Raises:
+            BudgetError: it does not; the message has the arithmetic.
+        """
+        self._saver.check_budget({part: size})
+
     def _own_loop(self, name: str) -> "OwnLoop":
         if self._loop is None:
             raise RuntimeError(

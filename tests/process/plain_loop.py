@@ -4,6 +4,7 @@ Arguments: run directory, and options as JSON: steps, arguments of `outlast.star
 else happens. `beside`: a file in the run directory of so many bytes, at a step. `prints`: characters a step. `clock`:
 the wall clock is set by so many seconds inside the first save from a step on. `uid`, `umask`: of the
 process. `until`: four steps before the end, it waits for this word in the ledger.
+`coming`: bytes that are asked for before training begins.
 """
 
 import json
@@ -30,6 +31,8 @@ step, state = 0, 1
 if checkpoint is not None:
     saved = np.load(checkpoint.path / "state.npy")
     step, state = checkpoint.step, int(saved[0])
+if "coming" in options:
+    run.check_budget("prepared data", options["coming"])
 run.begin(step)
 
 

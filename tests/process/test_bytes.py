@@ -51,7 +51,12 @@ def test_a_budget_that_others_have_used_up_is_refused_when_training_begins(tmp_p
     assert "storage.budget_gb is too small by what was measured: of 1 MB for this run, other files 1 MB" in output
     assert "Traceback" not in output
     assert not RunProbe(run).events("checkpoint")
-    code, output = train(run, steps=12, start={"budget_gb": 0.01})
+    (run / "corpus.bin").unlink()
+    (run / "logs" / "attempt-000.rank-0.log").write_bytes(bytes(1_000_000))  # is cut, and no reason to refuse
+    code, output = train(run, steps=12, start={"budget_gb": 0.001}, coming=1_000_000)
+    assert code == 2, output
+    assert "prepared data 1 MB" in output
+    code, output = train(run, steps=12, start={"budget_gb": 0.01}, coming=1_000_000)
     assert code == 0, output
     assert state(run) == right
 

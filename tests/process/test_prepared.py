@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from outlast.config.configuration import Config, build
+from outlast.files import bytes_used
 from outlast.jobs.training import data, models, prepared
 
 pytestmark = [
@@ -149,6 +150,8 @@ def test_prepared_data_trains_like_raw_data(
     directory = tmp_path / "prepared"
     assert prepared.load(directory) is None
     prepared.save(directory, first["trainer"].train_dataset, first["trainer"].eval_dataset)
+    expected = prepared.size(first["trainer"].train_dataset, first["trainer"].eval_dataset)
+    assert bytes_used(directory) == pytest.approx(expected, rel=0.1, abs=10_000)
     again = prepared.load(directory)
     assert again is not None
     assert set(again[0].column_names) <= set(prepared.COLUMNS)

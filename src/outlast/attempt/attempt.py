@@ -217,6 +217,7 @@ class RankAttempt:
             raise SystemExit(int(Exit.GAVE_UP))
         self.store.clean_up()
         write_start(self.directory, self._identity, self.record, self.say)
+        self._bytes_watch.begin()
         self.progress.now.attempt = self.attempt
         self.update_progress(phase="starting")
         view = self._cause.ask_for_limits()
@@ -265,8 +266,6 @@ class RankAttempt:
         self._saver.begin(events, periodic=not self.loop_saves)
         self._planner.begin(events)
         self._warn_of_short_notice()
-        if self.rank == 0:
-            self._bytes_watch.begin()
         self._guard.end_startup()
         self.update_progress(phase="training", step=step, force=True)
         if self.steps.should_stop(step):

@@ -44,7 +44,9 @@ class BytesWatch:
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
-        """Start to look."""
+        """Cut the logs that earlier attempts have left, and start to look."""
+        with suppress(OSError):
+            self._cut_logs(self._store.space.budget())
         self._thread = threading.Thread(target=self._watch, name="outlast-bytes", daemon=True)
         self._thread.start()
 
@@ -76,8 +78,7 @@ class BytesWatch:
         if time.monotonic() - self._asked > BUDGET_S:
             self._budget, self._asked = space.budget(), time.monotonic()
         budget = self._budget
-        if cut := bound(self._run, max(int(budget * LOGS_SHARE), MARGIN), self._attempt):
-            self._say(f"the logs are cut by {gb(cut)}: they may take {LOGS_SHARE:.0%} of the budget")
+        self._cut_logs(budget)
         used = space.used()
         self._exceeded = used > budget
         if self._exceeded and not self._said:
@@ -89,3 +90,7 @@ class BytesWatch:
                 "Older checkpoints go as far as they may; no save is made while there is no room for it"
             )
         self._said = self._exceeded
+
+    def _cut_logs(self, budget: int) -> None:
+        if cut := bound(self._run, max(int(budget * LOGS_SHARE), MARGIN), self._attempt):
+            self._say(f"the logs are cut by {gb(cut)}: they may take {LOGS_SHARE:.0%} of the budget")

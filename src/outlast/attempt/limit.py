@@ -1,6 +1,6 @@
 """How many checkpoints the byte budget has room for: by the plan's estimate, then by what a save really took."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from outlast.checkpoint.manifest import Sealed
@@ -11,7 +11,7 @@ from outlast.errors import BudgetError
 from outlast.files import read_json
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Record
-from outlast.storage.budget import Footprint, gb, margin, verdict
+from outlast.storage.budget import Footprint, gb, margin, verdict, with_margin
 
 
 class CheckpointLimit:
@@ -52,28 +52,42 @@ class CheckpointLimit:
         self.check()
         self.apply()
 
-    def check(self) -> None:
+    def check(self, coming: Mapping[str, int] | None = None) -> None:
         """See that the budget holds what is there and what is to come: else no save would be made.
+
+        Args:
+            coming: bytes that are about to be written beside the checkpoints, by part.
 
         Raises:
             BudgetError: it does not; the message has the arithmetic.
         """
         there, budget = self._store.space.beside_by_part(), self._store.space.budget()
+        there |= {part: there.get(part, 0) + size for part, size in (coming or {}).items()}
         if self._footprint is None:  # its checkpoints are of a size that only the first one will tell
             if sum(there.values()) + margin(budget) >= budget:
-                raise self.too_small("nothing is left for a checkpoint")
+                raise self.too_small("nothing is left for a checkpoint", there)
             return
-        found = verdict(replace(self._footprint, fixed=there), budget, reserve=self._reserve)
-        if not found.fits:
-            raise self.too_small(
-                f"the run needs {found.arithmetic}; storage.budget_gb={found.smallest_gb:g} or more does"
-            )
+        whole = replace(self._footprint, fixed=there)
+        found, saves = (
+            verdict(one, budget, reserve=reserve)
+            for one, reserve in ((whole, self._reserve), (replace(whole, final={}), False))
+        )
+        why = f"the run needs {found.arithmetic}; storage.budget_gb={found.smallest_gb:g} or more does"
+        final = with_margin(whole.fixed_bytes + whole.checkpoint_bytes + whole.final_bytes)
+        if not saves.fits or final > budget:
+            raise self.too_small(why, there)
+        if not found.fits:  # by a little: an estimate was off
+            self._say(f"WARNING: storage.budget_gb is tight by what was measured: {why}")
 
-    def too_small(self, why: str) -> BudgetError:
-        """Make the error for a budget that can't hold this run."""
+    def too_small(self, why: str, there: Mapping[str, int] | None = None) -> BudgetError:
+        """Make the error for a budget that can't hold this run.
+
+        Args:
+            there: bytes beside the checkpoints, by part; None: those that are there now.
+        """
         space = self._store.space
-        there = sorted(space.beside_by_part().items(), key=lambda part: -part[1])
-        taken = ", ".join(f"{name} {gb(size)}" for name, size in there if size)
+        parts = space.beside_by_part() if there is None else there
+        taken = ", ".join(f"{name} {gb(size)}" for name, size in sorted(parts.items(), key=lambda p: -p[1]) if size)
         return BudgetError(
             f"storage.budget_gb is too small by what was measured: of {gb(space.budget())} for this run, {taken} are "
             f"taken beside its checkpoints, and {why}. Raise it, or make room in {self._store.path(0).parent.parent}; "

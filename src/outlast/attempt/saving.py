@@ -58,6 +58,14 @@ class Saver:
             self._interval = SaveInterval(self._section, events, clock.now())
         self._collectives.on_rank_0(self._limit.begin, BudgetError)
 
+    def check_budget(self, coming: dict[str, int]) -> None:
+        """See that the budget still holds the run with these bytes, by part, that are about to be written.
+
+        Raises:
+            BudgetError: it does not.
+        """
+        self._collectives.on_rank_0(lambda: self._limit.check(coming), BudgetError)
+
     def due_by_step(self, step: int) -> bool:
         """Whether a periodic save is due after `step` by its number, which all ranks answer alike.
 
