@@ -37,6 +37,8 @@ def server(all_here: threading.Event) -> Iterator[Server]:
 def test_it_stores(server: Server, all_here: threading.Event) -> None:
     store: Any = RemoteStore("127.0.0.1", server.port, SECRET, SHORT)
     assert all_here.wait(5)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port))
     everything = bytes(range(256))
     prefixed = dist.PrefixStore("group", store)
     prefixed.set("key", everything)

@@ -34,7 +34,7 @@ class Server:
     """Serves a store from threads of this process, which lasts as long as it does.
 
     Args:
-        address: an address of this machine; nothing else is listened on.
+        address: an address of this machine; nothing else is listened on, and it no longer once all clients have come.
         clients: how many there will be.
         all_here: called when so many have proved that they know the secret.
     """
@@ -57,6 +57,12 @@ class Server:
                 return
             threading.Thread(target=self._serve, args=(accepted,), name="outlast-store", daemon=True).start()
 
+    def _close(self) -> None:
+        """Listen no longer: whoever was to come is here."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # which ends the waiting for another, as closing alone does not
+        self._socket.close()
+
     def _serve(self, accepted: socket.socket) -> None:
         with contextlib.suppress(Exception), _connection(accepted) as connection:
             deliver_challenge(connection, self._secret)
@@ -66,6 +72,7 @@ class Server:
             with self._counting:
                 self._missing -= 1
                 if self._missing == 0:
+                    self._close()
                     self._all_here()
             while True:
                 connection.send_bytes(self._answer(connection.recv_bytes(LONGEST)))
