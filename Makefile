@@ -11,7 +11,8 @@ AT_A_TIME := --dist=loadfile --no-loadscope-reorder --numprocesses
 demo: $(BIN)/.ready
 	@$(BIN)/python tests/demo.py
 
-# Slurm's tests mostly wait: one process for them, and two for the others. Then, one by one, those that measure time.
+# Slurm's tests mostly wait: two processes for them, with a devcluster each, and one for the others. Then, one by one,
+# those that measure time.
 test: check slurm
 	@failed=; \
 	$(BIN)/pytest $(AT_A_TIME)=3 -m "not alone" || failed=1; \

@@ -23,15 +23,21 @@ OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SMOKE = ["job=smoke", "parallel.cpus_per_rank=1", "checkpoint.every=20"]
 
 
-class SlurmOnOneWorker(LoadFileScheduling):  # type: ignore[misc]
-    """Gives a worker one file after the other; all of Slurm's tests, which share a devcluster, to one."""
+ON_THE_SECOND_CLUSTER = ("test_launchers", "test_policy", "test_runs", "test_working_directory")
+"""Files of Slurm's tests: about half of them, by time."""
+
+
+class SlurmOnTwoWorkers(LoadFileScheduling):  # type: ignore[misc]
+    """Gives a worker one file after the other; Slurm's tests, which share a devcluster each, to two."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "slurm" if nodeid.startswith("tests/slurm/") else str(super()._split_scope(nodeid))
+        if not nodeid.startswith("tests/slurm/"):
+            return str(super()._split_scope(nodeid))
+        return f"slurm {Path(nodeid.partition('::')[0]).stem in ON_THE_SECOND_CLUSTER}"
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SlurmOnOneWorker:
-    return SlurmOnOneWorker(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SlurmOnTwoWorkers:
+    return SlurmOnTwoWorkers(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

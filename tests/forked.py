@@ -41,7 +41,7 @@ def _server() -> str:
         directory.cleanup()
 
     atexit.register(end)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not os.path.exists(path):
         if server.poll() is not None or time.monotonic() > deadline:
             log.seek(0)

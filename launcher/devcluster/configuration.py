@@ -117,6 +117,8 @@ def write_conf(directory: Path, record: Record) -> None:
         # A daemon binds to what the host's name resolves to, or to any address. Messages are signed by munge anyway.
         "communication": "CommunicationParameters=NoCtldInAddrAny,NoInAddrAny" if address else "",
         "slurmctld_port": record.ports[0],
+        # Ranks meet on a port that follows from the job's id, so two clusters on a machine may not have the same ids.
+        "first_job_id": 5003 * (record.ports[0] - 20_000) + 1,
         "slurmdbd_port": record.ports[1],
         "kill_wait_s": options.kill_wait_s,
         "grace_s": options.grace_s,

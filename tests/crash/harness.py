@@ -51,7 +51,7 @@ class Server:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (connection := self._connect()):
             assert self._process.poll() is None, f"the fork server ended: see {self._log.name}"
             assert time.monotonic() < deadline, "the fork server does not answer"

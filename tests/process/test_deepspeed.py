@@ -33,7 +33,7 @@ SFT = [
     "trainer.max_length=64",
     "trainer.gradient_accumulation_steps=2",
     "trainer.per_device_train_batch_size=2",
-    "trainer.max_steps=60",
+    "trainer.max_steps=40",
     "trainer.learning_rate=0.02",
 ]
 WITHOUT_EVALUATION = ["trainer.eval_strategy=no", "trainer.load_best_model_at_end=false"]
@@ -74,7 +74,7 @@ def test_a_missing_shard_is_found_before_any_rank_loads(outlast: Start, probe: P
     """With evaluations, and a best model of which nothing is left but the weights when the run ends."""
     arguments = [*SFT, TWO, "parallel=zero3", "peft=none", "trainer.eval_steps=8", "checkpoint.every=8"]
     # The loss falls, so that the first evaluation is taken for the best.
-    arguments += ["trainer.greater_is_better=true", "trainer.learning_rate=0.002", "trainer.max_steps=80"]
+    arguments += ["trainer.greater_is_better=true", "trainer.learning_rate=0.002", "trainer.max_steps=48"]
     twin = outlast("train", *arguments, "run.name=twin")
     command, run = outlast("train", *arguments, "run.name=r"), probe("r")
     run.reach(18)

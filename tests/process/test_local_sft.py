@@ -3,6 +3,7 @@
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -17,8 +18,8 @@ SFT = [
     "model.vocab_size=512",
     "model.hidden_size=32",
     "model.layers=2",
-    "data.max_pairs=560",
-    "data.eval_fraction=0.65",  # an evaluation takes long enough to be met
+    "data.max_pairs=308",
+    "data.eval_fraction=0.364",  # 112 rows: an evaluation takes long enough to be met
     "peft=lora",
     "peft.dropout=0.1",
     "parallel.cpus_per_rank=1",
@@ -33,6 +34,8 @@ SFT = [
     "trainer.load_best_model_at_end=true",
     "trainer.learning_rate=0.02",
 ]
+WITHOUT_EVALUATION = ["trainer.eval_strategy=no", "trainer.load_best_model_at_end=false"]
+WATCHER = Path(__file__).with_name("watcher")
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +86,13 @@ def test_five_preemptions_at_random_moments(outlast: Start, probe: Probe, twin: 
     assert pending, "the evaluation that was cut short is noted in its checkpoint"
 
 
-def test_tokenized_once(outlast: Start, probe: Probe) -> None:
-    arguments = [*SFT, "trainer.max_steps=50", "trainer.eval_strategy=no", "trainer.load_best_model_at_end=false"]
-    command, run = outlast("train", *arguments, "run.name=r", forked=False), probe("r")
-    run.reach(3)
-    command.signal(signal.SIGUSR1)
-    assert command.wait() == 0, command.output
+def test_tokenized_once(outlast: Start, probe: Probe, tmp_path: Path) -> None:
+    arguments = ["train", *SFT, "trainer.max_steps=6", *WITHOUT_EVALUATION, "run.name=r"]
+    env, run = {"PYTHONPATH": str(WATCHER), "WATCH": str(tmp_path)}, probe("r")
+    for stop, code in ((3, 75), (0, 0)):
+        command = outlast(*arguments, **env, WATCH_STOP=str(stop))
+        assert command.wait() == code, command.output
+    assert [e["step"] for e in run.events("resumed")] == [3]
     first, second = ((run.path / "logs" / f"attempt-00{n}.rank-0.log").read_text() for n in (1, 2))
     assert "Tokenizing train dataset" in first
     assert "Tokenizing" not in second
@@ -96,11 +100,11 @@ def test_tokenized_once(outlast: Start, probe: Probe) -> None:
 
 ONE_EPOCH = [
     *SFT,
+    "data.max_pairs=560",
     "data.eval_fraction=0.05",
     "trainer.max_steps=80",
     "trainer.dataloader_num_workers=2",
-    "trainer.eval_strategy=no",
-    "trainer.load_best_model_at_end=false",
+    *WITHOUT_EVALUATION,
 ]
 """With the same two workers from the first step to the last: at an epoch's end there may be other ones."""
 
@@ -138,7 +142,7 @@ def test_a_worker_alone_is_signalled(outlast: Start, probe: Probe) -> None:
 
 
 def test_what_was_prepared_is_compared(outlast: Start, probe: Probe) -> None:
-    arguments = [*SFT, "trainer.max_steps=50", "trainer.eval_strategy=no", "trainer.load_best_model_at_end=false"]
+    arguments = [*SFT, "trainer.max_steps=50", *WITHOUT_EVALUATION]
     command, run = outlast("train", *arguments, "run.name=r"), probe("r")
     run.reach(3)
     command.end()

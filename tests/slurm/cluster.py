@@ -3,9 +3,11 @@
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from outlast.launcher.devcluster import cluster as launcher_devcluster
 
@@ -16,6 +18,17 @@ def wait_for(condition: Callable[[], bool], limit_s: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
         time.sleep(0.1)
+
+
+def processes_of(job: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    """All processes of a job, on all nodes, with their environments."""
+    for process in psutil.process_iter():
+        try:
+            env = process.environ()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if env.get("SLURM_JOB_ID") == job:
+            yield process, env
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ def test_two_side_by_side_and_down_leaves_nothing(devcluster: Cluster, tmp_path:
         second = Cluster(tmp_path)
         assert "n1" in second.run("srun", "-N2", "-n2", "bash", "-c", "echo $SLURMD_NODENAME")
         assert "n3" in devcluster.run("srun", "-N4", "-n4", "bash", "-c", "echo $SLURMD_NODENAME")
+        ids = [one.run("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "true") for one in (devcluster, second)]
+        assert abs(int(ids[0]) - int(ids[1])) > 1000, "ranks meet on a port that follows from the job's id"
         second.run("sbatch", "-N2", "--output=/dev/null", "--wrap", "srun sleep 300")
         wait_for(lambda: launcher_devcluster.status(tmp_path).nodes["n1"] != "idle", 20, "the job runs")
         assert launcher_devcluster.status(devcluster.directory).up

@@ -14,7 +14,7 @@ import pytest
 from outlast.launcher.execution import snapshot
 
 from ..conftest import SMOKE, Command, RunProbe, wait_for
-from .cluster import Cluster
+from .cluster import Cluster, processes_of
 
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
@@ -60,15 +60,12 @@ def rank(job: str, number: int) -> psutil.Process:
     """The process of one rank, once it runs Python."""
 
     def find() -> psutil.Process | None:
-        for process in psutil.process_iter():
-            try:
-                env = process.environ()
+        for process, env in processes_of(job):
+            with suppress(psutil.NoSuchProcess):
                 argv = process.cmdline()
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-            mine = env.get("SLURM_JOB_ID") == job and env.get("SLURM_PROCID") == str(number)
-            if mine and Path(argv[0]).name.startswith("python") and "outlast.rank" in argv:
-                return process
+                runs_python = bool(argv) and Path(argv[0]).name.startswith("python")
+                if env.get("SLURM_PROCID") == str(number) and runs_python and "outlast.rank" in argv:
+                    return process
         return None
 
     return wait_for(find, f"rank {number} of job {job}", 60)  # type: ignore[no-any-return]
@@ -142,13 +139,10 @@ def power_loss(cluster: Cluster, node: str, job: str) -> Iterator[None]:
     slurmd = psutil.Process(next(daemon["pid"] for daemon in daemons if daemon["name"] == f"slurmd-{node}"))
     slurmd.suspend()
     try:
-        for process in psutil.process_iter():
-            try:
-                env, parent = process.environ(), process.parent()
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-            if env.get("SLURM_JOB_ID") == job and env.get("SLURMD_NODENAME") == node:
+        for process, env in processes_of(job):
+            if env.get("SLURMD_NODENAME") == node:
                 with suppress(psutil.NoSuchProcess):
+                    parent = process.parent()
                     if parent is not None and parent.name().startswith("slurmstepd"):
                         parent.kill()
                     process.kill()

@@ -8,14 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from ..conftest import SMOKE, Command, RunProbe, wait_for
-from .cluster import Cluster
+from .cluster import Cluster, processes_of
 
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
@@ -130,7 +130,12 @@ def test_sft_on_two_nodes_preempted_by_term_and_by_the_user_signal(
     ]
 
 
-def test_the_time_limit(submit: Callable[..., str], devcluster: Cluster, probe: Probe, smoke_weights: str) -> None:
+def test_the_time_limit_by_slurms_signal_and_by_the_jobs_own_clock(
+    submit: Callable[..., str], devcluster: Cluster, probe: Probe, tmp_path: Path, smoke_weights: str
+) -> None:
+    """Two jobs that wait for their minute to pass: one is signalled before, the other gets no signal that it minds."""
+    own_clock = ["run.name=clock", "trainer.max_steps=100", "trainer.step_s=0.5", "preemption.lead_s=25"]
+    sbatch(devcluster, tmp_path, ["--time=1", "--signal=CONT@1"], *SMOKE, *own_clock)
     arguments = [*SMOKE, *TWO_NODES, "trainer.max_steps=80", "trainer.step_s=0.6", "run.name=r"]
     job, run = submit(*arguments, "cluster.time_min=1", "preemption.lead_s=20"), probe("r")
     wait_for(lambda: run.events("requeued"), "the requeue", 100)
@@ -142,21 +147,11 @@ def test_the_time_limit(submit: Callable[..., str], devcluster: Cluster, probe: 
     assert run.steps_repeated() == 0
     assert run.weights() == smoke_weights
 
-
-def test_without_a_signal_the_job_acts_by_its_own_clock(
-    devcluster: Cluster, probe: Probe, tmp_path: Path, smoke_weights: str
-) -> None:
-    sbatch(devcluster, tmp_path, ["--time=1", "--signal=CONT@1"], *own_clock())
-    run = probe("r")
+    run = probe("clock")
     wait_for(lambda: run.events("finished"), "the end", 200)
     assert {e["name"] for e in run.events("signal")} == {"clock"}
     assert set(run.causes()) == {"time_limit", "finished"}
     assert run.steps_repeated() == 0
-    devcluster.cancel_all()
-
-
-def own_clock() -> list[str]:
-    return [*SMOKE, "run.name=r", "trainer.max_steps=100", "trainer.step_s=0.5", "preemption.lead_s=25"]
 
 
 def sbatch(cluster: Cluster, cwd: Path, flags: list[str], *overrides: str) -> str:
@@ -210,18 +205,11 @@ def test_one_rank_alone_is_signalled(
 
 def ranks_of(job: str) -> list[psutil.Process]:
     found = []
-    for process in psutil.process_iter():
-        try:
-            env, argv = process.environ(), process.cmdline()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-        if (
-            env.get("SLURM_JOB_ID") == job
-            and "SLURM_PROCID" in env
-            and "outlast.rank" in argv
-            and "srun" not in argv[0]
-        ):
-            found.append(process)
+    for process, env in processes_of(job):
+        with suppress(psutil.NoSuchProcess):
+            argv = process.cmdline()
+            if "SLURM_PROCID" in env and "outlast.rank" in argv and "srun" not in argv[0]:
+                found.append(process)
     return found
 
 

@@ -29,8 +29,9 @@ def watch(trainer_class: Any) -> None:
 
     def watched_step(self: Any, model: Any, inputs: Any, *arguments: Any) -> Any:
         number = self.state.global_step + 1
-        rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        texts = [str(tokens[mask.bool()].tolist()).encode() for tokens, mask in rows]
+        tokens = inputs["input_ids"]
+        mask = inputs.get("attention_mask", tokens.new_ones(tokens.shape))  # rows that are packed have none
+        texts = [str(row[kept.bool()].tolist()).encode() for row, kept in zip(tokens, mask, strict=True)]
         write(step=number, rows=[hashlib.sha256(text).hexdigest()[:16] for text in texts])
         if RANK == 0 and number == STOP:
             os.kill(os.getppid(), signal.SIGTERM)
