@@ -702,6 +702,14 @@ def refused_adalora() -> Trainer:
 
 
 @scenario
+def refused_p_tuning() -> Trainer:
+    from peft import PromptEncoderConfig, get_peft_model
+
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8)
+    return trainer(model=get_peft_model(gpt2(), config), **STEPS)
+
+
+@scenario
 def refused_two_active_adapters() -> Trainer:
     from peft import LoraConfig, get_peft_model
 

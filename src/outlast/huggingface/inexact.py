@@ -56,7 +56,10 @@ INEXACT = {
 }
 """The rules, by the argument's name; after a dot, the name inside a mapping."""
 
-INEXACT_ADAPTERS = {"ADALORA": "which shrinks in training: a resumed run could not load it (measured)"}
+INEXACT_ADAPTERS = {
+    "ADALORA": "which shrinks in training: a resumed run could not load it (measured)",
+    "P_TUNING": "of which PEFT saves what its encoder gives, not the encoder that is trained (measured)",
+}
 """Kinds of PEFT adapters that can't be resumed, each with the reason."""
 
 
