@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from outlast.rundir.directory import RunDirectory, RunLock
+from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.lock import RunLock
 
 from .. import forked
 from ..conftest import OUTLAST, RunProbe, wait_for
