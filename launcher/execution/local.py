@@ -4,6 +4,7 @@ The launcher starts one process per rank, shows where they are, and starts the n
 preempted. It trains nothing itself, so it starts fast and has nothing to lose when it is killed.
 """
 
+import errno
 import os
 import secrets
 import signal
@@ -182,8 +183,10 @@ class Launcher:
     def _open_log(self, number: int, rank: int) -> BinaryIO:
         try:
             return open(self._log(number, rank), "ab")
-        except OSError:  # a full disk: what a rank prints is lost, not the run
-            return open(os.devnull, "ab")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return open(os.devnull, "ab")  # what a rank prints is lost, not the run
 
     def _log(self, number: int, rank: int) -> Path:
         return self.run.agent_log(number) if self.agent else self.run.log(number, rank)

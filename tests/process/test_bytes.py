@@ -140,8 +140,8 @@ def test_modes_are_those_of_the_umask_and_denied_access_is_a_message(
             cli.main()
     finally:
         os.seteuid(0)
-    assert ended.value.code == 1
-    assert "ledger.jsonl: Permission denied; " in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert f"you may not read {run}, which is root's" in capsys.readouterr().err
     code, output = train(run, steps=12)
     assert code == 0, output
     assert state(run) == right
