@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 
+from outlast.checkpoint import manifest as manifests
 from outlast.checkpoint.manifest import MANIFEST, Sealed, read_manifest, write_manifest
 from outlast.checkpoint.removal import Remover
 from outlast.launcher.commands import checkpoints
@@ -223,19 +223,26 @@ def test_what_goes_between_listing_and_reading_is_no_failure(run: RunDirectory) 
 
 
 @pytest.mark.parametrize("does", ["lighten", "delete"])
-def test_what_is_lightened_or_deleted_in_the_middle_of_reading_is_no_failure(run: RunDirectory, does: str) -> None:
-    """The first file of the manifest is a pipe, on which the reader waits until the other side has done its part."""
+def test_what_is_lightened_or_deleted_in_the_middle_of_reading_is_no_failure(
+    run: RunDirectory, does: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader stands still before its first file until the other side has done its part."""
     directory = run.checkpoints / "checkpoint-20"
-    manifest = read_manifest(directory)
-    pipe = {"scheduler.pt": {"bytes": 0, "xxh3_128": xxhash.xxh3_128().hexdigest()}}
-    write_manifest(directory, replace(manifest, files=pipe | manifest.files))
-    os.mkfifo(directory / "scheduler.pt")
+    begun, go_on, read_entry = threading.Event(), threading.Event(), manifests.read_entry
+
+    def read(path: Path, **options: bool) -> manifests.FileEntry:
+        begun.set()
+        assert go_on.wait(60)
+        return read_entry(path, **options)
+
+    monkeypatch.setattr(manifests, "read_entry", read)
     row, answers = next(row for row in checkpoints.look(run) if row.step == 20), []
     reader = threading.Thread(target=lambda: answers.append(checkpoints._verified(row)))
     reader.start()
-    with open(directory / "scheduler.pt", "wb"):  # from here on it reads
-        remover = Remover(run, lambda event, **values: None, print)
-        getattr(remover, does)(Sealed(directory, read_manifest(directory)), "test")
+    assert begun.wait(60)
+    remover = Remover(run, lambda event, **values: None, print)
+    getattr(remover, does)(Sealed(directory, read_manifest(directory)), "test")
+    go_on.set()
     reader.join()
     assert answers == [does == "lighten"]
     assert row.verified is (True if does == "lighten" else None)
