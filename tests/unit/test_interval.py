@@ -296,7 +296,10 @@ def test_the_plan_explains_it(tmp_path: Path) -> None:
     assert timed["explanation"] == "every 30 min, as configured"
     # a run that has begun: by its own saves and failures
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in KILLED))
+    other = {"restart_count": 0, "hosts": ["n0"], "world_size": 1, "versions": {}, "checkpoint": "", "seconds": 1.0}
+    other |= {"bytes": 1, "sealed_s": 2.0}
+    whole = [line | {key: value for key, value in other.items() if line.get(key, 0) is None} for line in KILLED]
+    (tmp_path / "r" / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in whole))
     assert planned()["explanation"] == explain(interval(2.0, (DAY + 2000) / 2), 2.0, (DAY + 2000) / 2)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from outlast import clock
 from outlast.checkpoint.interval import LOWER_S, SaveInterval
 from outlast.config.checkpoint import CheckpointSection
 from outlast.rundir.attempts import attempts, finished, next_attempt
@@ -151,7 +152,7 @@ def test_lines_that_a_full_disk_refuses_wait_and_keep_their_time(
         record("deleted", checkpoint="checkpoint-1", reason="budget")
         record("deleted", checkpoint="checkpoint-2", reason="budget")
         assert len(record.waiting) == 2
-    before = time.time()
+    before = clock.now()
     record("deleted", checkpoint="checkpoint-3", reason="budget")
     assert [e["checkpoint"] for e in ledger.read()] == [f"checkpoint-{i}" for i in (1, 2, 3)]
     assert ledger.read()[0]["time"] < before <= ledger.read()[2]["time"]
