@@ -107,8 +107,8 @@ def test_by_time_two_ranks_save_the_same_steps_and_come_back_exactly(outlast: St
     command.signal(signal.SIGUSR1)
     assert command.wait() == 0, command.output
     assert twin.wait() == 0, twin.output
-    periodic = [e for e in run.events("checkpoint") if e["kind"] == "periodic"]
-    assert len(periodic) >= 3
+    periodic = [e for e in run.events("checkpoint") if e["kind"] == "periodic" and e["step"] < 60]  # the last always is
+    assert len(periodic) >= 2
     assert all(b["time"] - a["time"] > 0.9 for a, b in pairwise(periodic))
     assert run.steps_repeated() == 0
     assert run.weights() == probe("twin").weights()
