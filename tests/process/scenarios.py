@@ -739,6 +739,26 @@ def unsaved_model() -> Trainer:
     return trainer(SavesElsewhere, **STEPS)
 
 
+class Moments:
+    """Holds what an optimizer could hold as tensors."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class KeepsObjects(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter].setdefault("moments", Moments()).count += 1
+
+
+@scenario
+def unsaved_objects_of_an_optimizer() -> Trainer:
+    model = gpt2()
+    return trainer(model=model, more={"optimizers": (KeepsObjects(model.parameters(), lr=1e-2), None)}, **STEPS)
+
+
 def main(name: str, directory: str, result: str, strike: str) -> None:
     global OUTPUT
     run = outlast.start(directory)

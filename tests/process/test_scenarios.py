@@ -150,6 +150,14 @@ def test_what_can_not_come_back_exactly_is_refused_at_the_start(tmp_path: Path, 
     assert not run.events("checkpoint")
 
 
+def test_what_no_resume_could_read_is_refused_at_the_first_save(tmp_path: Path) -> None:
+    run = RunProbe(tmp_path / "r")
+    code, output = attempt("unsaved_objects_of_an_optimizer", run)
+    assert code == 1
+    assert "optimizer.pt: '__main__.Moments' is refused; a resume reads no code from a checkpoint" in output
+    assert not run.events("checkpoint")
+
+
 def test_a_save_that_would_always_fail_ends_the_run_at_the_first(tmp_path: Path) -> None:
     run = RunProbe(tmp_path / "r")
     code, output = attempt("unsaved_model", run)

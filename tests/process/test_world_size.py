@@ -149,7 +149,7 @@ def test_a_conversion_stays_in_the_budget_and_can_be_killed(outlast: Start, prob
     assert first.wait() == 75, first.output
     staged = run.path / "checkpoints" / ".staging" / "checkpoint-2"
 
-    filler = run.path / "logs" / "filler"
+    filler = run.path / "filler"
     filler.write_bytes(bytes(18_200_000))
     refused = outlast(*arguments, **watched.env)
     assert refused.wait() == 2, refused.output

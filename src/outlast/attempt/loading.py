@@ -72,10 +72,20 @@ def refusing_unreadable() -> Iterator[None]:
     finally:
         torch.save = save
     for path in written:
-        if not any(fnmatch(path.name, pattern) for pattern in NOT_CHECKED) and (names := _unsafe(path)):
-            way = "keep what it holds as numbers, text, tensors, and lists or dicts of these (`state_dict`)"
-            allow = "or name the classes: torch.serialization.add_safe_globals([...]) before each save and load"
-            raise ConfigError(path.name, ", ".join(names), f"a resume reads no code from a checkpoint: {way}, {allow}")
+        if not any(fnmatch(path.name, pattern) for pattern in NOT_CHECKED):
+            refuse_unreadable(path)
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Refuse a file of `torch.save` that a guarded load would not read.
+
+    Raises:
+        ConfigError: it names the file, and the classes that are in the way.
+    """
+    if names := _unsafe(path):
+        way = "keep what it holds as numbers, text, tensors, and lists or dicts of these (`state_dict`)"
+        allow = "or name the classes: torch.serialization.add_safe_globals([...]) before each save and load"
+        raise ConfigError(path.name, ", ".join(names), f"a resume reads no code from a checkpoint: {way}, {allow}")
 
 
 def _unsafe(path: Path) -> list[str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from outlast.attempt.loading import refuse_unreadable
 from outlast.checkpoint.manifest import Sealed, read_manifest
 from outlast.errors import CheckpointError
 from outlast.processes import shield_worker
@@ -43,6 +44,7 @@ from .pipeline import KEPT, Pipeline
 from .plain_modules import save_shared_weights
 from .resharding import adapt, seed_rank
 from .schedule_free import put_into_use
+from .training_objects import allow_projectors
 from .universal_checkpoint import Conversion, needs_conversion
 from .verification import Verification
 
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from outlast.attempt.attempt import RankAttempt
 
 
+LOADED = ("optimizer.pt", "scheduler.pt")
+"""Files of a checkpoint that a Trainer loads as they are."""
 FROZEN_SHARE = 0.1
 """Share of a checkpoint from which frozen weights in it are worth a warning."""
 
@@ -107,6 +111,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         args = trainer.args
         refuse_inexact(args)
         refuse_adapters(trainer.model)
+        allow_projectors(str(getattr(args.optim, "value", args.optim)))
         self._output, args.output_dir = Path(args.output_dir), str(run.directory.checkpoints)
         run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
         self._verification = Verification(run, trainer)
@@ -284,6 +289,9 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             state.save_to_json(str(staged / "trainer_state.json"))
         self._own.write(staged, self.run.rank)
         self._check_whole(staged)
+        for name in LOADED if trainer.args.should_save else ():
+            if (staged / name).exists():
+                refuse_unreadable(staged / name)
 
     def _look_for_frozen_weights(self, sealed: Sealed) -> None:
         """Say once if each checkpoint carries weights that training never changes."""

@@ -7,6 +7,7 @@ what hooks know, and arguments that a callback has changed.
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,22 @@ SAVING_CHANGES = ("_name_or_path", "transformers_version", "architectures", "dty
 _HOOKS_OF_MODULE = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HOOKS_OF_PARAMETER = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _HOOKS_OF_OPTIMIZER = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+PROJECTORS = {
+    "galore": (("galore_torch.galore_projector", "GaLoreProjector"),),
+    "apollo": (
+        ("apollo_torch.random_projector", "GradientProjector"),
+        ("apollo_torch.svd_projector", "GaLoreProjector"),
+    ),
+}
+"""What these optimizers keep in their state: numbers and tensors, in an object of this class."""
+
+
+def allow_projectors(optimizer: str) -> None:
+    """Have `torch.load` read what an optimizer of this name keeps in its state, as it reads tensors."""
+    for module, name in PROJECTORS.get(optimizer.partition("_")[0], ()):
+        torch.serialization.add_safe_globals([getattr(import_module(module), name)])
 
 
 def roots_of(trainer: "Trainer") -> dict[str, Any]:
