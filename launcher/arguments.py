@@ -9,7 +9,10 @@ OVERRIDES = "a Hydra override: model=pretrained picks a group's file, seed=3 set
 SWEEP = "a sweep, as one job array: seed=1,2 and trainer.learning_rate=1e-4,3e-4 make four cells; range(1,4), glob(*)"
 RUN = "a run's name under --root, or its directory"
 RUNS = "runs, sweeps or SWEEP/CELL under --root, or their directories"
-RESOURCES = "cluster.time_min=240 changes a resource (cluster.*, preemption.*, storage.*, checkpoint.*, parallel.nodes)"
+RESOURCES = (
+    "cluster.time_min=240 changes a resource (cluster.*, preemption.*, storage.*, checkpoint.*, parallel.nodes, "
+    "parallel.ranks_per_node, parallel.launch) or logging and evaluation (trainer.*)"
+)
 COMPLETION = 'print the shell\'s completion: eval "$(outlast --print-completion bash)" in ~/.bashrc turns it on'
 ROOT = "where the run directories are (default: runs)"
 

@@ -80,7 +80,7 @@ class FinishedRun(Run):
 
     @property
     def stopping(self) -> bool:
-        """Whether all ranks have agreed to save and leave: no."""
+        """False: a finished run never stops."""
         return False
 
     def record(self, event: str, **values: Any) -> None:
@@ -148,7 +148,7 @@ class FinishedRun(Run):
         self._guard.end_startup()
 
     def epochs(self, loader: Any, count: int | None = None) -> Iterator[tuple[int, Any]]:
-        """No epochs: none is left.
+        """Yield nothing: no epoch is left.
 
         Raises:
             ConfigError: the loop is longer than the one that has finished.
@@ -159,7 +159,7 @@ class FinishedRun(Run):
         return iter(())
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """Batches of which none may be taken.
+        """Return an iterator that refuses the first batch: nothing is left to train.
 
         Raises:
             ConfigError: when the loop takes one: it goes on training.
@@ -179,7 +179,7 @@ class FinishedRun(Run):
             self._refuse("run.step_end", f"step {step}", f"{self._step} steps")
 
     def checkpoint(self, step: int, save: Callable[[Path], None], **_: Any) -> Sealed | None:
-        """Write nothing; the checkpoint of the last step."""
+        """Write nothing, and return the checkpoint of the last step."""
         return self._newest
 
     def finish(self, step: int, save: Callable[[Path], None] | None = None, *, weights_step: int | None = None) -> None:

@@ -53,7 +53,7 @@ def start(
         budget_gb: what the run directory may take, in GB (10^9 bytes).
         lead_s: seconds before the job's time limit at which to save and leave if no signal has come.
         hang_s: seconds without a sign of life from a rank after which the others leave; None: they wait for it.
-        max_requeues: requeues after which the run gives up.
+        max_requeues: requeues after which the run gives up; after a crash the batch script's epilogue counts to 1000.
         allow: what may differ from the run that made the checkpoint: `dataset`, `seed`, `global_batch`, ...
         requeue: the Slurm job around this script is there for this run, and may be requeued. A job whose batch script
             is a copy of `slurm/script.sbatch` always may. Any other (an `salloc`, a notebook's) is left alone.

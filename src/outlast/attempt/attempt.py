@@ -244,7 +244,7 @@ class RankAttempt:
         self._channel.connect(self.collectives, self._watchdog.receive, self._watchdog.tick)
 
     def _on_stop_asked(self, name: str) -> None:
-        """Some rank has asked for a stop; called in the channel's thread."""
+        """Note that some rank has asked for a stop; called in the channel's thread."""
         self._guard.request(name)
         if self.rank == 0:
             self._cause.ask_why_in_background()

@@ -51,7 +51,7 @@ class BytesWatch:
         self._thread.start()
 
     def end(self) -> None:
-        """Stop to look; what is being written down is waited for."""
+        """Stop looking; what is being written down is waited for."""
         self._over.set()
         if self._thread is not None:
             self._thread.join(5.0)

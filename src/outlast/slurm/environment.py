@@ -71,7 +71,7 @@ class Step:
     address: str
     """An address of the first task's node that resolves."""
     port: int
-    """One for the job's own use; outlast listens on none that can be computed."""
+    """One for the job's own use, which follows from its number: `launch.py` gives it to torch."""
     key: str = ""
     """What no other step of this cluster is called, of this attempt or another."""
 
