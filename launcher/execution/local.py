@@ -23,14 +23,13 @@ from outlast.config.cluster import LocalCluster
 from outlast.errors import Exit
 from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, free_ports, ignore_output_errors, python_module_command, signals_blocked
-from outlast.ranks.meeting import MEETING_ENV
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
 from outlast.rundir.cancelled import CancelMark
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event, Ledger
 from outlast.rundir.lock import RunLock
 from outlast.rundir.progress import Progress, read
-from outlast.slurm.environment import environment_without_job
+from outlast.slurm.environment import MEETING_ENV, environment_without_job
 
 from ..display.progress import ProgressBar
 from ..planning.plan import Plan

@@ -9,6 +9,7 @@ from outlast.files import read_json
 from outlast.rundir import progress
 from outlast.rundir.attempts import Attempt, attempts, finished
 from outlast.rundir.directory import RunDirectory
+from outlast.rundir.lease import is_kept
 from outlast.rundir.ledger import Event
 from outlast.rundir.place import is_of_another
 
@@ -75,6 +76,8 @@ def started_attempts(events: list[Event]) -> list[Attempt]:
 
 def is_locked(run: RunDirectory) -> bool | None:
     """Whether a living process holds the run; None if that can't be known from this host."""
+    if is_kept(run.lease):
+        return True
     try:
         with open(run.lock, "rb") as file:
             # Shared and for an instant: it stops no other reader, and a starting attempt tries again.

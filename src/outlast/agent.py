@@ -25,8 +25,8 @@ import psutil
 from .config.configuration import Config
 from .errors import ConfigError, Exit
 from .processes import SIGNALS, python_module_command
-from .ranks.meeting import MEETING_ENV, store_of
-from .slurm.environment import Step, current_step
+from .ranks.meeting import store_of
+from .slurm.environment import MEETING_ENV, Step, current_step
 
 AGENT_ENV = "OUTLAST_AGENT"
 """Tells a rank the pid of the agent that has started it."""

@@ -71,7 +71,7 @@ def follow_up(run: RunDirectory, code: int, before: str | None = None) -> int:
         return _wait_in_the_queue(run, job, limits, code or Exit.FAILED)
     try:
         if finished(Ledger(run.ledger).read()):  # meanwhile, by another job
-            return Exit.DONE
+            return Exit.DONE if run.config.is_file() else code
         return _end_attempt(run, job, limits, code, before)
     finally:
         lock.release()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .attempt.joining import AlreadyFinished
 from .attempt.kept import Kept
+from .attempt.loading import guard_loads
 from .attempt.resuming import Resuming
 from .checkpoint.manifest import Sealed, read_manifest, verify
 from .checkpoint.space import Space
@@ -15,6 +16,7 @@ from .config.checkpoint import CheckpointSection
 from .config.preemption import PreemptionSection
 from .config.storage import StorageSection
 from .errors import CheckpointError, ConfigError, OutlastError, ResumeRefusedError
+from .preemption.afterwards import Afterwards
 from .preemption.cause import StopCause
 from .preemption.outcome import Outcome
 from .preemption.signals import PreemptionGuard
@@ -37,7 +39,7 @@ class FinishedRun(Run):
     """A run that has finished before.
 
     A Trainer gets the finished model. A loop of one's own finds the checkpoint of its last step, and nothing left to
-    train. Nothing is written.
+    train. Nothing of the run is written; a signal requeues the job, for what follows in the script.
 
     Args:
         guard: installed already.
@@ -72,6 +74,16 @@ class FinishedRun(Run):
         self.kept = Kept(self.rank, self.say)
         self._newest: Sealed | None = None
         self._loops = 0
+        guard_loads(directory)
+        self._leave_when_signalled()
+
+    def _leave_when_signalled(self) -> None:
+        """Have a signal end the process at once from here on: there is nothing to save, and no loop looks at a flag."""
+        self._guard.uninstall()
+        afterwards = Afterwards(self._identity, self._cause, self._outcome, self._preemption)
+        afterwards.install()
+        if (asked := self._guard.requested) is not None and asked not in ("INT", "HUP"):
+            afterwards.leave(asked)
 
     @property
     def finished(self) -> int | None:
@@ -88,6 +100,9 @@ class FinishedRun(Run):
 
     def update_progress(self, *, force: bool = False, **values: Any) -> None:
         """Write nothing."""
+
+    def check_budget(self, part: str, size: int) -> None:
+        """Ask for nothing: nothing is saved any more."""
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Write nothing."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .attempt.attempt import RankAttempt
 from .attempt.loading import refusing_unreadable
 from .checkpoint.manifest import Sealed
-from .errors import CheckpointError, OutlastError
+from .errors import BudgetError, CheckpointError, OutlastError
 from .preemption.afterwards import Afterwards
 from .processes import exit_at_once
 from .ranks.started import refuse_late_ranks
@@ -194,7 +194,10 @@ class Run(RankAttempt):
         if self._last_save is not None and self._last_save[0] == step:
             try:
                 self.checkpoint(step, refusing_unreadable()(self._last_save[1]))
-            except CheckpointError as error:  # what is lost is only that: the model can still be published
+            except (
+                BudgetError,
+                CheckpointError,
+            ) as error:  # what is lost is only that: the model can still be published
                 self.say(f"WARNING: {error}")
 
     def _end_of_run(self, step: int) -> None:

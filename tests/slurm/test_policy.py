@@ -71,6 +71,11 @@ def rank(job: str, number: int) -> psutil.Process:
     return wait_for(find, f"rank {number} of job {job}", 60)  # type: ignore[no-any-return]
 
 
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses on which a process takes TCP connections."""
+    return {one.laddr.ip for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+
+
 def batch_log(run: RunProbe) -> str:
     return "".join(path.read_text() for path in sorted((run.path / "logs").glob("[0-9]*.log")))
 
@@ -84,6 +89,8 @@ def test_a_rank_killed_in_training_is_retried_from_the_last_checkpoint(
 ) -> None:
     job = submit(*TWO_NODES, *LONG)
     run.reach(25)
+    for number in (0, 1):  # the address by which the nodes reach each other, and nothing for the rest of the world
+        assert listening(rank(job, number)) <= {"127.0.0.1"}
     rank(job, 1).kill()
     wait_for(lambda: run.events("finished"), "the end")
     cluster.wait_for_state(job, "COMPLETED", 30)

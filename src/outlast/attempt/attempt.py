@@ -34,7 +34,6 @@ from outlast.rundir.attempts import attempts
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Recorder
 from outlast.rundir.progress import ProgressWriter, read
-from outlast.slurm.environment import export_ranks
 from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
@@ -75,7 +74,6 @@ class RankAttempt:
         self.directory, self.loop_saves = directory, loop_saves
         self._started, self._guard, self._preemption = clock.now(), guard, preemption
         # Who this process is.
-        export_ranks()
         meet_in(directory.path)
         self.collectives = collectives = Collectives()
         self._ledger = Ledger(directory.ledger)

@@ -17,6 +17,7 @@ from outlast.processes import SIGNALS, exit_at_once
 from outlast.ranks.identity import Identity
 from outlast.rundir.ledger import Event
 from outlast.slurm.actions import requeue_job
+from outlast.slurm.environment import in_own_batch_script
 
 from .cause import StopCause
 from .outcome import Outcome
@@ -49,6 +50,7 @@ class Afterwards:
         """Leave because of signal `name`."""
         for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error when a worker has ended
         if self._identity.rank != 0:
             time.sleep(FOLLOW_S if self._identity.job is not None else 0.0)
             exit_at_once(Exit.RESUME_ME)
@@ -59,8 +61,13 @@ class Afterwards:
         """Requeue the job, if this process has one and the policy says so; the exit code to leave with."""
         if self._identity.job is None:
             return Exit.RESUME_ME
+        if self._identity.world_size > 1 and in_own_batch_script():
+            self._cause.ask_why()
+            if not self._cause.is_explained:  # it may be the echo of another rank's error: see `Shutdown`
+                return Exit.FAILED
         try:
-            return self._outcome.follow(self._cause.cause(name), self._requeue).exit_code
+            cause = self._cause.cause_after_saving(name)
+            return self._outcome.follow(cause, self._requeue, self._cause.is_cancelled).exit_code
         except SlurmError as error:
             print(f"[outlast] could not requeue: {error}; submit it again", flush=True)
             return Exit.RESUME_ME

@@ -22,15 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.deletion import delete
 from outlast.files import read_json
-from outlast.slurm.environment import address_of, current_step, export_ranks, other_nodes
+from outlast.slurm.environment import MEETING_ENV, address_of, current_step, export_ranks, other_nodes
 
 from .collectives import rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-MEETING_ENV = "OUTLAST_MEETING"
-"""Tells a rank the name of the meeting, unlike any other's, where that is not a Slurm step's."""
 NOTE = ".meeting"
 """How the name of a note begins."""
 POLL_S = 0.1
@@ -48,9 +46,8 @@ def meet_in(directory: Path) -> None:
     Raises:
         SlurmError: the first node has no address that resolves.
     """
-    foreign = "RANK" in os.environ and MEETING_ENV not in os.environ
     export_ranks()
-    if foreign:
+    if "RANK" in os.environ and MEETING_ENV not in os.environ:  # by `torchrun`, say
         return
     here = world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if here and "lo" in dict(socket.if_nameindex()).values():
@@ -58,7 +55,8 @@ def meet_in(directory: Path) -> None:
     _directory[:] = [directory]
     if rank() == 0:
         for stale in directory.glob(f"{NOTE}-*"):  # of an attempt that was killed before all had come
-            delete(stale, inside=directory)
+            if time.time() - stale.stat().st_mtime > _LIMIT.total_seconds():  # else it may be a living attempt's
+                delete(stale, inside=directory)
     if world_size() > 1 or "torch" in sys.modules:
         use_private_store()
 

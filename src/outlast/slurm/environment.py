@@ -59,6 +59,10 @@ def environment_without_job() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
 
 
+MEETING_ENV = "OUTLAST_MEETING"
+"""Tells ranks that outlast has started, or `srun`, by what name they meet; other launchers say it in their own way."""
+
+
 @dataclass(frozen=True)
 class Step:
     """The `srun` step around this process, one of its tasks."""
@@ -117,6 +121,7 @@ def export_ranks() -> None:
         "LOCAL_WORLD_SIZE": str(here.local_tasks),
         "MASTER_ADDR": here.address,
         "MASTER_PORT": str(here.port),
+        MEETING_ENV: here.key,
     }
 
 
