@@ -60,7 +60,7 @@ def environment_without_job() -> dict[str, str]:
 
 
 MEETING_ENV = "OUTLAST_MEETING"
-"""Tells ranks that outlast has started, or `srun`, by what name they meet; other launchers say it in their own way."""
+"""Tells ranks that outlast or `srun` has started by what name they meet. Other launchers have ways of their own."""
 
 
 @dataclass(frozen=True)
