@@ -1,11 +1,13 @@
 """A script goes on after training: what follows is done, also when it was interrupted, and with the same numbers."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from .. import forked
 from ..conftest import RunProbe
@@ -69,6 +71,32 @@ def test_a_phase_that_would_be_left_out_is_refused(twin: Path, variant: str, cod
     assert got == code, output
     assert said in output
     assert "Traceback" not in output
+
+
+FINISHED = """
+import os, signal, sys, torch, outlast
+run = outlast.start(sys.argv[1])
+assert run.finished == 5
+run.check_budget("a cache", 1)
+try:
+    torch.load(run.final / "planted.bin", weights_only=False)
+except Exception as error:
+    print("not read:", type(error).__name__)
+os.kill(os.getpid(), signal.SIGTERM)
+print("went on")
+"""
+
+
+def test_a_script_that_only_asks_whether_it_has_finished(tmp_path: Path, twin: Path) -> None:
+    """It is ended by a signal, as any process that has nothing to save; what is loaded executes nothing there, too."""
+    runs, script = tmp_path / "runs", tmp_path / "asks.py"
+    shutil.copytree(twin, runs)
+    torch.save({"a": Path("/")}, runs / "a/final/planted.bin")
+    script.write_text(FINISHED)
+    done = forked.run([sys.executable, script, runs / "a"], tmp_path)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "not read: UnpicklingError" in done.stdout
+    assert "went on" not in done.stdout
 
 
 def test_a_loop_that_ended_early_trains_no_further(tmp_path: Path) -> None:

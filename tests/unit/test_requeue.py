@@ -356,6 +356,24 @@ def test_a_signal_after_training_brings_the_job_back_for_what_follows(slurm: Slu
     assert len(slurm.calls("scontrol requeue")) == 1
 
 
+def test_after_training_a_signal_that_may_be_an_echo_requeues_nothing(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank may have raised, as it will again; the batch script sees how each has ended."""
+    in_batch_script_of_ours(monkeypatch)
+    slurm.says("scontrol", RUNNING)
+    assert Rank(tmp_path, world_size=2).afterwards.follow("TERM") == 1
+    assert not slurm.calls("scontrol requeue")
+
+
+def test_after_training_a_job_that_was_cancelled_meanwhile_stays_so(slurm: Slurm, rank: Rank) -> None:
+    slurm.says("scontrol", RUNNING)
+    rank.cause.ask_why()
+    slurm.says("scontrol", "JobState=CANCELLED")
+    assert rank.afterwards.follow("TERM") == 75
+    assert not slurm.calls("scontrol requeue")
+
+
 def test_a_rank_that_does_not_speak_for_all_writes_nothing(slurm: Slurm, tmp_path: Path) -> None:
     silent = Rank(tmp_path, rank=1, world_size=2)
     silent.shutdown.announce("TERM", 5)
