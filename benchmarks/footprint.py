@@ -87,7 +87,7 @@ def deviation(row: dict[str, Any], key: str = "checkpoint") -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Format the results as a Markdown table."""
     lines = ["| ranks | trained | type | optimizer | estimate, kB | real, kB | off by | finished model off by |"]
     lines += ["|---|---|---|---|---:|---:|---:|---:|"]
     for row in rows:

@@ -16,7 +16,6 @@ from .config.checkpoint import CheckpointSection
 from .config.preemption import PreemptionSection
 from .config.storage import StorageSection
 from .errors import CheckpointError, ConfigError, OutlastError, ResumeRefusedError
-from .preemption.afterwards import Afterwards
 from .preemption.cause import StopCause
 from .preemption.outcome import Outcome
 from .preemption.signals import PreemptionGuard
@@ -76,14 +75,6 @@ class FinishedRun(Run):
         self._loops = 0
         guard_loads(directory)
         self._leave_when_signalled()
-
-    def _leave_when_signalled(self) -> None:
-        """Have a signal end the process at once from here on: there is nothing to save, and no loop looks at a flag."""
-        self._guard.uninstall()
-        afterwards = Afterwards(self._identity, self._cause, self._outcome, self._preemption)
-        afterwards.install()
-        if (asked := self._guard.requested) is not None and asked not in ("INT", "HUP"):
-            afterwards.leave(asked)
 
     @property
     def finished(self) -> int | None:

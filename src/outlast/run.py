@@ -203,12 +203,18 @@ class Run(RankAttempt):
     def _end_of_run(self, step: int) -> None:
         """Leave the process to the script that goes on: its signals, and random numbers that a restart repeats."""
         self._done = True
-        self._guard.uninstall()
-        if self.in_script:
+        if not self.in_script:
+            self._guard.uninstall()
+        else:
             from .huggingface.generators import seed_for_what_follows
 
-            afterwards = Afterwards(self._identity, self._cause, self._outcome, self._preemption)
-            afterwards.install()
-            if (asked := self._guard.requested) is not None and asked not in ("INT", "HUP"):
-                afterwards.leave(asked)  # while the model was published
+            self._leave_when_signalled()
             seed_for_what_follows(int(self._resuming.origin.get("seed", 0)), step, self.rank)
+
+    def _leave_when_signalled(self) -> None:
+        """Have a signal end the process from here on, one that has come already too: there is nothing to save."""
+        self._guard.uninstall()
+        afterwards = Afterwards(self._identity, self._cause, self._outcome, self._preemption)
+        afterwards.install()
+        if (asked := self._guard.requested) is not None and asked not in ("INT", "HUP"):
+            afterwards.leave(asked)

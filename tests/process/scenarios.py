@@ -215,6 +215,21 @@ def model_init_with_metrics_in_batches() -> Trainer:
     return trainer(more=more, **STEPS, batch_eval_metrics=True, **{**BEST, "metric_for_best_model": "accuracy"})
 
 
+def galore_or_apollo(name: str) -> Trainer:
+    options = {"optim_target_modules": ["q_proj", "v_proj"], "optim_args": "rank=2,update_proj_gap=3,scale=1.0"}
+    return trainer(model=llama(), **STEPS, optim=name, **options)
+
+
+@scenario
+def needs_galore_torch() -> Trainer:
+    return galore_or_apollo("galore_adamw")
+
+
+@scenario
+def needs_apollo_torch() -> Trainer:
+    return galore_or_apollo("apollo_adamw")
+
+
 # Decisions ----------------------------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,8 @@ def check(run: RunProbe, right: tuple[dict[str, Any], str]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if not name.startswith(("refused", "unsaved"))])
 def test_struck_at_random_it_comes_back_exactly(tmp_path: Path, name: str, right: Right) -> None:
+    if name.startswith("needs_"):  # `pip install galore-torch apollo-torch` runs them; they ask for a GPU's library
+        pytest.importorskip(name.removeprefix("needs_"))
     run = RunProbe(tmp_path / "r")
     numbers, last = random.Random(f"{SEED} {name}"), right(name)[0]["events"] * 2 // 3
     for signal in ("USR1", numbers.choice(["TERM", "KILL"]), ""):

@@ -131,7 +131,7 @@ def test_the_budget_deletes_the_oldest_but_never_the_newest_or_the_best(tmp_path
     harness = Harness(tmp_path / "run", budget=8_800)
     for step in (10, 20, 30, 40):
         harness.save(step)
-    harness.store.retention.best_step = 10
+    harness.store.room.retention.best_step = 10
     assert harness.store.room.make_space(kind=Kind.PERIODIC)
     assert harness.steps() == [10, 30, 40]
     assert [(e["event"], e["checkpoint"], e["reason"]) for e in harness.events] == [
@@ -158,7 +158,7 @@ def test_nothing_is_deleted_if_all_that_may_go_would_not_do(tmp_path: Path) -> N
 
 
 def test_save_total_limit_holds_after_each_save(harness: Harness) -> None:
-    harness.store.retention.limit = 2
+    harness.store.room.retention.limit = 2
     for step in (10, 20, 30):
         harness.save(step)
         harness.store.room.retire()
@@ -169,7 +169,7 @@ def test_save_total_limit_holds_after_each_save(harness: Harness) -> None:
 def test_what_is_oldest_is_told_by_the_step_not_by_the_clock_and_half_written_ones_take_no_slot(
     harness: Harness,
 ) -> None:
-    harness.store.retention.limit = 2
+    harness.store.room.retention.limit = 2
     for step in (10, 20):
         harness.save(step)
     os.utime(harness.store.path(10))  # the Trainer's own rotation would now delete 20
@@ -181,7 +181,7 @@ def test_what_is_oldest_is_told_by_the_step_not_by_the_clock_and_half_written_on
 
 
 def test_limit_one_with_a_best_never_loses_the_newest(harness: Harness) -> None:
-    harness.store.retention.limit, harness.store.retention.best_step = 1, 10
+    harness.store.room.retention.limit, harness.store.room.retention.best_step = 1, 10
     for step in (10, 20, 30):
         harness.save(step)
         harness.store.room.retire()
@@ -189,7 +189,7 @@ def test_limit_one_with_a_best_never_loses_the_newest(harness: Harness) -> None:
 
 
 def test_a_light_milestone_keeps_its_weights_and_verifies_but_is_not_resumed_from(harness: Harness) -> None:
-    harness.store.retention.limit, harness.store.retention.milestone_every = 1, 20
+    harness.store.room.retention.limit, harness.store.room.retention.milestone_every = 1, 20
     for step in (10, 20, 30, 40):
         harness.save(step)
         harness.store.room.retire()
@@ -250,7 +250,7 @@ def test_a_file_system_that_hesitates_for_long_condemns_nothing(
         patched.setattr("outlast.checkpoint.manifest.read_entry", failing("checkpoint-20", errno.ESTALE))
         with pytest.raises(TransientError, match="Stale"):
             harness.store.newest_verified()
-        harness.store.retention.limit = 1
+        harness.store.room.retention.limit = 1
         harness.store.room.retire()
     assert harness.steps() == [10, 20]
     assert not harness.run.quarantine.exists()
@@ -374,7 +374,7 @@ def test_a_save_of_unknown_size_that_would_exceed_the_budget_is_not_published(tm
 
 
 def test_the_last_verified_goes_only_for_a_verified_successor(harness: Harness) -> None:
-    harness.store.retention.limit = 1
+    harness.store.room.retention.limit = 1
     harness.save(10)
     assert harness.store.newest_verified() is not None
     harness.save(20)
@@ -397,7 +397,7 @@ def test_what_is_in_quarantine_counts_and_goes_first_and_is_named(tmp_path: Path
 
 
 def test_an_interrupted_deletion_is_finished(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    harness.store.retention.limit = 1
+    harness.store.room.retention.limit = 1
     for step in (10, 20):
         harness.save(step)
     monkeypatch.setattr(store_module.Remover, "_throw_away", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -412,7 +412,7 @@ def test_an_interrupted_deletion_is_finished(harness: Harness, monkeypatch: pyte
 
 
 def test_a_deletion_that_fails_is_reported_and_tried_again(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    harness.store.retention.limit = 1
+    harness.store.room.retention.limit = 1
     for step in (10, 20):
         harness.save(step)
 

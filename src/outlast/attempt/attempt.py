@@ -38,10 +38,9 @@ from outlast.storage.budget import Footprint
 from outlast.storage.share import Share
 
 from .bytes_watch import BytesWatch
-from .joining import join
+from .joining import join, write_start
 from .kept import Kept
 from .limit import CheckpointLimit, planned_footprint
-from .opening import write_start
 from .resuming import Resuming
 from .saving import Saver
 from .steps import Steps
@@ -77,7 +76,8 @@ class RankAttempt:
         meet_in(directory.path)
         self.collectives = collectives = Collectives()
         self._ledger = Ledger(directory.ledger)
-        self._identity, self._lock = identity, _ = join(directory, collectives, self.say, requeue=requeue)
+        self._identity, self._lock = join(directory, collectives, self.say, requeue=requeue)
+        identity = self._identity
         self._recorder = Recorder(self._ledger, identity, _print)
         self.progress = ProgressWriter(directory)
         # What it saves, and what it resumes from.
@@ -91,7 +91,7 @@ class RankAttempt:
             peak=before.bytes_peak if before else 0,
         )
         self.store = CheckpointStore(directory, collectives, self.record, space, say=self.say)
-        self.store.retention.milestone_every = checkpoint.milestone_every
+        self.store.room.retention.milestone_every = checkpoint.milestone_every
         self._resuming = Resuming(directory, collectives, self.store, checkpoint.allow, self.say)
         limit = CheckpointLimit(self.store, storage, planned, self.record, self.say)
         self._saver = Saver(collectives, self.store, limit, self._resuming, checkpoint, self.record, self.say)

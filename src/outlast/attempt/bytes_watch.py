@@ -44,7 +44,7 @@ class BytesWatch:
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
-        """Cut the logs that earlier attempts have left, and start to look."""
+        """Cut the logs that earlier attempts have left, and start looking."""
         with suppress(OSError):
             self._cut_logs(self._store.space.budget())
         self._thread = threading.Thread(target=self._watch, name="outlast-bytes", daemon=True)

@@ -1,16 +1,19 @@
-"""Joins an attempt: finds out who this process is, and that no other attempt is alive on the run."""
+"""Joins an attempt: who this process is, that no other attempt is alive on the run, and where it runs."""
 
 import os
+import socket
 from collections.abc import Callable
 
+from outlast.checkpoint.manifest import versions
 from outlast.errors import ConfigError, Exit, denied
 from outlast.ranks.collectives import Collectives
 from outlast.ranks.identity import Identity
 from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, finished
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Ledger
+from outlast.rundir.ledger import Ledger, Record
 from outlast.rundir.lock import LOCK_FD_ENV, RunLock
-from outlast.slurm.environment import current_job, in_own_batch_script
+from outlast.rundir.place import place_of
+from outlast.slurm.environment import current_job, hostnames, in_own_batch_script
 
 
 class AlreadyFinished(SystemExit):
@@ -71,3 +74,23 @@ def _leave_if_finished(run: RunDirectory, say: Callable[[str], None], code: Exit
     if done := finished(Ledger(run.ledger).read()):
         say(f"{run.path} has finished already, at step {done['step']}")
         raise AlreadyFinished(done["step"], code)
+
+
+def write_start(run: RunDirectory, identity: Identity, record: Record, say: Callable[[str], None]) -> None:
+    """Write where the attempt runs.
+
+    Raises:
+        SlurmError: Slurm does not say which nodes the job has.
+    """
+    job, ranks = identity.job, identity.world_size
+    hosts = hostnames(job.nodelist) if job and job.nodelist else [socket.gethostname()]
+    record(
+        "attempt_started",
+        job_id=job.job_id if job else None,
+        restart_count=job.restart_count if job else 0,
+        hosts=hosts,
+        world_size=ranks,
+        versions=versions(),
+        place=place_of(run.path),
+    )
+    say(f"attempt {identity.attempt} on {', '.join(hosts)}, {ranks} rank(s)")

@@ -45,7 +45,7 @@ class CheckpointLimit:
         Raises:
             BudgetError: as :meth:`check`.
         """
-        self._asked = self._store.retention.limit
+        self._asked = self._store.room.retention.limit
         whole = [c for c in self._store.sealed() if not c.light]
         if whole:
             self._measure(whole[-1])
@@ -113,7 +113,7 @@ class CheckpointLimit:
         """
         if self._footprint is None:
             return None
-        budget, retention = self._store.space.budget(), self._store.retention
+        budget, retention = self._store.space.budget(), self._store.room.retention
         found = verdict(self._footprint, budget, save_total_limit=self._asked, reserve=self._reserve)
         limit = max(found.save_total_limit, 1)
         if found.lowered and retention.limit != limit:

@@ -12,7 +12,7 @@ class _Run(Protocol):
 
 
 class NotFinite:
-    """Watches for one run."""
+    """Warns once an attempt that a loss is NaN or infinite."""
 
     def __init__(self, run: _Run) -> None:
         self._run, self._said = run, False

@@ -77,7 +77,6 @@ class CheckpointStore:
         self._remover = Remover(run, record, say)
         self._unreadable: set[Path] = set()
         self.room = Room(run, space, self._remover, self.sealed, self.quarantine, record, say)
-        self.retention = self.room.retention
 
     def path(self, step: int) -> Path:
         return self._run.checkpoints / f"{PREFIX}{step}"

@@ -4,11 +4,12 @@ A Trainer sums losses between two logs, and for the mean over training (`train_l
 checkpoint leaves out: after a resume both began anew, and so did the time of training.
 """
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
+
+from outlast import clock
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -22,7 +23,7 @@ class LoggedLoss(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: "Trainer") -> None:
         self._trainer, self._finalize = trainer, trainer._finalize_training
-        self._seconds_before, self._began = 0.0, time.time()
+        self._seconds_before, self._began = 0.0, clock.now()
         self._at_step_begin: torch.Tensor | None = None
         trainer._finalize_training = self.finalize
 
@@ -34,7 +35,7 @@ class LoggedLoss(TrainerCallback):  # type: ignore[misc]
             "loss": 0.0 if began else trainer._tr_loss.item(),
             "total": 0.0 if began else trainer._total_loss_scalar,
             "logged_at": 0 if began else trainer._globalstep_last_logged,
-            "seconds": self._seconds_before + time.time() - self._began,
+            "seconds": self._seconds_before + clock.now() - self._began,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -43,7 +44,7 @@ class LoggedLoss(TrainerCallback):  # type: ignore[misc]
         trainer._tr_loss.fill_(state["loss"])  # in place: the training loop holds it too
         trainer._total_loss_scalar, trainer._globalstep_last_logged = state["total"], state["logged_at"]
         trainer._initial_global_step = 0
-        self._seconds_before, self._began = state["seconds"], time.time()
+        self._seconds_before, self._began = state["seconds"], clock.now()
 
     def on_step_begin(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any

@@ -94,7 +94,7 @@ class OwnLoop:
         self._finite.look(step, {"the loss": None if loss is None else float(loss)})
 
     def close(self) -> None:
-        """The run is done."""
+        """Stop following the loop: the run is done."""
         if self._watch is not None:
             self._watch.close()
 

@@ -113,7 +113,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         refuse_adapters(trainer.model)
         allow_projectors(str(getattr(args.optim, "value", args.optim)))
         self._output, args.output_dir = Path(args.output_dir), str(run.directory.checkpoints)
-        run.store.retention.limit, args.save_total_limit = args.save_total_limit, None
+        run.store.room.retention.limit, args.save_total_limit = args.save_total_limit, None
         self._verification = Verification(run, trainer)
         self._save_checkpoint = trainer._save_checkpoint
         self._load_rng_state = trainer._load_rng_state
@@ -272,7 +272,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
             path = self.run.store.path(state.best_global_step)
             state.best_model_checkpoint = str(path) if path.is_dir() else None
             if path.is_dir():  # if it could not be saved, the previous best is still kept
-                self.run.store.retention.best_step = state.best_global_step
+                self.run.store.room.retention.best_step = state.best_global_step
 
     def _write(self, staged: Path, model: Any, trial: Any) -> None:
         trainer, state = self.trainer, self.trainer.state
