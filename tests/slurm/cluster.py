@@ -2,9 +2,10 @@
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,9 @@ class Cluster:
     """A devcluster under test."""
 
     directory: Path
+    _settled: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+    """Held by what reads or changes the configuration: while slurmctld reads it anew, it has forgotten where its munge
+    socket is, and refuses what it is asked (measured on 22.05.8: "Zero Bytes were transmitted or received")."""
 
     @property
     def env(self) -> dict[str, str]:
@@ -50,7 +54,8 @@ class Cluster:
 
     def job(self, job_id: str | int) -> dict[str, str]:
         """What `scontrol show job` says."""
-        words = self.run("scontrol", "show", "job", "-o", str(job_id)).split()
+        with self._settled:
+            words = self.run("scontrol", "show", "job", "-o", str(job_id)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def state(self, job_id: str | int) -> str:
@@ -64,7 +69,8 @@ class Cluster:
 
     def set_user_signal(self, on: bool) -> None:
         """Whether a preemption sends the job's `--signal` instead of SIGTERM."""
-        launcher_devcluster.set_user_signal(self.directory, on)
+        with self._settled:
+            launcher_devcluster.set_user_signal(self.directory, on)
 
     def cancel_all(self) -> None:
         """Kill every job at once and wait until none is left."""

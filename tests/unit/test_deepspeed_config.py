@@ -13,6 +13,7 @@ from outlast.config.configuration import Config, build
 from outlast.errors import ConfigError
 from outlast.jobs import sft, smoke
 from outlast.jobs.training import deepspeed
+from outlast.rundir.directory import RunDirectory
 
 pytest.importorskip("deepspeed")
 
@@ -127,16 +128,28 @@ class _Runs:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_shard_runs_nothing_when_it_is_read(tmp_path: Path) -> None:
+def test_a_shard_runs_nothing_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    from outlast.huggingface.deepspeed import loading_shards
+    from outlast.attempt import loading
+    from outlast.huggingface.deepspeed import classes, loading_shards
 
-    torch.save({"optimizer_state_dict": _Runs(tmp_path / "ran")}, tmp_path / "shard.pt")
+    run = RunDirectory(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    shard = run.checkpoints / "shard.pt"
+    torch.save({"optimizer_state_dict": _Runs(tmp_path / "ran")}, shard)
     engine = TorchCheckpointEngine()
+    engine.load(str(shard))
+    (tmp_path / "ran").rmdir()  # what DeepSpeed does by itself
+    monkeypatch.setattr(torch, "load", torch.load)
+    monkeypatch.setattr(torch.serialization, "load", torch.serialization.load)
+    monkeypatch.setattr(loading, "_directories", set())
+    loading.guard_loads(run)
     with loading_shards(), pytest.raises(pickle.UnpicklingError, match="mkdir"):
-        engine.load(str(tmp_path / "shard.pt"))
+        engine.load(str(shard))
     assert not (tmp_path / "ran").exists()
-    engine.load(str(tmp_path / "shard.pt"))
-    assert (tmp_path / "ran").exists(), "what DeepSpeed does by itself"
+    scaler = classes()[1](scale=8)
+    torch.save({"loss_scaler": scaler}, shard)
+    with loading_shards():
+        assert engine.load(str(shard))["loss_scaler"].cur_scale == 8
