@@ -14,13 +14,15 @@ from outlast.errors import ConfigError, RunBusyError, SlurmError
 from outlast.preemption.afterwards import Afterwards
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner, TimeLimit
+from outlast.preemption.echo import is_left_to_epilogue
 from outlast.preemption.outcome import Outcome
 from outlast.preemption.policy import decide, since_submission, startup_warning
 from outlast.preemption.repeats import exit_code_of, will_repeat
-from outlast.preemption.shutdown import ELASTIC_ENV, Shutdown
+from outlast.preemption.shutdown import Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.ranks.identity import Identity
 from outlast.ranks.lost import Lost, LostRankError
+from outlast.ranks.started import ELASTIC_ENV
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger, Recorder
 from outlast.slurm.environment import BATCH_JOB_ENV, SlurmJob, in_own_batch_script
@@ -503,9 +505,9 @@ def test_what_outlast_cancel_marked_is_cancelled_whatever_slurm_says(slurm: Slur
 
 def test_who_finds_out_what_a_signal_meant(slurm: Slurm, rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm.says("scontrol", RUNNING)
-    assert not rank.shutdown.left_to_epilogue()  # there is no batch script that would
+    assert not is_left_to_epilogue(rank.cause)  # there is no batch script that would
     in_batch_script_of_ours(monkeypatch)
-    assert rank.shutdown.left_to_epilogue()
+    assert is_left_to_epilogue(rank.cause)
 
 
 def test_a_preemption_is_never_left_to_the_batch_script(
@@ -513,7 +515,7 @@ def test_a_preemption_is_never_left_to_the_batch_script(
 ) -> None:
     in_batch_script_of_ours(monkeypatch)
     slurm.says("scontrol", PREEMPTED)
-    assert not rank.shutdown.left_to_epilogue()
+    assert not is_left_to_epilogue(rank.cause)
     rank.shutdown.announce("TERM", 5)
     assert rank.events[0]["deadline_s"] > 0
 
@@ -523,7 +525,7 @@ def test_a_connection_that_breaks_because_a_peer_has_died_is_not_the_cause(
     slurm: Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, signalled: bool
 ) -> None:
     in_batch_script_of_ours(monkeypatch)
-    monkeypatch.setattr("outlast.preemption.shutdown.ECHO_S", 0.5)
+    monkeypatch.setattr("outlast.preemption.echo.ECHO_S", 0.5)
     slurm.says("scontrol", RUNNING)
     rank = Rank(tmp_path, rank=number, world_size=2)
     if signalled:

@@ -120,7 +120,7 @@ class RankAttempt:
             self._saver,
             self._bytes_watch,
         )
-        self._leave_in_startup = LeaveInStartup(identity, self._shutdown, self._outcome, self.store)
+        self._leave_in_startup = LeaveInStartup(identity, self._cause, self._shutdown, self._outcome, self.store)
         guard.notify(on_startup=self._leave_in_startup, on_signal=self.steps.on_signal)
         if self.rank == 0:
             self._open()

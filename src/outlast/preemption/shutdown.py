@@ -4,7 +4,6 @@ Rank 0 speaks for all: it writes the ledger and requeues the job, once. Where ra
 watchdog lets another rank stand in for it.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -17,19 +16,15 @@ from outlast.config.preemption import PreemptionSection
 from outlast.errors import Exit, OutlastError, SlurmError
 from outlast.ranks.identity import Identity
 from outlast.ranks.lost import Lost, LostRankError
-from outlast.ranks.started import ELASTIC_ENV
 from outlast.rundir.ledger import Cause, Event, Record
 from outlast.slurm.actions import bring_forward, requeue_job
 from outlast.slurm.environment import in_own_batch_script
 
 from .cause import StopCause
+from .echo import is_left_to_epilogue, may_be_echo, wait_for_echo
 from .outcome import Outcome
 from .repeats import exit_code_of, will_repeat
 from .signals import PreemptionGuard
-
-ECHO_S = 2.0
-"""A rank whose peer has died sees its connection break at once, and a moment later `srun`'s TERM. It waits for that, so
-that the ledger gets the cause and not the effect."""
 
 
 class Shutdown:
@@ -85,27 +80,6 @@ class Shutdown:
         left = f" ({deadline_s:.0f} s left)" if deadline_s is not None else ""
         self._say(f"{signal}: saving step {step} and leaving{left}")
 
-    def left_to_epilogue(self) -> bool:
-        """Whether this signal may only be the echo of another rank's death, which the batch script will find out.
-
-        `srun` sends TERM to the other ranks when one has died, and Slurm then says of the job what it says when
-        somebody has sent a signal on purpose: nothing. Where all ranks still agree, none has died; where they can't,
-        only the batch script sees how each of them ended.
-        """
-        if not in_own_batch_script():
-            return False
-        self._cause.ask_why()
-        return not self._cause.is_explained
-
-    def may_be_echo(self) -> bool:
-        """Whether a rank has died, and the TERM that this rank got may be the starter's answer to that.
-
-        `srun` sends one, and so does torch's agent. Where there is a batch script, it sees how each of them ended.
-        """
-        died = any(one.how == "gone" for one in self._lost)
-        in_job = self._identity.job is not None
-        return died and (in_own_batch_script() or (not in_job and ELASTIC_ENV in os.environ))
-
     def requeue(self, step: int) -> Exit:
         """Write why the attempt ended and, by the policy, have Slurm start the next one.
 
@@ -148,18 +122,16 @@ class Shutdown:
         lost, ours = isinstance(error, LostRankError), isinstance(error, OutlastError)
         if isinstance(error, LostRankError):
             self._lost = error.lost
-        if not ours and in_own_batch_script() and self._identity.world_size > 1:
-            deadline = time.monotonic() + ECHO_S
-            while self._guard.requested is None and time.monotonic() < deadline:
-                time.sleep(0.05)
+        if not ours and self._identity.world_size > 1:
+            wait_for_echo(self._guard)
         # Without a job nobody else will say which rank died, and that it was no preemption.
-        died = lost and self._identity.job is None and self.may_be_echo()
+        died = lost and self._identity.job is None and may_be_echo(self._lost, self._cause)
         stopping = None if died else self._guard.requested
         if stopping is not None and self._identity.rank != 0:
             return Exit.RESUME_ME  # rank 0 speaks for all
         if stopping is not None and not ours:
             self._say(f"{type(error).__name__} while leaving: {error}")
-            if self.left_to_epilogue():
+            if is_left_to_epilogue(self._cause):
                 return Exit.FAILED
             if self.signal is None:
                 self.announce(stopping, step)

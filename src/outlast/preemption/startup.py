@@ -8,6 +8,8 @@ from outlast.errors import Exit
 from outlast.processes import exit_at_once
 from outlast.ranks.identity import Identity
 
+from .cause import StopCause
+from .echo import is_left_to_epilogue
 from .outcome import Outcome
 from .shutdown import Shutdown
 
@@ -19,15 +21,18 @@ class LeaveInStartup:
     of them was signalled, the first agreement finds its flag.
     """
 
-    def __init__(self, identity: Identity, shutdown: Shutdown, outcome: Outcome, store: CheckpointStore) -> None:
-        self._identity, self._shutdown, self._outcome, self._store = identity, shutdown, outcome, store
+    def __init__(
+        self, identity: Identity, cause: StopCause, shutdown: Shutdown, outcome: Outcome, store: CheckpointStore
+    ) -> None:
+        self._identity, self._cause, self._shutdown, self._outcome = identity, cause, shutdown, outcome
+        self._store = store
 
     def __call__(self, name: str) -> None:
         if self._shutdown.signal is not None:
             return
         if self._identity.rank == 0:
             step = max((checkpoint.step for checkpoint in self._store.sealed()), default=0)
-            if self._identity.world_size > 1 and self._shutdown.left_to_epilogue():
+            if self._identity.world_size > 1 and is_left_to_epilogue(self._cause):
                 self._shutdown.announce(name, step, unexplained=True)
                 exit_at_once(Exit.DONE)  # every rank does, so any other code comes from a rank that has died
             self._shutdown.announce(name, step)

@@ -29,6 +29,7 @@ from outlast.slurm.environment import in_own_batch_script
 
 from .cause import StopCause
 from .deadline import MARGIN_S
+from .echo import may_be_echo
 from .outcome import Outcome
 from .shutdown import Shutdown
 from .signals import PreemptionGuard
@@ -190,7 +191,7 @@ class Watchdog:
         if rank not in (0, 1) and os.environ.get("LOCAL_RANK", "0") != "0":
             return self._followed()
         self._shutdown.stand_in(lost)
-        if self._stopping and not self._shutdown.may_be_echo():
+        if self._stopping and not may_be_echo(lost, self._cause):
             if rank != 0 or self._shutdown.signal is None:
                 self._shutdown.announce(self._guard.requested or "TERM", step)
             code = self._shutdown.requeue(step)
