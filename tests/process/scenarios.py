@@ -535,7 +535,7 @@ class Harder(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 class Raises(TrainerCallback):
-    """Changes the model's configuration, the data, and a buffer that no checkpoint holds."""
+    """Changes the model's configuration, the data, a buffer that no checkpoint holds, and which weights are trained."""
 
     def __init__(self, data: Harder) -> None:
         self.data = data
@@ -544,11 +544,14 @@ class Raises(TrainerCallback):
         self.data.level += 1
         model.config.loss_scale = 1 + 1 / state.global_step
         model.scale *= 1.05
+        model.transformer.h[0].attn.requires_grad_(state.global_step not in range(2, 7))
+        model.transformer.wpe.requires_grad_(state.global_step >= 4)
 
 
 @scenario
 def classes_configuration_and_buffers_with_state() -> Trainer:
     model, data = gpt2(), Harder()
+    model.transformer.wpe.requires_grad_(False)
     model.register_buffer("scale", torch.ones(()), persistent=False)
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * model.scale)
     return trainer(Counts, model=model, train=data, more={"callbacks": [Raises(data)]}, **STEPS)
@@ -742,6 +745,20 @@ def refused_adapter_of_transformers_own() -> Trainer:
     model = gpt2()
     model.add_adapter(LoraConfig(target_modules=["c_attn"]))
     return trainer(model=model, **STEPS)
+
+
+class Unfreezes(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.base_model.model.lm_head.requires_grad_(state.global_step >= 2)
+
+
+@scenario
+def refused_weights_that_are_unfrozen_under_adapters() -> Trainer:
+    from peft import LoraConfig, get_peft_model
+
+    return trainer(
+        model=get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn"])), more={"callbacks": [Unfreezes()]}, **STEPS
+    )
 
 
 class SavesElsewhere(Trainer):  # type: ignore[misc]

@@ -143,7 +143,7 @@ def test_a_schedule_free_optimizers_model_is_the_one_to_be_used(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("refused")])
-def test_what_can_not_come_back_exactly_is_refused_at_the_start(tmp_path: Path, name: str) -> None:
+def test_what_can_not_come_back_exactly_is_refused_before_anything_is_saved(tmp_path: Path, name: str) -> None:
     run = RunProbe(tmp_path / "r")
     code, output = attempt(name, run)
     assert code != 0

@@ -1,7 +1,7 @@
 """Writes the files of a checkpoint, and digests them while they are written.
 
 A save calls code that outlast does not own: the Trainer, accelerate, PEFT, DeepSpeed, a user's own function. While
-:meth:`Writer.capture` is active, `torch.save` and safetensors' `save_file`, called by any of them with a path inside
+:meth:`Writer.capture` is active, `torch.save` and safetensors' `serialize_file`, called by any of them with a path in
 the staged directory, write here instead of to the file. What comes out is what they would have written: `optimizer.pt`
 is read by a plain `torch.load`, `model.safetensors` by a plain `from_pretrained`. The few files that a library writes
 by other means (JSON, a tokenizer) are read back once, when all ranks have written.

@@ -247,7 +247,7 @@ def _of_function(path: str, function: types.FunctionType) -> Iterator[Holder]:
 
 
 def _of_modules(path: str, model: Any) -> Iterator[Holder]:
-    """A model: what its modules hold beside parameters and saved buffers."""
+    """A model: what its modules hold beside parameters and saved buffers, and which parameters are trained."""
     import torch
 
     usual = set(vars(torch.nn.Module()))
@@ -266,10 +266,21 @@ def _of_modules(path: str, model: Any) -> Iterator[Holder]:
 
         place = f"{path}.{name}" if name else path
         yield Holder(place, read, write, grows=True)
+        if own := dict(module.named_parameters(recurse=False)):
+            yield Holder(f"{place}.requires_grad", lambda own=own: _trainable(own), _train(own))  # type: ignore[misc]
         if hooks := hooks_of(module):
             yield Holder(f"{place}.hooks", lambda hooks=hooks: hooks, _fixed)  # type: ignore[misc]
         if not library:
             yield from _of_classes(type(module))
+
+
+def _trainable(parameters: dict[str, Any]) -> dict[str, bool]:
+    """Which parameters are trained: callbacks freeze layers, and unfreeze one after the other."""
+    return {name: parameter.requires_grad for name, parameter in parameters.items()}
+
+
+def _train(parameters: dict[str, Any]) -> Callable[[str, Any], None]:
+    return lambda name, trained: parameters[name].requires_grad_(trained)
 
 
 def is_saved(model: Any, module: Any, buffer: str) -> bool:

@@ -216,6 +216,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
     def save(self, model: Any, trial: Any) -> None:
         """Replace `Trainer._save_checkpoint`: the same files, through the store; leave if the run is stopping."""
         state = self.trainer.state
+        self._verification.refuse_unfrozen()
         sealed = self.run.checkpoint(
             state.global_step,
             lambda staged: self._write(staged, model, trial),

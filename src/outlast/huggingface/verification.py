@@ -24,7 +24,7 @@ import torch
 from outlast.checkpoint import digests
 from outlast.checkpoint.digests import Digests, digest
 from outlast.checkpoint.manifest import Sealed
-from outlast.errors import ResumeRefusedError
+from outlast.errors import ConfigError, ResumeRefusedError
 
 from . import random_state
 from .frozen_weights import shortened
@@ -46,6 +46,7 @@ class Verification:
         self._stage_3 = plugin is not None and plugin.hf_ds_config.is_zero3()
         self._sharded = self._stage_3 or trainer.is_fsdp_enabled
         self._fixed: Digests = {}
+        self._base: set[str] = set()
         self._whole: dict[str, str] = {}
         self._buffers: dict[str, str] = {}
 
@@ -70,6 +71,17 @@ class Verification:
                 trainer._save = save
             elif self._stage_3:
                 del trainer._save
+
+    def refuse_unfrozen(self) -> None:
+        """Refuse to train weights that lay frozen under adapters when training began: no checkpoint holds them.
+
+        Raises:
+            ConfigError: it names the weights.
+        """
+        named = self._trainer.model.named_parameters(remove_duplicate=False) if self._base else ()
+        if trained := [name for name, p in named if p.requires_grad and name in self._base]:
+            way = "valid: false of what adapters lie on, which no checkpoint holds; name its module in modules_to_save"
+            raise ConfigError("requires_grad", f"true of {shortened(trained)}", way)
 
     def write(self, staged: Path) -> None:
         """Write this rank's digests into a checkpoint that is being made."""
@@ -98,10 +110,13 @@ class Verification:
         Raises:
             ResumeRefusedError: on every rank, if something differs on any; it names the tensors.
         """
+        if self._is_adapted():
+            named = self._trainer.model.named_parameters(remove_duplicate=False)
+            self._base = {name for name, parameter in named if not parameter.requires_grad}
         config = getattr(self._trainer.model, "config", None)
         values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
         self._fixed = {
-            "base": self._digests(lambda name, p: self._is_base(p)) if self._run.rank == 0 or self._sharded else {},
+            "base": self._digests(lambda name: name in self._base) if self._run.rank == 0 or self._sharded else {},
             "config": {key: digest(value) for key, value in values.items() if key not in SAVING_CHANGES},
         }
         self._buffers = self._unsaved_buffers()
@@ -193,25 +208,21 @@ class Verification:
                     found[part] = {str(key): digest(value) for key, value in holder.state_dict().items()}
         return found
 
-    def _is_base(self, parameter: torch.Tensor) -> bool:
-        """Whether a parameter lies frozen under adapters, so that no checkpoint holds it."""
-        return self._is_adapted() and not parameter.requires_grad
-
     def _is_adapted(self) -> bool:
         from peft import PeftModel
 
         return isinstance(self._trainer.model, PeftModel)
 
     def _model(self) -> dict[str, str]:
-        found = self._digests(lambda name, p: not self._is_base(p))
+        found = self._digests(lambda name: name not in self._base)
         return found | {name: digest(buffer) for name, buffer in self._all_buffers() if self._is_saved(name)}
 
-    def _digests(self, wanted: Callable[[str, torch.Tensor], bool]) -> dict[str, str]:
+    def _digests(self, wanted: Callable[[str], bool]) -> dict[str, str]:
         """Digests of parameters by name; a tied one, which has several names, is read once."""
         known: dict[int, str] = {}
         found = {}
         for name, parameter in self._trainer.model.named_parameters(remove_duplicate=False):
-            if wanted(name, parameter):
+            if wanted(name):
                 if id(parameter) not in known:
                     known[id(parameter)] = digest(getattr(parameter, "ds_tensor", parameter))
                 found[name] = known[id(parameter)]
@@ -256,7 +267,7 @@ class Verification:
         found = {}
         for name, parameter in self._trainer.model.named_parameters(remove_duplicate=False):
             with GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
-                if self._run.rank == 0 and not self._is_base(parameter):
+                if self._run.rank == 0 and name not in self._base:
                     found[name] = digest(parameter)
         return found
 

@@ -17,9 +17,9 @@ from outlast.processes import SIGNALS, exit_at_once
 from outlast.ranks.identity import Identity
 from outlast.rundir.ledger import Event
 from outlast.slurm.actions import requeue_job
-from outlast.slurm.environment import in_own_batch_script
 
 from .cause import StopCause
+from .echo import is_left_to_epilogue
 from .outcome import Outcome
 
 FOLLOW_S = 20.0
@@ -61,10 +61,8 @@ class Afterwards:
         """Requeue the job, if this process has one and the policy says so; the exit code to leave with."""
         if self._identity.job is None:
             return Exit.RESUME_ME
-        if self._identity.world_size > 1 and in_own_batch_script():
-            self._cause.ask_why()
-            if not self._cause.is_explained:  # it may be the echo of another rank's error: see `Shutdown`
-                return Exit.FAILED
+        if self._identity.world_size > 1 and is_left_to_epilogue(self._cause):
+            return Exit.FAILED
         try:
             cause = self._cause.cause_after_saving(name)
             return self._outcome.follow(cause, self._requeue, self._cause.is_cancelled).exit_code

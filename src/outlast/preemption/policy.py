@@ -1,7 +1,8 @@
 """The requeue policy: what follows an attempt, by its cause and by how often that has happened.
 
-It is asked three times: by rank 0 when the ranks leave (`shutdown.py`), by the batch script when they are gone
-(`epilogue.py`), and by an attempt that starts after one that could not say how it ended (`previous_attempt.py`).
+It is asked by rank 0 when the ranks leave (`shutdown.py`), or when a script is signalled after its training
+(`afterwards.py`); by the batch script when they are gone (`epilogue.py`); and by an attempt that starts after one that
+could not say how it ended (`previous_attempt.py`).
 """
 
 from dataclasses import dataclass
