@@ -105,6 +105,30 @@ def decode(encoded: Any, into: Any = None) -> Any:
     return makers[kind](items)
 
 
+def is_still(value: Any, encoded: Any) -> bool:
+    """Whether `value` would be encoded as this; False also where it takes encoding it to know.
+
+    It makes no copy, so it is many times faster where much is looked at and little changes.
+    """
+    import torch
+
+    kind = type(value)
+    if kind in PLAIN:
+        return kind is type(encoded) and bool(value == encoded)
+    if type(encoded) is not tuple or len(encoded) < 2:
+        return False
+    if kind in (list, tuple, dict):
+        if encoded[0] != kind.__name__ or len(encoded[1]) != len(value):
+            return False
+        if kind is not dict:
+            return all(map(is_still, value, encoded[1]))
+        pairs = zip(value.items(), encoded[1], strict=True)
+        return all(is_still(key, a) and is_still(item, b) for (key, item), (a, b) in pairs)
+    if kind is torch.Tensor and encoded[0] == "tensor" and value.device.type == "cpu":
+        return same(value.detach(), encoded[1])
+    return False
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two encoded values are equal."""
     import torch
@@ -121,7 +145,8 @@ def same(one: Any, other: Any) -> bool:
 def _bits(tensor: Any) -> Any:
     import torch
 
-    return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
+    return tensor.view(whole) if whole else torch.view_as_real(tensor).view(torch.int64)
 
 
 def _kind(generator: Any) -> str:

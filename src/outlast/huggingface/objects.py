@@ -7,7 +7,7 @@ what they were when the attempt began. So a value that the user has set otherwis
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from outlast.attempt.values import NotPlainError, decode, encode, is_generator, same
+from outlast.attempt.values import NotPlainError, decode, encode, is_generator, is_still, same
 
 from .reachable import ITERATORS, Holder, holders
 
@@ -56,6 +56,9 @@ class Objects:
         for holder in self._walk(names):
             first = self._first.get(holder.path, {})
             for name, value in holder.read().items():
+                if name in first and is_still(value, first[name]):
+                    holder.known.add(name)
+                    continue
                 cell = self._cell(value, holder.of(name))
                 if isinstance(cell, _Noted):
                     if name in first and isinstance(first[name], _Noted) and first[name].token == cell.token:

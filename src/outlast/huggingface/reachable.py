@@ -9,7 +9,7 @@ import itertools
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,8 @@ class Holder:
     """Whether a name that isn't there can be written too."""
     remove: Callable[[str], None] | None = None
     """Takes a name away, where one that was not there before may be."""
+    known: set[str] = field(default_factory=set)
+    """Names of values that are plain to their depths, and known: who walks says so, and spares the way into them."""
 
     def of(self, name: str) -> str:
         """The path of one of its values."""
@@ -96,7 +98,8 @@ def holders(path: str, value: Any, seen: dict[int, Any]) -> Iterator[Holder]:
         for holder in _places(where, found):
             yield holder
             # read only now: who walks may have replaced a value
-            left.extend((holder.of(name), item) for name, item in reversed(holder.read().items()))
+            items = reversed(holder.read().items())
+            left.extend((holder.of(name), item) for name, item in items if name not in holder.known)
 
 
 def _places(path: str, value: Any) -> Iterator[Holder]:
