@@ -7,10 +7,10 @@ seconds and stands in for a real job in tests and drills; `trainer.step_s` makes
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from outlast.config.configuration import Config
-from outlast.config.section import Section, section
+from outlast.config.section import Number, Section, section
 from outlast.errors import ConfigError
 from outlast.ranks.layout import derived_seed
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 class SmokeTrainer(Section):
     """The keys that `trainer.*` may have for this job."""
 
-    max_steps: int = 200
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 0.01
-    hidden_size: int = 32
-    dataset_size: int = 256
-    step_s: float = 0.0
+    max_steps: Annotated[int, Number("steps", gt=0)] = 200
+    per_device_train_batch_size: Annotated[int, Number("rows", gt=0)] = 8
+    gradient_accumulation_steps: Annotated[int, Number("micro-batches", gt=0)] = 1
+    learning_rate: Annotated[float, Number(gt=0)] = 0.01
+    hidden_size: Annotated[int, Number(gt=0)] = 32
+    dataset_size: Annotated[int, Number("rows", gt=0)] = 256
+    step_s: Annotated[float, Number("seconds", ge=0)] = 0.0
     """Seconds to sleep in each step."""
 
 

@@ -1,6 +1,7 @@
 """The `outlast` command. Each subcommand imports what it needs, so that those which plan no job start fast."""
 
 import argparse
+import errno
 import sys
 
 from outlast.errors import Exit, OutlastError, denied
@@ -22,6 +23,9 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(Exit.FAILED)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"outlast: {error.filename}: {error.strerror}", file=sys.stderr)
+            sys.exit(Exit.REFUSED)
         if (text := denied(error)) is None:
             raise
         print(f"outlast: {text}", file=sys.stderr)

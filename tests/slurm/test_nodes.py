@@ -1,8 +1,8 @@
 """Two nodes on a real Slurm: preempted by a higher-priority job, no step lost, weights equal to the bit.
 
 Each cell is a way of training with LoRA, on two ranks a node, or of everything, on one. By default: the two ways in
-which ZeRO divides a model among ranks. DDP is in `test_runs.py`; each stage, on one machine, in `test_many_ranks.py` and `test_deepspeed.py`.
-`OUTLAST_NODES_CELLS` names others (`zero3-lora`, or several, with commas), or is `all`.
+which ZeRO divides a model among ranks. DDP is in `test_runs.py`; each stage, on one machine, in `test_many_ranks.py`
+and `test_deepspeed.py`. `OUTLAST_NODES_CELLS` names others (`zero3-lora`, or several, with commas), or is `all`.
 """
 
 import os

@@ -59,6 +59,7 @@ def test_the_fixed_sections_of_the_yaml_hold_the_defaults_of_their_classes() -> 
         ({"modle": {}}, "configuration", "did you mean model?"),
         ({"run": {"name": "a/b"}}, "run.name", "directory name"),
         ({"run": {"name": ".."}}, "run.name", "directory name"),
+        ({"run": {"name": "é" * 101}}, "run.name", "200 bytes at most"),
         ({"run": 3}, "run", "a section"),
         ({"trainer": [1]}, "trainer", "a section"),
         ({"job": {"name": "sfd"}}, "job.name", "did you mean sft?"),

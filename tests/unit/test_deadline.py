@@ -1,11 +1,15 @@
 """The account of what a stop takes, and what fits into the notice that a cluster gives."""
 
+import os
+import signal
 import time
 from typing import Any
 
 import pytest
 
+from outlast.preemption import stopped
 from outlast.preemption.deadline import MARGIN_S, SLACK, Planner
+from outlast.preemption.stopped import note_stops
 from outlast.slurm.view import Notice
 
 NOTICE = Notice(30.0, "GraceTime of partition low", 30.0)
@@ -74,6 +78,32 @@ def test_a_stretch_runs_from_one_point_to_the_next_without_the_saves_between(mon
     assert (made.each_s("step"), made.each_s("evaluation")) == (2.0, 3.0)
     assert made.reaction_s == 3.0
     assert made.needed_s == SLACK * (3.0 + 8.0) + MARGIN_S
+
+
+def test_time_in_which_the_process_was_stopped_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopped, "_went_on_at", stopped._went_on_at)
+    before = signal.getsignal(signal.SIGCONT)
+    note_stops()
+    try:
+        made = planner()
+        made.mark()
+        os.kill(os.getpid(), signal.SIGCONT)  # as after a SIGSTOP, of which a process is not told
+        made.reached("step")
+        made.saved(100.0)
+        assert (made.each_s("step"), made.save_s) == (None, None)
+        made.reached("step")
+        assert made.each_s("step") is not None
+    finally:
+        signal.signal(signal.SIGCONT, before)
+
+
+def test_who_handles_sigcont_goes_on_to() -> None:
+    before = signal.signal(signal.SIGCONT, signal.SIG_IGN)
+    try:
+        note_stops()
+        assert signal.getsignal(signal.SIGCONT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGCONT, before)
 
 
 def test_work_is_finished_first_only_if_the_save_still_fits_after_it() -> None:

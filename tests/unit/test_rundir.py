@@ -22,6 +22,13 @@ lock.acquire("a test")
 if sys.argv[2] == "child":
     child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fd], stdout=subprocess.DEVNULL)
     print(child.pid, flush=True)
+elif sys.argv[2] == "helper":  # of a rank: forked, or started without closing what is open
+    import os
+    lock.keep_from_children()
+    child = os.fork()
+    if child:
+        other = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+        print(child, other.pid, flush=True)
 else:
     print("held", flush=True)
 time.sleep(60)
@@ -49,6 +56,18 @@ def test_paths_and_create(run: RunDirectory) -> None:
     run.create()
     assert run.checkpoints.is_dir()
     assert run.log(3, 1) == run.path / "logs" / "attempt-003.rank-1.log"
+
+
+def test_a_helper_that_a_rank_has_started_holds_no_lock(run: RunDirectory) -> None:
+    holder, helpers = hold(run, "helper")
+    try:
+        kill(holder)
+        lock = RunLock(run)
+        lock.acquire("the next attempt")
+        lock.release()
+    finally:
+        for pid in map(int, helpers.split()):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_the_lock_is_refused_while_held_and_free_after_sigkill(run: RunDirectory) -> None:

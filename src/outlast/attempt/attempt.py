@@ -21,6 +21,7 @@ from outlast.preemption.repeats import will_repeat
 from outlast.preemption.shutdown import Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.preemption.startup import LeaveInStartup
+from outlast.preemption.stopped import note_stops
 from outlast.preemption.watchdog import Watchdog
 from outlast.processes import exit_at_once
 from outlast.ranks.agreement import StepAgreement
@@ -103,6 +104,7 @@ class RankAttempt:
         self._cause = StopCause(directory, identity, guard, preemption, self.say)
         self._outcome = Outcome(directory, identity, preemption, self._recorder, _print)
         self._shutdown = Shutdown(identity, guard, self._cause, self._outcome, preemption, self._recorder, _print)
+        note_stops()
         self._planner = Planner(preemption.lead_s, limit.expected_bytes)
         self._channel = ControlChannel(self.rank, collectives.world_size)
         self._agreement = agreement = StepAgreement(self._channel, self._on_stop_asked)

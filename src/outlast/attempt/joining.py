@@ -64,6 +64,7 @@ def _join(
         except AlreadyFinished:
             lock.release()
             raise
+    lock.keep_from_children()
     number = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(
         ledger.read(), (job.job_id, job.restart_count) if job else None
     )

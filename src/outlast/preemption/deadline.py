@@ -16,6 +16,7 @@ from outlast.rundir.ledger import Event
 from outlast.slurm.view import Notice
 
 from .cause import StopCause
+from .stopped import was_stopped_since
 
 Work = Literal["step", "evaluation"]
 """The work between two points at which a run can act: a step's micro-batch, or an evaluation's batch."""
@@ -64,13 +65,14 @@ class Planner:
 
     def reached(self, work: Work) -> None:
         """End a stretch of this work at a point where the ranks can act, and begin the next."""
-        if self._since is not None:
+        if self._since is not None and not was_stopped_since(self._since):
             self._stretches[work].append(time.monotonic() - self._since)
         self.mark()
 
     def saved(self, seconds: float) -> None:
         """Note that a save has stalled the run for this long."""
-        self._saves.append(seconds)
+        if not was_stopped_since(time.monotonic() - seconds):
+            self._saves.append(seconds)
         self.mark()
 
     def each_s(self, work: Work) -> float | None:
@@ -139,8 +141,8 @@ class Planner:
         self._warned = True
         how = "" if self._saves else f" (by its size, at {ASSUMED_BYTES_S / 1e9:g} GB a second)"
         said = [
-            f"to save and leave takes up to {needed:.0f} s: {self.reaction_s:.2g} s until the ranks can act and "
-            f"{save:.3g} s to save{how}, {SLACK:g} times that to be safe, {MARGIN_S:g} s to leave"
+            f"to save and leave takes up to {needed:.0f} s: {_rounded(self.reaction_s)} s until the ranks can act and "
+            f"{_rounded(save)} s to save{how}, {SLACK:g} times that to be safe, {MARGIN_S:g} s to leave"
         ]
         if preempted and notice is not None:
             every, hours = interval(save, EXAMPLE_MTBF_S), EXAMPLE_MTBF_S / 3600
@@ -155,6 +157,10 @@ class Planner:
             )
         fields = {"needed_s": needed, "save_s": save, "reaction_s": self.reaction_s, "notice_s": given}
         return "; ".join(said), fields | {"lead_s": self._asked_lead_s}
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 class TimeLimit:

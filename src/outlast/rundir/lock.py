@@ -20,6 +20,10 @@ LOCK_FD_ENV = "OUTLAST_LOCK_FD"
 """Tells a rank the file descriptor of the run lock that its launcher holds."""
 
 
+_private: set[int] = set()
+"""Descriptors of locks that a forked child lets go of at once: a helper of the user's may outlive the run."""
+
+
 class RunLock:
     """An exclusive lock on the run directory: a `flock`, which the kernel releases with its last holder.
 
@@ -44,6 +48,13 @@ class RunLock:
         if LEASE_ENV in os.environ:
             self._lease = Lease(self._lease_path, os.environ[LEASE_ENV])
             self._lease.keep()
+
+    def keep_from_children(self) -> None:
+        """Have the lock end with this process, not with the last of those that it starts: it is a rank."""
+        fd = int(os.environ.get(LOCK_FD_ENV, -1)) if self.fd is None else self.fd
+        if fd >= 0:
+            os.set_inheritable(fd, False)
+            _private.add(fd)
 
     def acquire(self, owner: str, wait_s: float = 0.0) -> None:
         """Take the lock.
@@ -90,11 +101,21 @@ class RunLock:
             if self._lease is not None:
                 self._lease.release()
             os.close(self.fd)
+            _private.discard(self.fd)
             self.fd = self._lease = None
 
     def _holder(self) -> dict[str, Any]:
         holder = read_json(self._path)
         return holder if isinstance(holder, dict) else {}
+
+
+def _let_go_in_child() -> None:
+    for fd in _private:
+        os.close(fd)
+    _private.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _try_flock(fd: int) -> bool | None:
