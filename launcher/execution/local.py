@@ -12,15 +12,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, Protocol
 
 from rich.console import Console
 
+from outlast.checkpoint.manifest import read_manifest
 from outlast.config.cluster import LocalCluster
-from outlast.errors import Exit
+from outlast.errors import CheckpointError, Exit
 from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, free_ports, ignore_output_errors, python_module_command, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
@@ -96,6 +97,9 @@ class Launcher:
             number = next_attempt(self.ledger.read())
             code = self._attempt(number, lock, bar)
             events = self.ledger.read()
+            if not self.run.path.exists():
+                bar.note(f"{self.run.path} was moved or deleted meanwhile: nothing more was saved in it")
+                return Exit.FAILED
             if finished(events):
                 bar.note(f"finished; the model is in {self.run.final}")
                 return Exit.DONE
@@ -107,7 +111,7 @@ class Launcher:
                 self._explain(code, number, bar)
                 return code if code in (Exit.REFUSED, Exit.GAVE_UP) else Exit.FAILED
             if self.stop_requested.is_set():
-                bar.note(_left(events, number))
+                bar.note(_left(events, number, newest_step(self.run)))
                 return Exit.RESUME_ME
             if cancelled.is_set:
                 bar.note("cancelled; `outlast resume`, or the same command, goes on")
@@ -213,20 +217,34 @@ class Launcher:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         bar.note("\n".join([f"{who} {how}; the end of {log}:", *(f"    {line}" for line in lines)]))
         saved = max((a.saved_step for a in attempts(self.ledger.read())), default=0)
-        if code != Exit.REFUSED and saved:
-            bar.note(f"The same command again resumes from step {saved}.")
-        elif code != Exit.REFUSED:
+        if code != Exit.REFUSED and (newest := newest_step(self.run)):
+            bar.note(f"The same command again resumes from step {newest}.")
+        elif code != Exit.REFUSED and not saved:
             bar.note("No step was saved: the same command begins again, and fails again unless the cause is gone.")
 
 
-def _left(events: list[Event], number: int) -> str:
-    """What an attempt that was told to stop has left behind, in words."""
+def newest_step(run: RunDirectory) -> int:
+    """The step of the newest checkpoint on disk that a resume can begin from, by the manifests; 0 if there is none."""
+    steps = [0]
+    for path in run.checkpoints.glob("checkpoint-*"):
+        with suppress(CheckpointError):
+            manifest = read_manifest(path, patient=False)
+            steps += [] if manifest.light else [manifest.step]
+    return max(steps)
+
+
+def _left(events: list[Event], number: int, newest: int) -> str:
+    """What an attempt that was told to stop has left behind, in words.
+
+    Args:
+        newest: the step that a resume would begin from.
+    """
     last = next((attempt for attempt in attempts(events) if attempt.number == number), None)
-    if last is None or not last.has_trained or last.saved_step >= last.last_step:
+    if last is None or not last.has_trained or newest >= last.last_step:
         return f"saved. {RESUMES}"
     failed = [e["reason"] for e in events if e["attempt"] == number and e["event"] == "checkpoint_failed"]
     why = f": {failed[-1]}" if failed else ""
-    resumes = f"resumes from step {last.saved_step}" if last.saved_step else "begins again"
+    resumes = f"resumes from step {newest}" if newest else "begins again"
     return f"WARNING: step {last.last_step} was not saved{why}. The same command again {resumes}."
 
 

@@ -1,5 +1,6 @@
 """`cluster=local` with the smoke job: real processes, real signals, one and two ranks."""
 
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -116,6 +117,40 @@ def test_stopping_the_command_saves_and_the_same_command_resumes(
     again = outlast("train", *SMOKE, *steps(1), "run.name=r")
     assert again.wait() == 0, again.output
     assert run.events("resumed")[0]["step"] == run.events("attempt_ended")[0]["step"] >= 33
+    assert run.weights() == twins[1]
+
+
+def test_a_run_that_is_moved_in_mid_run_is_not_called_saved(
+    outlast: Start, probe: Probe, twins: dict[int, str]
+) -> None:
+    command, run = outlast("train", *SMOKE, *steps(1), "run.name=r"), probe("r")
+    run.reach(23)
+    moved = run.path.rename(run.path.with_name("moved"))
+    command.signal(signal.SIGTERM)
+    assert command.wait() == 1, command.output
+    assert f"{run.path} was moved or deleted meanwhile: nothing more was saved in it" in command.output
+    assert not run.path.exists()
+    moved.rename(run.path)
+    again = outlast("train", *SMOKE, *steps(1), "run.name=r")
+    assert again.wait() == 0, again.output
+    assert run.events("resumed")[0]["step"] == 20
+    assert run.weights() == twins[1]
+
+
+def test_deleted_checkpoints_cost_only_what_was_in_them(outlast: Start, probe: Probe, twins: dict[int, str]) -> None:
+    command, run = outlast("train", *SMOKE, *steps(1), "run.name=r"), probe("r")
+    run.reach(23)
+    shutil.rmtree(run.path / "checkpoints")  # as a scratch file system's cleaner does
+    wait_for(lambda: run.events("checkpoint")[-1]["step"] == 40, "the next periodic save")
+    command.signal(signal.SIGTERM)
+    assert command.wait() == 75, command.output
+    shutil.rmtree(run.path / "checkpoints")
+    again = outlast("train", *SMOKE, *steps(1), "run.name=r")
+    assert again.wait() == 1, again.output
+    assert "checkpoint.allow=[restart]" in run.path.joinpath("logs", "attempt-002.rank-0.log").read_text()
+    assert "resumes from step" not in again.output, "there is nothing to resume from"
+    again = outlast("train", *SMOKE, *steps(1), "run.name=r", "checkpoint.allow=[restart]")
+    assert again.wait() == 0, again.output
     assert run.weights() == twins[1]
 
 

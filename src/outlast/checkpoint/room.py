@@ -157,9 +157,11 @@ class Room:
 
         If none has been verified yet, the newest is, from disk; in a hurry, nothing is read.
         """
-        newest = newest_full(self._sealed())
+        sealed = self._sealed()
+        newest = newest_full(sealed)
         if newest is None or newest.step == step:
             return False
+        self.verified &= {checkpoint.step for checkpoint in sealed}  # others delete, too
         if self.verified - {step}:
             return True
         if hurry:

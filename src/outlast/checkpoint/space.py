@@ -8,7 +8,7 @@ from pathlib import Path
 from outlast.deletion import delete
 from outlast.files import bytes_used
 from outlast.rundir.directory import RunDirectory
-from outlast.storage.budget import margin
+from outlast.storage.budget import RESERVE_EXTRA, margin
 from outlast.storage.file_system import free_space
 
 from .manifest import Sealed
@@ -30,7 +30,7 @@ class Space:
     Args:
         budget: returns the bytes that the run directory may take; called each time, since sweep cells share a budget.
         estimate: bytes of one checkpoint and of the finished model, for saves before the first is measured; 0: unknown.
-        reserve: keep a file of the size of one checkpoint, and give it up when an emergency save needs its bytes.
+        reserve: keep a file as large as a checkpoint is on disk, and give it up when an emergency save needs its bytes.
         peak: the most that earlier attempts saw in use, bytes.
     """
 
@@ -97,10 +97,11 @@ class Space:
         Returns:
             Why the wanted file could not be created, or None.
         """
-        size = self.need(sealed)
-        if not self._reserve or not size or self.reserved():
+        need = self.need(sealed)
+        if not self._reserve or not need or self.reserved():
             return None
-        if self.free() < 2 * size:  # the next save goes before it
+        size = need + RESERVE_EXTRA
+        if self.free() < need + size:  # the next save goes before it
             return "storage.budget_gb has no room for it beside the next save"
         fd = os.open(self._run.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

@@ -95,6 +95,9 @@ class CheckpointStore:
 
     def _directories(self) -> list[Path]:
         """The `checkpoint-<number>` directories, sealed or not; symbolic links are left out."""
+        if not self._run.checkpoints.exists() and self._run.ledger.exists():  # not if the run itself has been moved
+            self._say(f"WARNING: {self._run.checkpoints} was deleted; it is made again, without what was in it")
+            self._run.checkpoints.mkdir(exist_ok=True)
         with os.scandir(self._run.checkpoints) as entries:
             return [
                 Path(entry.path)

@@ -8,7 +8,7 @@ finished model. With one checkpoint of C bytes, a model of M, fixed things of F 
 
 The best checkpoint counts among the K. With K = 1 there are two when the best is not the newest; it is then made
 light (weights only), and takes the place that the finished model will have, so nothing is added for it. A reserve
-(`storage.reserve`) is one more checkpoint. A margin stays free for what grows during a save.
+(`storage.reserve`) is one more checkpoint, in whole blocks. A margin stays free for what grows during a save.
 """
 
 import math
@@ -22,6 +22,8 @@ from outlast.errors import ConfigError
 GB = 1_000_000_000
 MARGIN = 65_536
 """The fewest bytes left free beside a save: the ledger and the logs grow while it is written."""
+RESERVE_EXTRA = 262_144
+"""Bytes that a reserve has beyond a checkpoint's: on disk, a file takes whole blocks, and its name some of one."""
 MARGIN_SHARE = 0.005
 """The same, as a share of the budget."""
 DEVIATION = 0.1
@@ -178,9 +180,9 @@ def verdict(
     Args:
         save_total_limit: an upper bound; None: as many as fit.
         steps: optimizer steps of the run, if known: there can't be more checkpoints than steps.
-        reserve: one more checkpoint's bytes are kept aside.
+        reserve: one more checkpoint's bytes are kept aside, and :data:`RESERVE_EXTRA`.
     """
-    whole, extra = footprint.checkpoint_bytes, footprint.checkpoint_bytes if reserve else 0
+    whole, extra = footprint.checkpoint_bytes, footprint.checkpoint_bytes + RESERVE_EXTRA if reserve else 0
     standing = footprint.fixed_bytes + footprint.final_bytes + extra
     smallest = with_margin(standing + 2 * whole)
     space = budget_bytes - margin(budget_bytes) - standing
