@@ -83,8 +83,20 @@ if checkpoint:
     accelerator.load_state(str(checkpoint.path))
 run.begin(step)
 plain = options.get("plain", False)
+
+
+def ahead(batches):
+    """The next batch is read before the one at hand is given away, as people do to copy it to a GPU meanwhile."""
+    at_hand = None
+    for batch in batches:
+        if at_hand is not None:
+            yield at_hand
+        at_hand = batch
+    yield at_hand
+
+
 for epoch, batches in ((e, loader) for e in range(epochs)) if plain else run.epochs(loader, epochs):
-    for x, y in batches:
+    for x, y in ahead(batches) if options.get("ahead", False) else batches:
         with accelerator.accumulate(model):
             loss = torch.nn.functional.mse_loss(model(x).squeeze(-1), y)
             accelerator.backward(loss)

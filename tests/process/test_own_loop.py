@@ -97,6 +97,15 @@ def test_a_loop_that_reads_its_data_by_itself_is_told_so(tmp_path: Path) -> None
     assert len(run.events("batches_unknown")) == 1
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_loop_that_takes_batches_ahead_is_told_so(tmp_path: Path, ahead: bool) -> None:
+    run = RunProbe(tmp_path / "r")
+    code, output = train(run.path, 1, {"ahead": ahead}, epochs=1)
+    assert code == 0, output
+    assert output.count("taken 1 ahead of the step that trains on them") == ahead
+    assert len(run.events("not_saved")) == ahead
+
+
 def test_the_last_step_is_saved(tmp_path: Path) -> None:
     run = RunProbe(tmp_path / "r")
     code, output = train(run.path, 1, {}, epochs=1)

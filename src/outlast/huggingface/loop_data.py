@@ -21,6 +21,8 @@ from . import random_state
 from .generators import derived, find, reseed, seed_process, too_large
 
 GIVE = "run.epochs and run.batches"
+STEPS_COMPARED = 3
+"""Steps of an epoch of which the batches taken are compared."""
 
 
 class Batches:
@@ -53,6 +55,8 @@ class Batches:
         self.done = self._batches_done(saved) if saved else 0
         self._numbered = self._number_batches()
         self._count: int | None = None
+        self._taken = [0]
+        """Batches taken in each of the first steps of the epoch under way."""
 
     def state(self) -> dict[str, Any]:
         """Where it stands, as plain values."""
@@ -76,6 +80,7 @@ class Batches:
     def read(self) -> Iterator[Any]:
         """The rest of the epoch under way."""
         state = None
+        self._taken = [0]
         with self._own_random_numbers(state) as state:
             self._begin_epoch()
             iterator = iter(self.loader)
@@ -90,10 +95,23 @@ class Batches:
                 if batch is _END:
                     return
                 self.done += 1
+                self._taken[-1] += 1
                 yield batch
         finally:
             if self._numbered is not None:
                 self._numbered.skip = 0
+
+    def step_done(self) -> int:
+        """Note that a step has ended; return how many batches the loop takes ahead of their steps, if that shows.
+
+        It shows in the first step of an epoch, which takes more than those after it.
+        """
+        first, *others = taken = self._taken
+        if len(taken) <= STEPS_COMPARED:
+            taken.append(0)
+        if len(taken) != STEPS_COMPARED + 1 or len(set(others)) != 1:
+            return 0
+        return max(first - others[0], 0)
 
     @property
     def _rows(self) -> int | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 KEPT = "outlast.loop"
 """The name under which a run keeps this state."""
 TOO_LARGE = "too many objects can be reached from it to look for random generators in all"
+TAKEN_AHEAD = "batches are taken {} ahead of the step that trains on them, and a resume would leave these out"
 _Iterator: Any = dataloader._BaseDataLoaderIter
 """What all iterators over DataLoaders are made of."""
 
@@ -40,6 +41,7 @@ class OwnLoop:
         self._checkpoint, self._saved = checkpoint, list[dict[str, Any]]()
         self._watch: _Watch | None = _Watch()
         self._finite = NotFinite(run)
+        self._takes_ahead = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state, as of now."""
@@ -77,7 +79,11 @@ class OwnLoop:
         return self._saved[number].get("count") if number < len(self._saved) else None
 
     def step_done(self) -> None:
-        """Say once if a step's batches come from a DataLoader that the run does not know."""
+        """Say once if a step's batches come from a DataLoader that the run does not know, or are taken ahead of it."""
+        if (ahead := max((batches.step_done() for batches in self._loaders), default=0)) and not self._takes_ahead:
+            self._takes_ahead = True
+            self._run.record("not_saved", objects={"run.epochs": TAKEN_AHEAD.format(ahead)})
+            self._run.say(f"WARNING: {TAKEN_AHEAD.format(ahead)}. Take a batch in the step that trains on it")
         if self._watch is not None and self._watch.step_done():
             self._watch.close()
             self._watch = None

@@ -69,7 +69,7 @@ class Holder:
     remove: Callable[[str], None] | None = None
     """Takes a name away, where one that was not there before may be."""
     known: set[str] = field(default_factory=set)
-    """Names of values that are plain to their depths, and known: who walks says so, and spares the way into them."""
+    """Names of values that need not be walked: they are plain to their depths. Whoever reads them adds them."""
 
     def of(self, name: str) -> str:
         """The path of one of its values."""

@@ -23,7 +23,7 @@ GB = 1_000_000_000
 MARGIN = 65_536
 """The fewest bytes left free beside a save: the ledger and the logs grow while it is written."""
 RESERVE_EXTRA = 262_144
-"""Bytes that a reserve has beyond a checkpoint's: on disk, a file takes whole blocks, and its name some of one."""
+"""Bytes that a reserve has beyond a checkpoint's. On disk a file takes whole blocks, and a directory some."""
 MARGIN_SHARE = 0.005
 """The same, as a share of the budget."""
 DEVIATION = 0.1
