@@ -79,7 +79,7 @@ class OwnLoop:
         return self._saved[number].get("count") if number < len(self._saved) else None
 
     def step_done(self) -> None:
-        """Say once if a step's batches are taken ahead of it, or from a DataLoader that the run does not know."""
+        """Say once if batches are taken ahead of their step, or from a DataLoader that the run does not know."""
         if (ahead := max((batches.step_done() for batches in self._loaders), default=0)) and not self._takes_ahead:
             self._takes_ahead = True
             self._run.record("not_saved", objects={"run.epochs": TAKEN_AHEAD.format(ahead)})
