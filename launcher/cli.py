@@ -61,6 +61,17 @@ def _run(arguments: argparse.Namespace) -> int:
             from .commands import checkpoints
 
             return checkpoints.main(arguments.run, arguments.root, verify=arguments.verify, as_json=arguments.json)
+        case "export":
+            from .commands import export
+
+            options = {"merge": arguments.merge, "dtype": arguments.dtype, "as_json": arguments.json}
+            return export.main(arguments.run, arguments.root, arguments.to, arguments.checkpoint, **options)
+        case "try":
+            from .commands import try_
+
+            options = {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "seed", "plain")}
+            prompt, which = arguments.prompt, arguments.checkpoint
+            return try_.main(arguments.run, arguments.root, prompt, which, **options, as_json=arguments.json)
         case "plan":
             from .commands import plan
 

@@ -1,0 +1,219 @@
+"""What came out of a run is handed out: whole, with the loss that the ledger has, and refused with the way out."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .. import forked
+from ..conftest import OUTLAST, Command, RunProbe
+
+LOSS_OF = Path(__file__).with_name("loss_of.py")
+BASE = [
+    *("job=sft", "parallel.cpus_per_rank=1", "trainer.max_steps=4", "trainer.eval_steps=2", "checkpoint.every=2"),
+    *("trainer.packing=false", "trainer.per_device_eval_batch_size=4", "trainer.learning_rate=0.01"),
+]
+TINY = ["model.vocab_size=600", "model.hidden_size=32", "model.layers=2", "model.heads=2", "model.max_length=256"]
+DATA = ["data.max_pairs=64", "data.eval_fraction=0.25"]
+TIED_BASE = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+config = LlamaConfig.from_pretrained(sys.argv[1], tie_word_embeddings=True)
+LlamaForCausalLM(config).save_pretrained(sys.argv[2])
+tokenizer.save_pretrained(sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three finished runs: `tiny` and `tied` with adapters, `zero`, whose weights are all trained by two ranks."""
+    directory = tmp_path_factory.mktemp("results")
+
+    def train(*arguments: str) -> None:
+        command = Command(directory, "train", *BASE, *DATA, *arguments)
+        assert command.wait() == 0, command.output
+
+    train(*TINY, "run.name=tiny")
+    (directory / "base.py").write_text(TIED_BASE)
+    base = [sys.executable, directory / "base.py", directory / "runs/tiny/prepared/model", directory / "base"]
+    assert forked.run(base, directory).returncode == 0
+    pretrained = ["model=pretrained", f"model.path={directory / 'base'}", "trainer.per_device_train_batch_size=2"]
+    train(*pretrained, "peft.modules_to_save=[lm_head]", "run.name=tied")
+    train(*pretrained, "peft=none", "parallel=zero2", "parallel.ranks_per_node=2", "run.name=zero")
+    return directory
+
+
+def outlast(place: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return forked.run([OUTLAST, *map(str, arguments)], place)
+
+
+def export(place: Path, run: str, to: Path, *options: str) -> dict[str, object]:
+    done = outlast(place, "export", run, "--to", to, "--json", *options)
+    assert done.returncode == 0, done.stderr
+    files = [file.name for file in to.rglob("*")]
+    assert {"README.md", "tokenizer.json", "chat_template.jinja"} <= set(files)
+    assert not [name for name in files if re.search(r"\.(bin|pt|pth|pkl)$|manifest|digests|trainer_state", name)]
+    assert not list(to.parent.glob(".*")), "nothing is left beside it"
+    return dict(json.loads(done.stdout))
+
+
+def received(place: Path, run: str, exported: Path) -> dict[str, float]:
+    """What a receiver finds, in a directory of its own."""
+    rows = place / "runs" / run / "prepared/data/eval"
+    env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = forked.run([sys.executable, LOSS_OF, exported, rows, "4"], exported.parent, env=env)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def recorded(place: Path, run: str, step: int | None = None) -> float:
+    """The loss that the ledger has of a step; of the finished model, if left out."""
+    probe = RunProbe(place / "runs" / run)
+    step = probe.events("finished")[-1]["model_step"] if step is None else step
+    return float(next(e["metrics"]["eval_loss"] for e in probe.events("evaluated") if e["step"] == step))
+
+
+def test_adapters_on_the_embedded_model_are_merged(place: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.staging").mkdir()
+    (tmp_path / ".out.staging" / "of-a-killed-export").touch()
+    (tmp_path / "out").mkdir()
+    done = export(place, "tiny", tmp_path / "out")
+    assert done["merged"]
+    assert done["base"] is None
+    shutil.move(place / "runs/tiny", tmp_path / "away")  # the receiver has no run
+    try:
+        rows = tmp_path / "away/prepared/data/eval"
+        answer = forked.run([sys.executable, LOSS_OF, tmp_path / "out", rows, "4"], tmp_path)
+    finally:
+        shutil.move(tmp_path / "away", place / "runs/tiny")
+    assert json.loads(answer.stdout)["loss"] == pytest.approx(recorded(place, "tiny"), rel=1e-5), answer.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("embedded tiny model", "data=python_docs", "eval_loss", "**Attempts**: 1", "Verified", "max_steps: 4"):
+        assert text in card
+    assert str(place) not in card, "no path of this machine"
+
+
+@pytest.mark.parametrize("options", [(), ("--merge",)], ids=["adapters", "merged"])
+def test_adapters_on_a_tied_base(place: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """The output layer is trained apart from the embeddings that it was tied to."""
+    done = export(place, "tied", tmp_path / "out", *options)
+    assert done["merged"] is bool(options)
+    assert done["base"] == (None if options else str(place / "base"))
+    found = received(place, "tied", tmp_path / "out")
+    assert found["loss"] == pytest.approx(recorded(place, "tied"), rel=1e-5)
+    assert found["template"]
+    if options:
+        assert not found["tied"]
+
+
+def test_all_weights_of_two_ranks(place: Path, tmp_path: Path) -> None:
+    step = 2
+    export(place, "zero", tmp_path / "out", "--checkpoint", str(step))
+    found = received(place, "zero", tmp_path / "out")
+    assert found["loss"] == pytest.approx(recorded(place, "zero", step), rel=1e-5)
+    assert found["tied"]
+    half = export(place, "zero", tmp_path / "half", "--dtype", "bfloat16")
+    assert half["dtype"] == "bfloat16"
+    assert 0 < float(str(half["apart"])) < 0.1
+    found = received(place, "zero", tmp_path / "half")
+    assert found["dtype"] == "torch.bfloat16"
+    assert found["loss"] == pytest.approx(recorded(place, "zero"), rel=0.02)
+
+
+SHARDS = """
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from outlast.results.model import load
+from outlast.results.source import Source
+from outlast.rundir.directory import RunDirectory
+
+whole = load_file(sys.argv[2] + "/model.safetensors")
+Path(sys.argv[2], "model.safetensors").unlink()
+source = Source(RunDirectory(Path(sys.argv[1])), Path(sys.argv[2]))
+source.check()
+assert source.shards
+state = load(source).state_dict()
+assert whole and all((state[name] == tensor).all() for name, tensor in whole.items())
+"""
+
+
+def test_shards_alone_are_put_together(place: Path, tmp_path: Path) -> None:
+    """As a Trainer saves them that does not gather the weights of ZeRO 3."""
+    shutil.copytree(place / "runs/zero", tmp_path / "zero")
+    script = tmp_path / "shards.py"
+    script.write_text(SHARDS)
+    run = tmp_path / "zero"
+    done = forked.run([sys.executable, script, run, run / "checkpoints/checkpoint-2"], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_refused(place: Path, tmp_path: Path) -> None:
+    copy, to = tmp_path / "runs" / "tied", tmp_path / "out"
+    shutil.copytree(place / "runs/tied", copy)
+    (copy / "quarantine/checkpoint-3").mkdir(parents=True)
+    (copy / "quarantine/checkpoint-3.reason.txt").write_text("a bit has flipped\n")
+    weights = copy / "checkpoints/checkpoint-2/adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/mine").touch()
+    (tmp_path / "file").touch()
+
+    def refused(*arguments: str | Path, run: str = "tied", target: Path = to) -> str:
+        done = outlast(tmp_path, "export", run, "--to", target, *arguments)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert not to.exists()
+        return done.stderr
+
+    assert "valid: tied" in refused(run="other")
+    assert "checkpoint-3 is in quarantine: a bit has flipped" in refused("--checkpoint", "3")
+    message = refused("--checkpoint", "2")
+    assert "adapter_model.safetensors differs" in message
+    assert "valid: final, best, newest, 2, 4" in message
+    assert "valid: final, best, newest, 2, 4" in refused("--checkpoint", "latest")
+    assert "outside of the run's own" in refused(target=copy / "out")
+    for name in ("taken", "file"):
+        assert "not there yet, or an empty one" in refused(target=tmp_path / name)
+    assert (tmp_path / "taken/mine").exists()
+    shutil.copytree(place / "runs/zero", tmp_path / "runs/zero")
+    assert "is a whole model, without adapters" in refused("--merge", run="zero")
+    (tmp_path / "runs/zero/final/manifest.json").unlink()
+    assert "final is no sealed checkpoint" in refused(run="zero")
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace(str(place / "base"), str(place / "runs/zero/final")))
+    assert "valid: the base model that the adapters were trained on" in refused()
+    config.write_text(config.read_text().replace(str(place / "runs/zero/final"), "/not/there"))
+    assert "'/not/there' is refused; valid: a directory that exists" in refused()
+
+
+def test_a_few_tokens(place: Path, outlast_here: Callable[..., str]) -> None:
+    greedy = [outlast_here("try", "tied", "def", "--max-tokens", "5", "--json") for _ in range(2)]
+    assert greedy[0] == greedy[1]
+    found = json.loads(greedy[0])
+    assert 0 < found["tokens"] <= 5
+    assert found["text"]
+    assert not found["chat"], "this run was trained on prompts without a template"
+    drawn = outlast_here("try", "tied", "def", "--max-tokens", "5", "--temperature", "5", "--checkpoint", "2")
+    assert drawn.strip() != found["text"].strip()
+
+
+@pytest.fixture
+def outlast_here(place: Path) -> Callable[..., str]:
+    def run(*arguments: str) -> str:
+        done = outlast(place, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
