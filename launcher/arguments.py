@@ -143,6 +143,15 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
     report.add_argument("--json", action="store_true")
 
+    evaluate = command(
+        "evaluate",
+        "Score every kept checkpoint, light ones too, and say which differences are noise",
+        "outlast evaluate first --data other.jsonl",
+    )
+    evaluate.add_argument("run", metavar="RUN", help=RUN)
+    evaluate.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    evaluate.add_argument("--data", type=Path, metavar="FILE", help="JSON Lines (default: the run's evaluation data)")
+    evaluate.add_argument("--json", action="store_true")
     export = command(
         "export",
         "A model that from_pretrained or PEFT loads, with tokenizer and model card",

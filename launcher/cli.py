@@ -66,6 +66,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
             options = {"merge": arguments.merge, "dtype": arguments.dtype, "as_json": arguments.json}
             return export.main(arguments.run, arguments.root, arguments.to, arguments.checkpoint, **options)
+        case "evaluate":
+            from .commands import evaluate
+
+            return evaluate.main(arguments.run, arguments.root, arguments.data, as_json=arguments.json)
         case "try":
             from .commands import try_
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
-PROGRAMS = ("outlast.rank", "outlast.results.program")
+PROGRAMS = ("outlast.rank", "outlast.results.program", "outlast.jobs.evaluation.program")
 """What the launcher starts as programs of their own."""
 PADDING = "FORK_SERVER_PADDING"
 """A variable that is there to make room: a forked process writes its own environment over that of the server."""

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from typing import IO
 
 from outlast.errors import Exit
 from outlast.processes import PARENT_ENV, python_module_command
@@ -10,12 +11,17 @@ from outlast.slurm.environment import environment_without_job
 from .local import passing_on_signals
 
 
-def run(module: str, *arguments: str) -> int:
-    """Run a module as a program with this one's output, pass signals on, and return its exit code."""
+def run(module: str, *arguments: str, stdout: IO[str] | None = None) -> int:
+    """Run a module as a program, pass signals on, and return its exit code.
+
+    Args:
+        stdout: where its output goes; None: where this process's does.
+    """
     environment = environment_without_job() | {PARENT_ENV: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
         python_module_command(module, *arguments),
         stdin=subprocess.DEVNULL,
+        stdout=stdout,
         env=environment,
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes on what it means
     )

@@ -1,23 +1,31 @@
 """What came out of a run is handed out: whole, with the loss that the ledger has, and refused with the way out."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from outlast.checkpoint.manifest import Sealed, read_manifest
+from outlast.checkpoint.removal import Remover
+from outlast.rundir.directory import RunDirectory
+
 from .. import forked
-from ..conftest import OUTLAST, Command, RunProbe
+from ..conftest import OUTLAST, Command, RunProbe, wait_for
 
 LOSS_OF = Path(__file__).with_name("loss_of.py")
 BASE = [
     *("job=sft", "parallel.cpus_per_rank=1", "trainer.max_steps=4", "trainer.eval_steps=2", "checkpoint.every=2"),
     *("trainer.packing=false", "trainer.per_device_eval_batch_size=4", "trainer.learning_rate=0.01"),
 ]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TINY = ["model.vocab_size=600", "model.hidden_size=32", "model.layers=2", "model.heads=2", "model.max_length=256"]
 DATA = ["data.max_pairs=64", "data.eval_fraction=0.25"]
 TIED_BASE = """
@@ -51,10 +59,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outlast(place: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return forked.run([OUTLAST, *map(str, arguments)], place)
+    return forked.run([OUTLAST, *map(str, arguments)], place, env={**os.environ, **ONE_THREAD})
 
 
-def export(place: Path, run: str, to: Path, *options: str) -> dict[str, object]:
+def export(place: Path, run: str, to: Path, *options: str) -> dict[str, Any]:
     done = outlast(place, "export", run, "--to", to, "--json", *options)
     assert done.returncode == 0, done.stderr
     files = [file.name for file in to.rglob("*")]
@@ -121,7 +129,7 @@ def test_all_weights_of_two_ranks(place: Path, tmp_path: Path) -> None:
     assert found["tied"]
     half = export(place, "zero", tmp_path / "half", "--dtype", "bfloat16")
     assert half["dtype"] == "bfloat16"
-    assert 0 < float(str(half["apart"])) < 0.1
+    assert 0 < half["apart"] < 0.1
     found = received(place, "zero", tmp_path / "half")
     assert found["dtype"] == "torch.bfloat16"
     assert found["loss"] == pytest.approx(recorded(place, "zero"), rel=0.02)
@@ -217,3 +225,89 @@ def outlast_here(place: Path) -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+def evaluate(place: Path, run: str, *options: str | Path, code: int = 0) -> dict[str, Any]:
+    done = outlast(place, "evaluate", run, "--json", *options)
+    assert done.returncode == code, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_every_checkpoint_is_scored_once(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/tiny"
+    shutil.copytree(place / "runs/tiny", run)
+    first = run / "checkpoints/checkpoint-2"
+    remover = Remover(RunDirectory(run), lambda *_, **__: None, print)
+    assert remover.lighten(Sealed(first, read_manifest(first)), "no room")
+    found = evaluate(tmp_path, "tiny")
+    assert found["rows"] == 16
+    assert [row["step"] for row in found["models"]] == [2, 4]
+    for row in found["models"]:
+        assert row["loss"] == pytest.approx(recorded(place, "tiny", row["step"]), rel=1e-6)
+    assert [row["best"] for row in found["models"]] == [row["final"] for row in found["models"]], "final/ is the best"
+    record = Path(found["record"])
+    assert record.is_relative_to(run), "where the budget counts it"
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert len(lines) == 2, "the finished model has the weights of a checkpoint"
+    assert all(sum(line["losses"]) / 16 == pytest.approx(line["loss"]) for line in lines)
+    before = record.read_bytes()
+    assert evaluate(tmp_path, "tiny") == found
+    assert record.read_bytes() == before, "nothing is scored twice"
+    shown = outlast(tmp_path, "evaluate", "tiny").stdout
+    assert re.search(r"checkpoint-\d, final +\d\.\d+ +best", shown)
+    assert "±" in shown
+
+
+def test_an_evaluation_that_is_stopped_goes_on(place: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    texts = [{"prompt": f"what is {number}?", "completion": f"it is {number}"} for number in range(300)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    arguments = ("evaluate", "zero", "--data", str(rows))
+    command = Command(place, *arguments, **ONE_THREAD)
+
+    def lines() -> list[str]:
+        records = list((place / "runs/zero/evaluations").glob("rows-*.jsonl"))
+        return records[0].read_text().splitlines() if records else []
+
+    try:
+        wait_for(lines, "the first score")
+        command.signal(signal.SIGUSR1)
+        assert command.wait() == 75, command.output
+        assert "the same command goes on" in command.output
+        stopped = lines()
+        assert len(stopped) < 2
+        found = evaluate(place, "zero", "--data", rows)
+    finally:
+        command.end()
+    assert lines()[: len(stopped)] == stopped
+    assert [row["step"] for row in found["models"]] == [2, 4]
+    assert found["rows"] == 300
+
+
+def test_what_can_not_be_scored(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/tiny"
+    shutil.copytree(place / "runs/tiny", run)
+
+    def refused(*options: str) -> str:
+        done = outlast(tmp_path, "evaluate", "tiny", *options)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    assert "valid: a JSON Lines file" in refused("--data", "not-there.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"question": "?"}\n')
+    assert "bad.jsonl" in refused("--data", "bad.jsonl")
+    weights = run / "checkpoints/checkpoint-2/adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    done = outlast(tmp_path, "evaluate", "tiny")
+    assert done.returncode == 1
+    assert "checkpoint-2 is left out: adapter_model.safetensors differs" in done.stderr
+    assert "checkpoint-4" in done.stdout
+    config = run / "config.yaml"
+    shutil.rmtree(run / "evaluations")
+    used = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+    config.write_text(config.read_text().replace("budget_gb: 10.0", f"budget_gb: {used / 1e9:.9f}"))
+    assert "storage.budget_gb" in refused()
+    config.unlink()
+    assert "valid: a run of `outlast train job=sft`" in refused()

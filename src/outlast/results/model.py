@@ -4,6 +4,7 @@ No code of the model's own is run, and nothing is unpickled but tensors. What a 
 weight that is missing, or that it does not know, and another base model than the adapters were trained on.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,39 +49,44 @@ def with_adapters(base: Any, path: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    _resize(base, path)
+    resized = _resize(base, path)
     try:
         model = PeftModel.from_pretrained(base, str(path), autocast_adapter_dtype=False)
         saved = load_peft_weights(str(path), device="cpu")
     except Exception as error:
         raise OutlastError(f"{path}: PEFT can't load the adapters: {_first_line(error)}") from error
-    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
-    lost = [name for name, tensor in saved.items() if not _holds(loaded, model, name, tensor)]
+    loaded = model.state_dict() | get_peft_model_state_dict(model, save_embedding_layers=resized)
+    lost = [name for name, tensor in saved.items() if not _holds(loaded, name, tensor)]
     if lost:
         raise CheckpointError(f"{path}: not all weights were loaded: {shortened(lost)}")
     return model.eval()
 
 
-def _holds(loaded: dict[str, Any], model: Any, name: str, tensor: Any) -> bool:
+def _holds(loaded: dict[str, Any], name: str, tensor: Any) -> bool:
     found = loaded.get(name)
-    if found is None:  # an embedding that was saved because it has grown
-        found = model.state_dict().get(name, model.state_dict().get(name.replace(".weight", ".base_layer.weight")))
     return found is not None and found.shape == tensor.shape and torch.equal(found.to(tensor.dtype), tensor)
 
 
-def _resize(base: Any, path: Path) -> None:
-    """Give the base model as many embeddings as were saved with the adapters: training may have added tokens."""
+def _resize(base: Any, path: Path) -> bool:
+    """Give the base model as many embeddings as were saved with the adapters, where training has added tokens.
+
+    PEFT has then saved the embeddings as a whole, so that what the new ones begin with does not matter.
+
+    Returns:
+        Whether it did.
+    """
     embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    if embeddings is None:
-        return
-    own = next((name for name, module in base.named_modules() if module is embeddings), "")
-    for file in path.glob("adapter_model*.safetensors"):
+    own = next((name for name, module in base.named_modules() if module is embeddings), None)
+    for file in path.glob("adapter_model*.safetensors") if own else ():
         for name, tensor in header(file).items():
-            if own and name.endswith((f"{own}.weight", f"{own}.modules_to_save.weight")):
-                rows = tensor["shape"][0]
-                if rows != embeddings.weight.shape[0]:
-                    base.resize_token_embeddings(rows, mean_resizing=False)
-                return
+            if re.search(
+                rf"{re.escape(str(own))}(\.(token_adapter|base_layer|original_module|modules_to_save))*\.weight$", name
+            ):
+                if tensor["shape"][0] == base.get_input_embeddings().weight.shape[0]:
+                    return False
+                base.resize_token_embeddings(tensor["shape"][0], mean_resizing=False)
+                return True
+    return False
 
 
 def pretrained(path: str, dtype: str, **options: Any) -> Any:
