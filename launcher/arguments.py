@@ -10,6 +10,10 @@ SWEEP = "a sweep, as one job array: seed=1,2 and trainer.learning_rate=1e-4,3e-4
 RUN = "a run's name under --root, or its directory"
 RUNS = "runs, sweeps or SWEEP/CELL under --root, or their directories"
 WHICH = "final, best, newest or a step"
+FROM = (
+    "a new run that begins with another's weights (WHICH: final, best, newest or a step), and has its configuration "
+    "but for the overrides; needs run.name"
+)
 RESOURCES = (
     "cluster.time_min=240 changes a resource (cluster.*, preemption.*, storage.*, checkpoint.*, parallel.nodes, "
     "parallel.ranks_per_node, parallel.launch) or logging and evaluation (trainer.*)"
@@ -79,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     overrides(train)
     sweep(train)
     train.add_argument("--wait", action="store_true", help="come back when it has ended, and say what came of it")
+    train.add_argument("--from", dest="begin_with", metavar="RUN[@WHICH]", help=FROM)
+    train.add_argument(
+        "--optimizer", action="store_true", help="with --from: take over optimizer, schedule and position, too"
+    )
     train.add_argument("--json", action="store_true", help="wait, and print state and metric of each cell as JSON")
     plan = command(
         "plan", "Print what train would decide; start nothing", "outlast plan cluster=slurm parallel.nodes=2"

@@ -43,23 +43,24 @@ def best_step(run: RunDirectory, sealed: list[Sealed]) -> int | None:
     return int(best["step"]) if best else None
 
 
-def chosen(run: RunDirectory, which: str | None) -> Sealed:
+def chosen(run: RunDirectory, which: str | None, *, key: str = KEY) -> Sealed:
     """The checkpoint that `which` names, after each of its files was compared with its manifest.
 
     Args:
         which: `final`, `best`, `newest` or a step. None: the finished model, else the best, else the newest.
+        key: the option that names it, for messages.
 
     Raises:
         ConfigError: there is no such checkpoint, it is put aside, or it is not what was written.
     """
-    found = _find(run, which)
+    found = _find(run, which, key)
     try:
         return Sealed(found.path, verify(found.path))
     except CheckpointError as error:
-        raise ConfigError(KEY, found.path.name, f"it is not what was written: {error}; {_valid(run)}") from None
+        raise ConfigError(key, found.path.name, f"it is not what was written: {error}; {_valid(run)}") from None
 
 
-def _find(run: RunDirectory, which: str | None) -> Sealed:
+def _find(run: RunDirectory, which: str | None, key: str) -> Sealed:
     sealed, final = kept(run), final_of(run)
     best = best_step(run, sealed)
     by_step = {checkpoint.step: checkpoint for checkpoint in sealed}
@@ -73,27 +74,27 @@ def _find(run: RunDirectory, which: str | None) -> Sealed:
             return final
         done = finished(Ledger(run.ledger).read())
         why = "the run has published none" if done else "the run has not finished"
-        raise ConfigError(KEY, which, f"{_unsealed(run, run.final) or why}; {_valid(run)}")
+        raise ConfigError(key, which, f"{_unsealed(run, run.final) or why}; {_valid(run)}")
     if which == "newest":
         if sealed:
             return sealed[-1]
-        raise ConfigError(KEY, which, f"no checkpoint is kept; {_valid(run)}")
+        raise ConfigError(key, which, f"no checkpoint is kept; {_valid(run)}")
     if which == "best":
         if best is None:
             raise ConfigError(
-                KEY, which, f"nothing was evaluated, so that no checkpoint is known to be the best; {_valid(run)}"
+                key, which, f"nothing was evaluated, so that no checkpoint is known to be the best; {_valid(run)}"
             )
         if best in by_step:
             return by_step[best]
         if final is not None and final.step == best:
             return final
-        raise ConfigError(KEY, which, f"the best is step {best}, whose checkpoint is no longer there; {_valid(run)}")
+        raise ConfigError(key, which, f"the best is step {best}, whose checkpoint is no longer there; {_valid(run)}")
     if not which.isdecimal():
-        raise ConfigError(KEY, which, _valid(run))
+        raise ConfigError(key, which, _valid(run))
     if int(which) in by_step:
         return by_step[int(which)]
     why = _unsealed(run, run.checkpoints / f"checkpoint-{int(which)}") or f"no checkpoint of step {int(which)} is kept"
-    raise ConfigError(KEY, which, f"{why}; {_valid(run)}")
+    raise ConfigError(key, which, f"{why}; {_valid(run)}")
 
 
 def _unsealed(run: RunDirectory, path: Path) -> str:

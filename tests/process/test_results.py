@@ -24,6 +24,7 @@ LOSS_OF = Path(__file__).with_name("loss_of.py")
 BASE = [
     *("job=sft", "parallel.cpus_per_rank=1", "trainer.max_steps=4", "trainer.eval_steps=2", "checkpoint.every=2"),
     *("trainer.packing=false", "trainer.per_device_eval_batch_size=4", "trainer.learning_rate=0.01"),
+    "trainer.lr_scheduler_type=constant",
 ]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TINY = ["model.vocab_size=600", "model.hidden_size=32", "model.layers=2", "model.heads=2", "model.max_length=256"]
@@ -311,3 +312,59 @@ def test_what_can_not_be_scored(place: Path, tmp_path: Path) -> None:
     assert "storage.budget_gb" in refused()
     config.unlink()
     assert "valid: a run of `outlast train job=sft`" in refused()
+
+
+def train(place: Path, *arguments: str, code: int = 0) -> str:
+    command = Command(place, "train", *arguments, **ONE_THREAD)
+    try:
+        assert command.wait() == code, command.output
+    finally:
+        command.end()
+    return command.output
+
+
+def test_a_finished_run_goes_on_as_if_it_had_been_longer(place: Path) -> None:
+    longer = "trainer.max_steps=7"
+    train(place, *BASE, *TINY, *DATA, "run.name=twin", longer)
+    runs = RunProbe(place / "runs/twin"), RunProbe(place / "runs/longer")
+    arguments = ["--from", "tiny", "--optimizer", "run.name=longer", longer]
+    said = train(place, *arguments)
+    assert "exact: as if tiny went on from step 4" in said
+    assert [event["step"] for event in runs[1].events("resumed")] == [4]
+    assert runs[1].weights() == runs[0].weights()
+    assert "has finished already" in train(place, *arguments), "the same command again"
+    assert "to go on from it: outlast train --from tiny" in train(place, *BASE, *TINY, *DATA, "run.name=tiny", longer)
+    report = json.loads(outlast(place, "report", "longer", "--json").stdout)
+    assert report["began_with"] == "tiny@4 (weights, optimizer and position)"
+
+
+@pytest.mark.parametrize("run", ["tied", "zero"])
+def test_a_new_run_begins_with_the_weights(place: Path, run: str) -> None:
+    name, options = f"{run}-fork", ["trainer.eval_on_start=true", "trainer.max_steps=2", "trainer.learning_rate=0.001"]
+    said = train(place, "--from", f"{run}@2", f"run.name={name}", *options)
+    assert "the data begin anew, at step 0" in said
+    assert recorded(place, name, 0) == pytest.approx(recorded(place, run, 2), rel=1e-6)
+    shutil.rmtree(place / "runs" / name / "prepared/start")
+    for path in (place / "runs" / name / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    lines = (place / "runs" / name / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (place / "runs" / name / "ledger.jsonl").write_text(lines[0])  # as after a kill before the first checkpoint
+    assert "is gone, with the weights" in train(place, "--from", f"{run}@2", f"run.name={name}", *options, code=2)
+
+
+def test_what_can_not_be_forked(place: Path) -> None:
+    before = sorted(path.name for path in (place / "runs").iterdir())
+
+    def refused(*arguments: str) -> str:
+        return train(place, *arguments, code=2)
+
+    assert "valid: a name for the new run" in refused("--from", "tiny")
+    assert "valid: " in refused("--from", "other", "run.name=x")
+    assert "--from: '3' is refused; no checkpoint of step 3 is kept" in refused("--from", "tiny@3", "run.name=x")
+    assert "it has no optimizer; valid" in refused("--from", "tiny@final", "--optimizer", "run.name=x")
+    assert "model.layers: 3" in refused("--from", "tiny", "run.name=x", "model.layers=3")
+    assert "that run began by itself" in refused("--from", "tiny", "run.name=tied")
+    assert "valid: with --from RUN" in refused("--optimizer", "run.name=x")
+    assert "for one run, without -m" in refused("--from", "tiny", "-m", "run.name=x", "seed=1,2")
+    assert "a fork has the job of its run" in refused("--from", "tiny", "run.name=x", "job=smoke")
+    assert sorted(path.name for path in (place / "runs").iterdir()) == before, "nothing is made of what is refused"

@@ -10,6 +10,7 @@ from outlast.checkpoint.manifest import Manifest
 from outlast.config.configuration import Config
 from outlast.config.data import HubData, JsonlData, PythonDocs
 from outlast.files import read_json
+from outlast.rundir import ancestry
 from outlast.rundir.attempts import attempts
 from outlast.rundir.ledger import Event, Ledger
 
@@ -58,6 +59,7 @@ def _facts(
         )
     facts = {
         "Base model": base or _own_base(source),
+        "Began with": before.words if (before := ancestry.read(source.run)) else "",
         "Data": _data(source, events),
         "Kind": f"{kind}, {dtype}",
         "Step": _step(source, manifest, events),
