@@ -53,7 +53,8 @@ class Scorer:
                     "RUN", run.path.name, "it has prepared no evaluation data; valid: with --data FILE.jsonl"
                 )
             prepared.reuse(args)
-            self.name, self.data = "eval", _digest(tokenized / LISTING)
+            listing = tokenized / LISTING
+            self.name, self.data = "eval", _digest(listing if listing.is_file() else tokenized / "prepared.json")
         else:
             rows, _ = data.load(replace(config, data=JsonlData(train=str(file))))
             args.packing = args.eval_packing = False  # the more rows, the better a difference is told from noise

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from outlast.checkpoint.manifest import Sealed
 from outlast.config.configuration import load
+from outlast.config.model import PretrainedModel
 from outlast.errors import ConfigError
 from outlast.files import to_json
 from outlast.results import evaluations
@@ -72,6 +73,10 @@ def _models(run: RunDirectory) -> list[Sealed]:
     config = load(run.config)
     if config.job.name != "sft":
         raise ConfigError("RUN", run.path.name, f"valid: a run of job=sft; this one is of job={config.job.name}")
+    if isinstance(config.model, PretrainedModel) and config.model.trust_remote_code:
+        raise ConfigError(
+            "model.trust_remote_code", True, "valid: a model of transformers; no code of its own is run here"
+        )
     final = final_of(run)
     models = kept(run)
     if "schedule_free" in str(config.trainer.get("optim", "")):

@@ -63,7 +63,7 @@ def compose_fork(
     check_same(before, config, source.path.name)
     if config.job.name != "sft" and not optimizer:
         raise ConfigError("--from", text, f"job={config.job.name} does not load weights alone; valid: with --optimizer")
-    found = chosen(source, which or ("newest" if optimizer else None), key="--from")
+    found = chosen(source, which or ("newest" if optimizer else None), key="--from", whole=optimizer)
     fork = _fork(source, found, optimizer=optimizer, same_data=optimizer and has_same_data(before, config))
     if fork.bytes > config.storage.budget_bytes:
         valid = f"valid: more than the {gb(fork.bytes)} that it begins with"

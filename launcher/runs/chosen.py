@@ -35,27 +35,29 @@ def final_of(run: RunDirectory) -> Sealed | None:
 
 
 def best_step(run: RunDirectory, sealed: list[Sealed]) -> int | None:
-    """The step of the best model: as the newest checkpoint knows it, else by the ledger's evaluations."""
-    known = [checkpoint.manifest.best_step for checkpoint in sealed if checkpoint.manifest.best_step is not None]
+    """The step of the best model: as the newest model knows it, else by the ledger's evaluations."""
+    models = [*sealed, *filter(None, [final_of(run)])]
+    known = [model.manifest.best_step for model in models if model.manifest.best_step is not None]
     if known:
         return known[-1]
     best = best_metric(Ledger(run.ledger).read(), settings_of(run)["trainer"])
     return int(best["step"]) if best else None
 
 
-def chosen(run: RunDirectory, which: str | None, *, key: str = KEY) -> Sealed:
-    """The checkpoint that `which` names, after each of its files was compared with its manifest.
+def chosen(run: RunDirectory, which: str | None, *, key: str = KEY, whole: bool = False) -> Sealed:
+    """The checkpoint that `which` names, after the files that are needed were compared with its manifest.
 
     Args:
         which: `final`, `best`, `newest` or a step. None: the finished model, else the best, else the newest.
         key: the option that names it, for messages.
+        whole: what a resume needs is needed too.
 
     Raises:
         ConfigError: there is no such checkpoint, it is put aside, or it is not what was written.
     """
     found = _find(run, which, key)
     try:
-        return Sealed(found.path, verify(found.path))
+        return Sealed(found.path, verify(found.path, for_use=not whole))
     except CheckpointError as error:
         raise ConfigError(key, found.path.name, f"it is not what was written: {error}; {_valid(run)}") from None
 

@@ -33,4 +33,5 @@ for start in range(0, len(rows), batch):
         loss = model(input_ids=padded("input_ids", 0), attention_mask=mask, labels=padded("labels", -100)).loss
     total += float(loss) * len(part["input_ids"])
 answer = {"loss": total / len(rows), "dtype": str(model.dtype), "tied": bool(model.config.tie_word_embeddings)}
+answer["vocabulary"] = model.get_input_embeddings().weight.shape[0]
 print(json.dumps(answer | {"template": bool(tokenizer.chat_template)}))

@@ -37,6 +37,8 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 config = LlamaConfig.from_pretrained(sys.argv[1], tie_word_embeddings=True)
 LlamaForCausalLM(config).save_pretrained(sys.argv[2])
 tokenizer.save_pretrained(sys.argv[2])
+tokenizer.add_tokens([f"<|new {number}|>" for number in range(100)], special_tokens=True)
+tokenizer.save_pretrained(sys.argv[3])
 """
 
 
@@ -52,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(*TINY, "run.name=tiny")
     (directory / "base.py").write_text(TIED_BASE)
     base = [sys.executable, directory / "base.py", directory / "runs/tiny/prepared/model", directory / "base"]
-    assert forked.run(base, directory).returncode == 0
+    assert forked.run([*base, directory / "tokens"], directory).returncode == 0
     pretrained = ["model=pretrained", f"model.path={directory / 'base'}", "trainer.per_device_train_batch_size=2"]
     train(*pretrained, "peft.modules_to_save=[lm_head]", "run.name=tied")
     train(*pretrained, "peft=none", "parallel=zero2", "parallel.ranks_per_node=2", "run.name=zero")
@@ -134,6 +136,18 @@ def test_all_weights_of_two_ranks(place: Path, tmp_path: Path) -> None:
     found = received(place, "zero", tmp_path / "half")
     assert found["dtype"] == "torch.bfloat16"
     assert found["loss"] == pytest.approx(recorded(place, "zero"), rel=0.02)
+
+
+def test_adapters_with_new_tokens_on_a_base_of_16_bits(place: Path, tmp_path: Path) -> None:
+    base, tokens = place / "runs/tiny/prepared/model", place / "tokens"
+    model = ["model=pretrained", f"model.path={base}", "model.dtype=bfloat16", f"trainer.chat_template_path={tokens}"]
+    train(place, *BASE, *DATA, *model, "run.name=half", "trainer.per_device_train_batch_size=2")
+    for name, options in (("out", ()), ("merged", ("--merge",))):
+        done = export(place, "half", tmp_path / name, *options)
+        assert done["dtype"] == ("bfloat16" if options else "bfloat16, float32"), "adapters have 32 bits"
+        found = received(place, "half", tmp_path / name)
+        assert found["loss"] == pytest.approx(recorded(place, "half"), rel=0.01)
+        assert found["vocabulary"] > 600
 
 
 SHARDS = """

@@ -129,18 +129,27 @@ def _attempts(events: list[Event]) -> str:
 
 
 def _generates(source: Source) -> bool:
-    described = read_json((source.base_path or source.path) / "config.json")
-    names = described.get("architectures") or [] if isinstance(described, dict) else []
     causal = source.adapter is not None and source.adapter.get("task_type") == "CAUSAL_LM"
-    return causal or any(str(name).endswith("ForCausalLM") for name in names)
+    return causal or str(_architecture(source)).endswith("ForCausalLM")
+
+
+def _architecture(source: Source) -> str | None:
+    """The class of the model, or of the base model if that is a directory; None if its configuration names none."""
+    described = read_json((source.base_path or source.path) / "config.json")
+    names = described.get("architectures") if isinstance(described, dict) else None
+    return str(names[0]) if names else None
 
 
 def _code(source: Source, adapter: bool) -> str:
     kind = "ForCausalLM" if _generates(source) else ""
     library, name = ("peft", f"AutoPeftModel{kind}") if adapter else ("transformers", f"AutoModel{kind}")
-    lines = [f"from {library} import {name}", "from transformers import AutoTokenizer", ""]
-    lines += [f'model = {name}.from_pretrained("DIRECTORY")']
-    return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")'])
+    if not kind and not adapter:
+        name = _architecture(source) or name
+    lines = [f"from {library} import {name}", "", f'model = {name}.from_pretrained("DIRECTORY")']
+    if source.tokenizer is not None:
+        lines.insert(1, "from transformers import AutoTokenizer")
+        lines.append('tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")')
+    return "\n".join(lines)
 
 
 def _configuration(config: Config) -> str:

@@ -33,6 +33,7 @@ class Exported:
     base: str | None
     """The base model that the receiver needs; None if the directory is all."""
     dtype: str
+    """The number formats of its weights."""
     bytes: int
     apart: float | None
     """How far its logits are from the run's, as a share of the largest. None: it takes no tokens."""
@@ -71,8 +72,11 @@ def export(source: Source, target: Path, *, merge: bool, dtype: str | None, say:
     base_dtype = str(loaded.dtype).removeprefix("torch.")
     if dtype is not None:
         _cast(loaded, getattr(torch, dtype), whole=whole)
+    exported = _exported(loaded, whole=whole)
+    written = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in exported}))
     digests, formats = comparison.weights(loaded)
-    need = sum(tensor.numel() * tensor.element_size() for tensor in _exported(loaded, whole=whole)) + BESIDE
+    need = sum(tensor.numel() * tensor.element_size() for tensor in exported) + BESIDE
+    del exported
     if need > (free := free_space(target.parent).free_bytes):
         raise ConfigError("--to", str(target), f"{gb(need)} are needed there, and {gb(free)} are free")
     tokenizer = model.tokenizer(source)
@@ -86,8 +90,7 @@ def export(source: Source, target: Path, *, merge: bool, dtype: str | None, say:
         copy = _as_received(staged, base, base_dtype)
         found, _ = comparison.weights(copy, formats)
         comparison.same_weights(digests, found)
-        written = dtype or base_dtype
-        rounded = written if merge or dtype is not None else None
+        rounded = (dtype or base_dtype) if merge or dtype is not None else None
         apart = comparison.compare(before, comparison.answer(copy), rounded)
         del copy
         _write_card(source, staged, base, merge, written, apart)

@@ -51,7 +51,7 @@ def with_adapters(base: Any, path: Path) -> Any:
 
     resized = _resize(base, path)
     try:
-        model = PeftModel.from_pretrained(base, str(path), autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(base, str(path))
         saved = load_peft_weights(str(path), device="cpu")
     except Exception as error:
         raise OutlastError(f"{path}: PEFT can't load the adapters: {_first_line(error)}") from error
