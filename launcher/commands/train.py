@@ -3,7 +3,6 @@
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -48,7 +47,7 @@ def train(
         config = compose(overrides, config_dir=config_dir)
     else:
         config, fork, said = compose_fork(begin_with, overrides, config_dir=config_dir, optimizer=optimizer)
-    plan = replace(plan_run(config), fork=fork)
+    plan = plan_run(config, fork=fork)
     check_run_directory(plan)
     run, console = plan.directory, _console(as_json)
     for text in said:

@@ -54,11 +54,12 @@ class Plan:
         return {"run": str(self.directory.path), **values, **forked}
 
 
-def plan_run(config: Config, *, with_script: bool = True) -> Plan:
+def plan_run(config: Config, *, with_script: bool = True, fork: Fork | None = None) -> Plan:
     """Check the configuration with the job that will get it, and decide.
 
     Args:
         with_script: the cells of a sweep share one, which is made for the sweep.
+        fork: what the run is to take over from another.
 
     Raises:
         ConfigError: a value that the job, or the cluster, would not accept.
@@ -83,7 +84,8 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
         hazards.append(f"parallel.nodes is {parallel.nodes}: all {parallel.world_size} ranks run on this one machine")
     training = job.training(config)
     hazards += training.pop("hazards", [])
-    stored, storage_hazards = storage.decide(config, job, own_code=with_script)
+    weights = fork.bytes if fork is not None and not fork.ancestry.optimizer else 0
+    stored, storage_hazards = storage.decide(config, job, own_code=with_script, weights=weights)
     return Plan(
         config=config,
         resources={
@@ -101,6 +103,7 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
         training=_training(config, training),
         checkpoint=_checkpoint(config),
         hazards=[" ".join(hazard.split()) for hazard in (*hazards, *storage_hazards)],  # a line each
+        fork=fork,
     )
 
 

@@ -377,6 +377,8 @@ def test_what_can_not_be_forked(place: Path) -> None:
     assert "--from: '3' is refused; no checkpoint of step 3 is kept" in refused("--from", "tiny@3", "run.name=x")
     assert "it has no optimizer; valid" in refused("--from", "tiny@final", "--optimizer", "run.name=x")
     assert "model.layers: 3" in refused("--from", "tiny", "run.name=x", "model.layers=3")
+    small = refused("--from", "zero", "run.name=x", "storage.budget_gb=0.001")
+    assert "weights to begin with" in small, "they count in the arithmetic"
     assert "that run began by itself" in refused("--from", "tiny", "run.name=tied")
     assert "valid: with --from RUN" in refused("--optimizer", "run.name=x")
     assert "for one run, without -m" in refused("--from", "tiny", "-m", "run.name=x", "seed=1,2")
