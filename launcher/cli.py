@@ -3,8 +3,9 @@
 import argparse
 import errno
 import sys
+from typing import Any
 
-from outlast.errors import Exit, OutlastError, denied
+from outlast.errors import ConfigError, Exit, OutlastError, denied
 
 from .arguments import parser
 
@@ -61,6 +62,21 @@ def _run(arguments: argparse.Namespace) -> int:
             from .commands import checkpoints
 
             return checkpoints.main(arguments.run, arguments.root, verify=arguments.verify, as_json=arguments.json)
+        case "export":
+            from .commands import export
+
+            options = {"merge": arguments.merge, "dtype": arguments.dtype, "as_json": arguments.json}
+            return export.main(arguments.run, arguments.root, arguments.to, arguments.checkpoint, **options)
+        case "evaluate":
+            from .commands import evaluate
+
+            return evaluate.main(arguments.run, arguments.root, arguments.data, as_json=arguments.json)
+        case "try":
+            from .commands import try_
+
+            options = {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "seed", "plain")}
+            prompt, which = arguments.prompt, arguments.checkpoint
+            return try_.main(arguments.run, arguments.root, prompt, which, **options, as_json=arguments.json)
         case "plan":
             from .commands import plan
 
@@ -77,8 +93,15 @@ def _run(arguments: argparse.Namespace) -> int:
             return _devcluster(arguments)
     from .commands import train
 
-    command = train.train_sweep if arguments.multirun else train.train
-    return command(arguments.overrides, arguments.config_dir, waiting=arguments.wait, as_json=arguments.json)
+    train_options: dict[str, Any] = {"waiting": arguments.wait, "as_json": arguments.json}
+    if arguments.optimizer and arguments.begin_with is None:
+        raise ConfigError("--optimizer", True, "valid: with --from RUN")
+    if not arguments.multirun:
+        train_options |= {"begin_with": arguments.begin_with, "optimizer": arguments.optimizer}
+        return train.train(arguments.overrides, arguments.config_dir, **train_options)
+    if arguments.begin_with is not None:
+        raise ConfigError("--from", arguments.begin_with, "valid: for one run, without -m")
+    return train.train_sweep(arguments.overrides, arguments.config_dir, **train_options)
 
 
 def _devcluster(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from rich.text import Text
 from outlast.checkpoint import interval
 from outlast.errors import ConfigError, Exit
 from outlast.files import bytes_used, to_json
-from outlast.rundir import progress
+from outlast.rundir import ancestry, progress
 from outlast.rundir.attempts import finished
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event, Ledger
@@ -74,6 +74,7 @@ def summarize(run: RunDirectory) -> Summary:
         "path": str(run.path),
         "state": state,
         "finished": done is not None,
+        "began_with": before.words if (before := ancestry.read(run)) else None,
         "final_step": done["step"] if done else None,
         "model_step": done.get("model_step", done["step"]) if done else None,
         "step": max(row["last_step"] for row in rows),
@@ -156,6 +157,8 @@ def render(summary: Summary, console: Console) -> None:
         "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
         "on disk": size(summary["bytes_used"], summary["budget_bytes"]) + (f", peak {size(summary['bytes_peak'])}"),
     }
+    if summary["began_with"]:
+        facts["began with"] = summary["began_with"]
     if summary["over_budget"]:
         facts["over budget"] = f"{size(summary['over_budget'])} were there at once: others write into the run directory"
     if summary["not_saved"]:
