@@ -1,0 +1,124 @@
+"""The report of a run as a terminal shows it."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .progress import duration, size
+
+Summary = dict[str, Any]
+
+WIDE = 110
+"""Columns that the whole table of attempts takes."""
+WHERE = ("job", "hosts", "ranks")
+"""What is left out on a narrower terminal; `--json` has it."""
+
+
+def render(summary: Summary, console: Console) -> None:
+    """Print the report."""
+    total, saves = summary["total_steps"], summary["checkpoints"]
+    stall = "" if saves["mean_stall_s"] is None else f", {duration(saves['mean_stall_s'])} of stall each"
+    console.print(Text(f"{summary['run']}: {summary['state'].replace('_', ' ')}", style="bold"))
+    best = f"; the model is that of step {summary['model_step']}, the best"
+    best = best if summary["model_step"] != summary["final_step"] else ""
+    facts = {
+        "steps": f"{summary['step']}/{'?' if total is None else total}, {summary['steps_lost']} lost{best}",
+        "attempts": f"{len(summary['attempts'])}: {summary['preemptions']} preempted, {summary['requeues']} requeued",
+        "time": time_text(summary["accounting"]),
+        "goodput": goodput_text(summary["accounting"]["goodput"]),
+        "hours": cost_text(summary["accounting"]),
+        "checkpoints": f"{saves['count']} ({saves['periodic']} periodic, {saves['emergency']} emergency, "
+        f"{saves['final']} final), {size(saves['bytes'])} written{stall}",
+        "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
+        "on disk": size(summary["bytes_used"], summary["budget_bytes"]) + (f", peak {size(summary['bytes_peak'])}"),
+    }
+    facts |= notes_of(summary)
+    grid = Table.grid(padding=(0, 2))
+    for name, text in facts.items():
+        grid.add_row(Text(name, style="dim"), Text(text))
+    console.print(grid)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    rows = [_cells(row) for row in summary["attempts"]]
+    shown = [name for name in rows[0] if console.width >= WIDE or name not in WHERE]
+    for name in shown:
+        table.add_column(name, overflow="fold")
+    for cells in rows:
+        table.add_row(*(Text(cells[name]) for name in shown))
+    console.print(table, highlight=False)
+    for note in summary["data_notes"]:
+        console.print(Text(note, style="yellow"))
+    for bad in summary["quarantined"]:
+        console.print(Text(f"quarantined {bad['checkpoint']}: {bad['reason']}", style="yellow"))
+
+
+def notes_of(summary: Summary) -> dict[str, str]:
+    """What a reader of this run has to know besides, by name."""
+    facts: dict[str, str] = {}
+    if summary["over_budget"]:
+        facts["over budget"] = f"{size(summary['over_budget'])} were there at once: others write into the run directory"
+    if summary["not_saved"]:
+        facts["not saved"] = "; ".join(f"{path}: {why}" for path, why in summary["not_saved"].items())
+    if summary["not_finite"] is not None:
+        facts["not finite"] = f"a loss was NaN or infinite at step {summary['not_finite']}, or another logged value was"
+    if summary["batches_differ"]:
+        facts["data differs"] = f"after a resume at step {', '.join(map(str, summary['batches_differ']))}"
+    if summary["batches_unknown"]:
+        facts["data unknown"] = (
+            "the loop reads a DataLoader by itself, without run.epochs: a resume begins its epoch anew"
+        )
+    if summary["interval"]:
+        facts["interval"] = summary["interval"]["explanation"]
+    if best := summary["best"]:
+        facts["best"] = f"{best['name']} {best['value']:.4g} at step {best['step']}"
+    return facts
+
+
+def time_text(accounting: Summary) -> str:
+    """What the wall time went into, the largest part first: `2 min 43 s: 2 min 22 s training, 13 s starting`."""
+    parts = sorted(accounting["parts"].items(), key=lambda part: -part[1])
+    text = ", ".join(f"{duration(seconds)} {name}" for name, seconds in parts if seconds > 0)
+    wait = accounting["first_wait_s"]
+    return f"{duration(accounting['wall_s'])}: {text}" + (f"; {duration(wait)} queued before it" if wait else "")
+
+
+def goodput_text(goodput: Summary) -> str:
+    """Both shares, and the formula."""
+    if goodput["wall"] is None:
+        return "?"
+    held = f"{goodput['allocated']:.1%} of the time in attempts"
+    return f"{goodput['wall']:.1%} of the time since the first start, {held}; {goodput['formula']}"
+
+
+def cost_text(accounting: Summary) -> str:
+    """Accelerator hours, and what each cause has cost of them, the most expensive first."""
+    costs = sorted(accounting["cost"].items(), key=lambda cost: -cost[1]["accelerator_hours"])
+    text = ", ".join(f"{cause.replace('_', ' ')} {hours(cost['accelerator_hours'])}" for cause, cost in costs)
+    return f"{hours(accounting['accelerator_hours'])} of accelerators" + (f"; cost: {text}" if text else "")
+
+
+def hours(value: float) -> str:
+    """Write hours with three digits."""
+    return f"{value:,.0f} h" if value >= 100 else f"{value:.3g} h"
+
+
+def _cells(row: Summary) -> dict[str, str]:
+    """One attempt, by column."""
+    ended = row["cause"] or ("killed" if row["killed"] else "running")
+    sealed = row["signal_to_sealed_s"]
+    return {
+        "attempt": str(row["number"]),
+        "job": row["job_id"] or "",
+        "hosts": ", ".join(row["hosts"]),
+        "ranks": str(row["world_size"] or ""),
+        "waited": duration(row["queued_s"] + row["stopped_s"]) if row["queued_s"] + row["stopped_s"] >= 0.05 else "",
+        "start": duration(row["parts"]["starting"]),
+        "time": duration(row["seconds"]),
+        "steps": f"{row['first_step']} to {row['last_step']}",
+        "lost": str(row["steps_lost"]),
+        "ended": f"{ended}, killed" if row["killed"] and row["cause"] else ended,
+        "signal": row["signal"] or "",
+        "to sealed": "" if sealed is None else duration(sealed),
+        "bytes": size(row["bytes"]),
+    }
