@@ -105,11 +105,11 @@ def run_page(summary: Summary) -> str:
         f"<h1>{escape(name)} {state_of(summary['state'])}</h1>",
         f'<p class="lead">{escape(_lead(summary))}</p>',
         tiles(_figures(summary)),
-        _section("Where the time went", _shares(summary)),
+        section("Where the time went", _shares(summary)),
     ]
     for title, draw in plots_of(summary):
-        sections.append(_section(title, _explained(title, summary) + both(draw, summary)))
-    sections.append(_section("Attempt by attempt", table(*_attempts(summary))))
+        sections.append(section(title, _explained(title, summary) + both(draw, summary)))
+    sections.append(section("Attempt by attempt", table(*_attempts(summary))))
     costs = sorted(accounting["cost"].items(), key=lambda cost: -cost[1]["accelerator_hours"])
     rows = [
         [
@@ -124,17 +124,18 @@ def run_page(summary: Summary) -> str:
         "The hours are those of all ranks, an accelerator each."
     )
     sections.append(
-        _section(
+        section(
             "What it has cost", f'<p class="quiet">{what}</p>' + table(("cause", "accelerator hours", "time"), rows)
         )
     )
     if notes := notes_of(summary):
         facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in notes.items())
-        sections.append(_section("Also", f'<dl class="facts">{facts}</dl>'))
+        sections.append(section("Also", f'<dl class="facts">{facts}</dl>'))
     return page(f"{name}: outlast report", "\n".join(sections))
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
+    """A part of the page, with its title."""
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 

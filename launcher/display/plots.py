@@ -1,6 +1,8 @@
 """The plots of a run: the time line of its attempts, its curves, its bytes on disk."""
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from .progress import duration, size
@@ -172,3 +174,79 @@ def plots_of(summary: Summary) -> list[tuple[str, Draw]]:
     if summary["disk"]:
         found.append(("On disk", disk_curve))
     return found
+
+
+def effect_plot(summary: Summary, effect: Summary, width: int) -> Drawing:
+    """The metric of each cell by the value of one swept key, with the median of each value."""
+    key, values = effect["key"], [one["value"] for one in effect["values"]]
+    scored = [
+        cell
+        for cell in summary["cells"]
+        if cell["metric"] and cell["metric"]["name"] == summary["metric"] and key in cell["overrides"]
+    ]
+    scored.sort(key=lambda cell: cell["cell"] == summary["best"])
+    metrics = [cell["metric"]["value"] for cell in scored]
+    drawing = Drawing(width, 190, f"{summary['metric']} by {key}")
+    numbers = sorted({one for one in map(_number, values) if one is not None})
+    is_scale = len(numbers) == len(values)
+    log = is_scale and _is_geometric(numbers)
+    places = dict(zip(values, map(_number, values), strict=True)) if is_scale else {v: n for n, v in enumerate(values)}
+    low, high = min(places.values()), max(places.values())
+    room = (high - low) * 0.08 if is_scale else 0.5
+    ratio = (high / low) ** 0.08 if log else 1.0
+    edges = (low / ratio, high * ratio) if log else (low - room, high + room)
+    axes = Axes(drawing, edges, value_range([], metrics), left=58, log_x=log)
+    axes.grid_y(count=3)
+    named = {place: str(value) for value, place in places.items()}
+    shown = sorted(named) if len(named) <= 6 else sorted(named)[:: -(-len(named) // 6)]
+    axes.grid_x("", shown, lambda place: shortened(named[place], 12))
+    for count, cell in enumerate(scored):
+        x, y = axes.at(places[cell["overrides"][key]], cell["metric"]["value"])
+        is_best = cell["cell"] == summary["best"]
+        title = f"{cell['cell']}: {number(cell['metric']['value'])}"
+        x += 0 if is_best else count * 7 % 11 - 5  # beside each other, where several have a value
+        drawing.circle(x, y, 5 if is_best else 3.2, "cell" + " chosen" * is_best, title if len(scored) <= 300 else "")
+    for one in effect["values"]:
+        x, y = axes.at(places[one["value"]], one["median"])
+        drawing.line(x - 10, y, x + 10, y, "middle", f"{key}={one['value']}: median {number(one['median'])}")
+    return drawing
+
+
+def _is_geometric(values: Sequence[float]) -> bool:
+    """Whether values that rise are more evenly spaced by their ratios than by their differences."""
+    if len(values) < 3 or values[0] <= 0:
+        return False
+    gaps = [b - a for a, b in pairwise(values)]
+    ratios = [math.log(b / a) for a, b in pairwise(values)]
+    return max(ratios) / min(ratios) < max(gaps) / min(gaps)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, cut to so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def overlay_plot(summary: Summary, width: int) -> Drawing:
+    """The curves of all cells in one plot, that of the best in front."""
+    cells = [cell for cell in summary["cells"] if cell["curve"]]
+    cells.sort(key=lambda cell: cell["cell"] == summary["best"])
+    points = {cell["cell"]: [(float(x), y) for x, y in cell["curve"] if y is not None] for cell in cells}
+    all_points = [point for curve in points.values() for point in curve]
+    drawing = Drawing(width, 240 if width < 600 else 300, f"{summary['metric']} of all cells by step")
+    steps = [x for x, _ in all_points] or [0.0]
+    axes = Axes(drawing, (min(steps), max(steps)), value_range([y for _, y in all_points] or [0.0], []))
+    axes.grid_y()
+    axes.grid_x("step")
+    other = "other many" if len(cells) > 100 else "other"
+    for cell in cells:
+        is_best = cell["cell"] == summary["best"]
+        curve = [axes.at(*point) for point in points[cell["cell"]]]
+        drawing.path(curve, "evaluation" if is_best else other, cell["cell"] if len(cells) <= 300 else "")
+    return drawing

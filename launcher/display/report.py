@@ -1,5 +1,6 @@
 """The report of a run as a terminal shows it."""
 
+import time
 from typing import Any
 
 from rich.console import Console
@@ -35,10 +36,7 @@ def render(summary: Summary, console: Console) -> None:
         "on disk": size(summary["bytes_used"], summary["budget_bytes"]) + (f", peak {size(summary['bytes_peak'])}"),
     }
     facts |= notes_of(summary)
-    grid = Table.grid(padding=(0, 2))
-    for name, text in facts.items():
-        grid.add_row(Text(name, style="dim"), Text(text))
-    console.print(grid)
+    _print_facts(facts, console)
     table = Table(box=None, pad_edge=False, header_style="dim")
     rows = [_cells(row) for row in summary["attempts"]]
     shown = [name for name in rows[0] if console.width >= WIDE or name not in WHERE]
@@ -51,6 +49,13 @@ def render(summary: Summary, console: Console) -> None:
         console.print(Text(note, style="yellow"))
     for bad in summary["quarantined"]:
         console.print(Text(f"quarantined {bad['checkpoint']}: {bad['reason']}", style="yellow"))
+
+
+def _print_facts(facts: dict[str, str], console: Console) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for name, text in facts.items():
+        grid.add_row(Text(name, style="dim"), Text(text))
+    console.print(grid)
 
 
 def notes_of(summary: Summary) -> dict[str, str]:
@@ -122,3 +127,85 @@ def _cells(row: Summary) -> dict[str, str]:
         "to sealed": "" if sealed is None else duration(sealed),
         "bytes": size(row["bytes"]),
     }
+
+
+def sweep_cells(summary: Summary, cells: list[Summary]) -> tuple[list[str], list[list[str]]]:
+    """The table of a sweep: headers, and the cells as text."""
+    headers = ["cell", *summary["keys"], "state", summary["metric"] or "metric", "at step", "step", "attempts"]
+    headers += ["preempted", "lost", "goodput", "hours", "time", "bytes"]
+    return headers, [_sweep_cell(summary, cell) for cell in cells]
+
+
+def _sweep_cell(summary: Summary, cell: Summary) -> list[str]:
+    metric, total = cell["metric"], cell["total_steps"]
+    return [
+        cell["cell"],
+        *(cell["overrides"].get(key, "") for key in summary["keys"]),
+        cell["state"].replace("_", " "),
+        f"{metric['value']:.4g}" if metric else "",
+        str(metric["step"]) if metric else "",
+        f"{cell['step']}/{'?' if total is None else total}",
+        str(cell["attempts"]),
+        str(cell["preemptions"] or ""),
+        str(cell["steps_lost"] or ""),
+        "" if cell["goodput"] is None else f"{cell['goodput']:.1%}",
+        hours(cell["accelerator_hours"]),
+        "" if cell["wall_s"] is None else duration(cell["wall_s"]),
+        "" if cell["bytes_used"] is None else size(cell["bytes_used"]),
+    ]
+
+
+def render_sweep(summary: Summary, cells: list[Summary], console: Console) -> None:
+    """Print the report of a sweep: its cells in this order, the best one marked."""
+    states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(summary["states"].items()))
+    console.print(Text(f"{summary['sweep']}: {len(cells)} cells, {states}", style="bold"))
+    facts = {"hours": cost_text(summary)}
+    if summary["best"] is not None:
+        best = next(cell["metric"] for cell in cells if cell["cell"] == summary["best"])
+        facts = {"best": f"{summary['best']}: {best['name']} {best['value']:.4g} at step {best['step']}"} | facts
+    for effect in summary["effects"]:
+        facts[effect["key"]] = "; ".join(
+            f"{one['value']}: {one['median']:.4g}"
+            + (f" ({one['least']:.4g} to {one['most']:.4g})" * (one["cells"] > 1))
+            for one in effect["values"]
+        )
+    _print_facts(facts, console)
+    headers, rows = sweep_cells(summary, cells)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    filled = [n for n in range(len(headers)) if n == 0 or any(row[n] for row in rows)]
+    # The name of a cell is its overrides: beside their columns it says nothing.
+    filled = filled[1:] if summary["keys"] and console.width < WIDE else filled
+    for number in filled:
+        table.add_column(headers[number], overflow="fold")
+    for cell, row in zip(cells, rows, strict=True):
+        is_best = cell["cell"] == summary["best"]
+        table.add_row("*" if is_best else "", *(Text(row[n]) for n in filled), style="bold" if is_best else "")
+    console.print(table, highlight=False)
+
+
+def render_since(summary: Summary, console: Console) -> None:
+    """Print what runs have cost, by user."""
+    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(summary["since"]))
+    total, users = summary["total"], summary["users"]
+    console.print(Text(f"since {began}: {total['runs']} runs, {total['attempts']} attempts", style="bold"))
+    if not users:
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    causes = sorted(total["cost"], key=lambda cause: -total["cost"][cause]["accelerator_hours"])
+    useful = ("training", "evaluating")
+    for header in ("user", "runs", "preempted", "steps lost", "queued", "hours", *useful, *causes):
+        table.add_column(header.replace("_", " "), overflow="fold", justify="left" if header == "user" else "right")
+    several = [("all", total)] if len(users) > 1 else []
+    for name, user in [*sorted(users.items(), key=lambda one: -one[1]["accelerator_hours"]), *several]:
+        table.add_row(
+            Text(name),
+            *(str(user[key]) for key in ("runs", "preemptions", "steps_lost")),
+            duration(user["waited_s"]["queued"]),
+            hours(user["accelerator_hours"]),
+            *(hours(user["parts"][part]) for part in useful),
+            *(hours(user["cost"][cause]["accelerator_hours"]) if cause in user["cost"] else "" for cause in causes),
+        )
+    console.print(table, highlight=False)
+    share = sum(total["parts"][part] for part in useful) / (total["accelerator_hours"] or 1)
+    console.print(Text(f"accelerator hours; {share:.1%} of them went into training and evaluating that count", "dim"))

@@ -61,11 +61,11 @@ class Drawing:
 
     def text(self, x: float, y: float, text: object, kind: str = "", anchor: str = "start") -> None:
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-        self.marks.append(f'<text class="{kind}" {place}>{escape(text)}</text>')
+        self.marks.append(f'<text class="{escape(kind)}" {place}>{escape(text)}</text>')
 
     def _add(self, tag: str, attributes: str, kind: str, title: str) -> None:
         inner = f"><title>{escape(title)}</title></{tag}>" if title else "/>"
-        self.marks.append(f'<{tag} class="{kind}" {attributes}{inner}')
+        self.marks.append(f'<{tag} class="{escape(kind)}" {attributes}{inner}')
 
     def svg(self, kind: str = "") -> str:
         """The plot as an element of a page."""

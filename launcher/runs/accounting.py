@@ -108,7 +108,7 @@ def account(
             "allocated": useful / allocated if allocated > 0 else None,
             "formula": FORMULA,
         },
-        "accelerator_hours": sum(_hours(time.seconds, row) for time, row in zip(found, rows, strict=True)),
+        "accelerator_hours": sum(hours_of(time.seconds, row) for time, row in zip(found, rows, strict=True)),
         "cost": cost(rows, found),
     }
 
@@ -126,7 +126,7 @@ def cost(rows: list[dict[str, Any]], found: list[AttemptTime]) -> dict[str, dict
 
     def add(cause: str, row: dict[str, Any], held: float, waited: float = 0.0) -> None:
         entry = costs.setdefault(cause, {"accelerator_hours": 0.0, "seconds": 0.0})
-        entry["accelerator_hours"] += _hours(held, row)
+        entry["accelerator_hours"] += hours_of(held, row)
         entry["seconds"] += held + waited
 
     for number, (row, time) in enumerate(zip(rows, found, strict=True)):
@@ -155,7 +155,8 @@ def coarse(time: AttemptTime) -> list[Span]:
     return drawn
 
 
-def _hours(seconds: float, row: dict[str, Any]) -> float:
+def hours_of(seconds: float, row: dict[str, Any]) -> float:
+    """Accelerator hours of some seconds of an attempt: one accelerator a rank."""
     return seconds * (row["world_size"] or 1) / 3600
 
 
