@@ -39,6 +39,8 @@ def main(
         ConfigError: there is no such run, or an option is wrong.
     """
     wanted = {kind: file for kind, file in (files or {}).items() if file is not None}
+    if as_json and wanted:
+        raise ConfigError("--json", "", f"valid without --{', --'.join(wanted)}, which write files")
     if since is not None:
         if wanted or sort is not None:
             raise ConfigError("--since", since, "valid with RUN, --root and --json")
