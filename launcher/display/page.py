@@ -14,6 +14,9 @@ from .svg import HERE, WIDE, escape
 
 Summary = dict[str, Any]
 
+SHOWN = 6
+"""Hosts of an attempt that are named, at most."""
+
 
 @dataclass(frozen=True)
 class Td:
@@ -220,7 +223,8 @@ def _attempts(summary: Summary) -> tuple[list[str], list[list[Td]]]:
     rows = []
     for row in summary["attempts"]:
         parts, began = row["parts"], row["end"] - row["allocated_s"]
-        where = ", ".join(row["hosts"]) + (f", job {row['job_id']}" if row["job_id"] else "")
+        hosts = row["hosts"][:SHOWN] + [f"and {len(row['hosts']) - SHOWN} more"] * (len(row["hosts"]) > SHOWN)
+        where = ", ".join(hosts) + (f", job {row['job_id']}" if row["job_id"] else "")
         rows.append(
             [
                 Td(str(row["number"]), row["number"]),

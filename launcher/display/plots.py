@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ..runs.sweep_summary import as_number
 from .progress import duration, size
 from .svg import NARROW, WIDE, Axes, Drawing, Point, number, smoothed, time_text, time_ticks
 
@@ -55,7 +56,6 @@ def timeline(summary: Summary, width: int) -> Drawing:
         y = axes.top + number_ * high
         start, end = row["end"] - row["allocated_s"] - first, row["end"] - first
         where = f"attempt {row['number']}" + (f", job {row['job_id']}" if row["job_id"] else "")
-        where += f" on {', '.join(row['hosts'])}" if row["hosts"] else ""
         waited = start - row["queued_s"] - row["stopped_s"]
         for name in ("stopped", "queued"):
             if row[f"{name}_s"] > 0:
@@ -167,7 +167,7 @@ def plots_of(summary: Summary) -> list[tuple[str, Draw]]:
     """The plots that a run has something to show in, with their titles."""
     found: list[tuple[str, Draw]] = [("Attempts", timeline)]
     curves = summary["curves"]
-    if curves["losses"] or (curves["evaluations"] and is_loss(curves)):
+    if any(loss is not None for _, loss in curves["losses"]) or (curves["evaluations"] and is_loss(curves)):
         found.append(("Loss", loss_curve))
     if curves["evaluations"] and not is_loss(curves):
         found.append((str(curves["metric"]), metric_curve))
@@ -187,10 +187,10 @@ def effect_plot(summary: Summary, effect: Summary, width: int) -> Drawing:
     scored.sort(key=lambda cell: cell["cell"] == summary["best"])
     metrics = [cell["metric"]["value"] for cell in scored]
     drawing = Drawing(width, 190, f"{summary['metric']} by {key}")
-    numbers = sorted({one for one in map(_number, values) if one is not None})
+    numbers = sorted({found for value in values if isinstance(found := as_number(value), float)})
     is_scale = len(numbers) == len(values)
     log = is_scale and _is_geometric(numbers)
-    places = dict(zip(values, map(_number, values), strict=True)) if is_scale else {v: n for n, v in enumerate(values)}
+    places = {value: float(value) for value in values} if is_scale else {v: n for n, v in enumerate(values)}
     low, high = min(places.values()), max(places.values())
     room = (high - low) * 0.08 if is_scale else 0.5
     ratio = (high / low) ** 0.08 if log else 1.0
@@ -219,13 +219,6 @@ def _is_geometric(values: Sequence[float]) -> bool:
     gaps = [b - a for a, b in pairwise(values)]
     ratios = [math.log(b / a) for a, b in pairwise(values)]
     return max(ratios) / min(ratios) < max(gaps) / min(gaps)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def shortened(text: str, most: int) -> str:

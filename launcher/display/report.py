@@ -13,6 +13,8 @@ Summary = dict[str, Any]
 
 WIDE = 110
 """Columns that the whole table of attempts takes."""
+VALUES = 8
+"""Values of a swept key whose metric is shown, at most; `--html` and `--json` have all."""
 WHERE = ("job", "hosts", "ranks")
 """What is left out on a narrower terminal; `--json` has it."""
 
@@ -164,11 +166,7 @@ def render_sweep(summary: Summary, cells: list[Summary], console: Console) -> No
         best = next(cell["metric"] for cell in cells if cell["cell"] == summary["best"])
         facts = {"best": f"{summary['best']}: {best['name']} {best['value']:.4g} at step {best['step']}"} | facts
     for effect in summary["effects"]:
-        facts[effect["key"]] = "; ".join(
-            f"{one['value']}: {one['median']:.4g}"
-            + (f" ({one['least']:.4g} to {one['most']:.4g})" * (one["cells"] > 1))
-            for one in effect["values"]
-        )
+        facts[effect["key"]] = _effect_text(effect, lower=summary["lower_is_better"])
     _print_facts(facts, console)
     headers, rows = sweep_cells(summary, cells)
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -182,6 +180,19 @@ def render_sweep(summary: Summary, cells: list[Summary], console: Console) -> No
         is_best = cell["cell"] == summary["best"]
         table.add_row("*" if is_best else "", *(Text(row[n]) for n in filled), style="bold" if is_best else "")
     console.print(table, highlight=False)
+
+
+def _effect_text(effect: Summary, *, lower: bool) -> str:
+    """The median of the metric by a key's value, with its range; the best first where there are too many to show."""
+    values = effect["values"]
+    more = len(values) - VALUES
+    if more > 0:
+        values = sorted(values, key=lambda one: one["median"] * (1 if lower else -1))[:VALUES]
+    shown = [
+        f"{one['value']}: {one['median']:.4g}" + (f" ({one['least']:.4g} to {one['most']:.4g})" * (one["cells"] > 1))
+        for one in values
+    ]
+    return "; ".join(shown + [f"and {more} more"] * (more > 0))
 
 
 def render_since(summary: Summary, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..runs.sweep_summary import as_number
 from .page import Td, legend, page, percent, seconds, section, state_of, table, tiles, words
 from .plots import effect_plot, overlay_plot
 from .progress import duration, size
@@ -63,7 +64,7 @@ def _figures(summary: Summary, cells: list[Summary], states: str) -> list[tuple[
 def _cells(summary: Summary, cells: list[Summary]) -> str:
     headers = ["cell", *summary["keys"], "state", summary["metric"] or "metric", "step", "attempts", "preempted"]
     headers += ["lost", "goodput", "hours", "time", "bytes"]
-    numbers = {key for key in summary["keys"] if all(_is_number(cell["overrides"].get(key)) for cell in cells)}
+    texts = {key for cell in cells for key, value in cell["overrides"].items() if isinstance(as_number(value), str)}
     rows = []
     for cell in cells:
         metric, total, swept = cell["metric"], cell["total_steps"], cell["overrides"]
@@ -73,7 +74,7 @@ def _cells(summary: Summary, cells: list[Summary]) -> str:
                 words(cell["cell"]),
                 *(
                     Td(swept.get(key, ""), float(swept[key]) if key in swept else None)
-                    if key in numbers
+                    if key not in texts
                     else words(swept.get(key, ""))
                     for key in summary["keys"]
                 ),
@@ -96,10 +97,3 @@ def _cells(summary: Summary, cells: list[Summary]) -> str:
         f"{len(cells)} of {len(cells)}</span></div>"
     )
     return tools + table(headers, rows, id="cells", best=best)
-
-
-def _is_number(text: str | None) -> bool:
-    try:
-        return text is None or float(text) == float(text)
-    except ValueError:
-        return False

@@ -25,8 +25,8 @@ from outlast.rundir.ledger import Event
 INSIDE = ("starting", "training", "evaluating", "saving", "stopping", "lost")
 BETWEEN = ("queued", "stopped")
 FORMULA = "goodput = (training + evaluating) / time"
-SHORTEST = 1 / 1000
-"""Share of an attempt below which a span is drawn with the one before it."""
+SHORTEST = 1 / 2000
+"""Share of the wall time below which a span is drawn with the one before it."""
 _LOSES = ("training", "evaluating", "saving")
 
 
@@ -144,9 +144,13 @@ def cause_of(row: dict[str, Any]) -> str:
     return str(row["cause"] or ("killed" if row["killed"] else "running"))
 
 
-def coarse(time: AttemptTime) -> list[Span]:
-    """The spans as they can be drawn: very short ones are taken into the one before them."""
-    least, drawn = time.seconds * SHORTEST, list[Span]()
+def coarse(time: AttemptTime, wall: float) -> list[Span]:
+    """The spans as they can be drawn: very short ones are taken into the one before them.
+
+    Args:
+        wall: seconds that the drawing covers.
+    """
+    least, drawn = wall * SHORTEST, list[Span]()
     for span in time.spans:
         if drawn and (span.end - span.start < least or span.what == drawn[-1].what):
             drawn[-1] = Span(drawn[-1].what, drawn[-1].start, span.end)

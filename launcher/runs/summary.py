@@ -46,13 +46,14 @@ def summarize(run: RunDirectory) -> Summary:
     submitted = submission.time if submission else 0.0
     rows[-1]["killed"] &= state != State.RUNNING
     time = times(rows, tries, events, submitted)
+    wall_s = time[-1].end - time[0].start
     for row, one in zip(rows, time, strict=True):
         row |= {
             "allocated_s": one.seconds,
             "queued_s": one.queued,
             "stopped_s": one.stopped,
             "parts": one.parts(),
-            "spans": [[span.what, span.start, span.end] for span in coarse(one)],
+            "spans": [[span.what, span.start, span.end] for span in coarse(one, wall_s)],
         }
     accounting = account(rows, time, submitted, events)
     made, lost = sum(row["steps_done"] for row in rows), sum(row["steps_lost"] for row in rows)

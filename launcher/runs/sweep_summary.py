@@ -1,5 +1,6 @@
 """The report of a sweep: its cells with what is swept, their results and costs, and which override did what."""
 
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,11 +88,12 @@ def value_of(cell: Summary, column: str) -> Any:
 
 
 def as_number(text: str | None) -> float | str | None:
-    """What an override sets, as a number if it is one."""
+    """What an override sets, as a number if it is a finite one."""
     try:
-        return None if text is None else float(text)
+        value = math.nan if text is None else float(text)
     except ValueError:
         return text
+    return value if math.isfinite(value) else text
 
 
 def _cell(run: RunDirectory, name: str, overrides: list[str]) -> Summary:

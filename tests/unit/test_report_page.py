@@ -251,6 +251,30 @@ def test_the_files_of_the_command(
         report.main("one", tmp_path, as_json=False, files={"png": ""})
 
 
+def test_a_page_of_a_run_that_has_shown_nothing_yet(make: Callable[..., RunDirectory]) -> None:
+    """Not a loss, or only such as are no numbers; many hosts, many attempts with evaluations in each."""
+    run = make("one")
+    start(run, hosts=[f"n{number}" for number in range(500)])
+    assert "Attempts" in run_page(summarize(run))
+    progress(run, losses=[[1, None], [2, None]])
+    page = run_page(summarize(run))
+    assert "Loss" not in page
+    assert "n5, and 494 more" in page
+    began = time.time() - 80_000
+    with open(run.ledger, "w") as file:
+        for attempt in range(1, 201):
+            at = began + 300 * attempt
+            fields = {"job_id": "1", "restart_count": 0, "hosts": ["n"], "world_size": 8, "versions": {}}
+            lines: list[tuple[float, str, dict[str, Any]]] = [(at, "attempt_started", fields)]
+            lines += [
+                (at + 2 * n, "evaluated", {"step": n, "metrics": {"eval_loss": 1.0, "eval_runtime": 1.0}})
+                for n in range(1, 101)
+            ]
+            for moment, event, fields in [*lines, (at + 280, "attempt_ended", {"cause": "preempted", "step": 100})]:
+                file.write(json.dumps({"time": moment, "attempt": attempt, "event": event, **fields}) + "\n")
+    assert len(run_page(summarize(run))) < 2_000_000
+
+
 @pytest.mark.parametrize(
     ("low", "high", "found"),
     [(0.0, 1.0, [0, 0.25, 0.5, 0.75, 1.0]), (1.2, 3.9, [2, 3]), (5.0, 5.0, [5.0]), (0.0, 8e9, [0, 2e9, 4e9, 6e9, 8e9])],

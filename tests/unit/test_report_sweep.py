@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from outlast.errors import ConfigError
 from outlast.launcher.commands import report
 from outlast.launcher.display.report import render_since, render_sweep
+from outlast.launcher.display.sweep_page import sweep_page
 from outlast.launcher.runs import since
 from outlast.launcher.runs.sweep_summary import sort_cells, summarize_sweep
 from outlast.rundir.directory import RunDirectory
@@ -91,6 +93,25 @@ def test_the_best_cell_and_what_each_override_did(sweep: Path) -> None:
     table = lines[next(n for n, line in enumerate(lines) if "peft.r" in line and "state" in line) :]
     assert table[1].split()[:5] == ["*", "seed=3", "3e-4", "16", "finished"]
     assert [line.split()[0 + line.startswith("*")] for line in table[1:5]] == ["seed=3", "seed=2", "seed=1", "seed=0"]
+
+
+def test_a_key_of_many_values(sweep: Path) -> None:
+    """A terminal shows the best of them; what is no finite number is a category, drawn as one."""
+    summary = summarize_sweep(sweep)
+    (cell,) = (cell for cell in summary["cells"] if cell["cell"] == "seed=3")
+    cells = [cell | {"cell": f"c{n}", "metric": cell["metric"] | {"value": float(n)}} for n in range(20)]
+    values = ["inf", "nan", "1e999", "1_0", *map(str, range(16))]
+    for one, value in zip(cells, values, strict=True):
+        one["overrides"] = {"a": value}
+    of = [{"value": v, "cells": 1, "median": float(n), "least": 1.0, "most": 1.0} for n, v in enumerate(values)]
+    summary |= {"cells": cells, "keys": ["a"], "effects": [{"key": "a", "difference": 1.0, "values": of}], "best": "c0"}
+    lines = shown(render_sweep, summary, sort_cells(summary, "a"))
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("a ")] == [
+        "inf: 0; nan: 1; 1e999: 2; 1_0: 3; 0: 4; 1: 5; 2: 6; 3: 7; and 12 more"
+    ]
+    page = sweep_page(summary, cells)
+    assert page.count('class="cell') == 20
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', page)
 
 
 @pytest.mark.parametrize(
