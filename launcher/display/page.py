@@ -7,7 +7,7 @@ from importlib.metadata import version
 from string import Template
 from typing import Any
 
-from .plots import both, ended_as, is_loss, ordered, plots_of, share_bar
+from .plots import both, ended_as, is_loss, is_near, ordered, plots_of, share_bar
 from .progress import duration, size
 from .report import hours, notes_of
 from .svg import HERE, WIDE, escape
@@ -166,7 +166,7 @@ def _figures(summary: Summary) -> list[tuple[str, str, str]]:
         ),
         ("Attempts", str(number), f"{preempted} preempted"),
         ("Time", duration(accounting["wall_s"]), f"{duration(accounting['parts']['queued'])} in the queue"),
-        ("Accelerators", hours(accounting["accelerator_hours"]), "of all ranks together"),
+        ("Accelerators", hours(accounting["accelerator_hours"]) or "0 h", "of all ranks together"),
         ("On disk", size(summary["bytes_used"]), f"peak {size(summary['bytes_peak'])}" + _of(summary["budget_bytes"])),
     ]
     if best is not None:
@@ -202,7 +202,10 @@ def _explained(title: str, summary: Summary) -> str:
     if title == "Attempts":
         return '<p class="quiet">Coloured as above; the thin line before a bar is the wait for it.</p>'
     if title == "On disk":
-        return '<p class="quiet">Checkpoints and the finished model, as they were sealed and deleted.</p>'
+        budget = summary["budget_bytes"]
+        far = budget is not None and not is_near(budget, summary["bytes_peak"])
+        above = f" The budget, {size(budget)}, lies far above." if far else ""
+        return f'<p class="quiet">Checkpoints and the finished model, as they were sealed and deleted.{above}</p>'
     items = [("loss", "training loss", "")] if title == "Loss" and curves["losses"] else []
     if curves["evaluations"] and (title != "Loss" or is_loss(curves)):
         items.append(("evaluation", str(curves["metric"]), ""))

@@ -4,7 +4,7 @@ from typing import Any
 
 from outlast.errors import ConfigError
 
-from .plots import plots_of
+from .plots import colour_key, plots_of
 from .svg import WIDE, standalone
 
 Summary = dict[str, Any]
@@ -15,7 +15,9 @@ ZOOM = 2
 
 def as_svg(summary: Summary) -> str:
     """Time line, curves and bytes, one under the other, in the light colours."""
-    return standalone([(_title(title, summary), draw(summary, WIDE)) for title, draw in plots_of(summary)])
+    (_, first), *others = plots_of(summary)
+    begin = [(f"{summary['name']}: attempts", colour_key(summary, WIDE)), ("", first(summary, WIDE))]
+    return standalone([*begin, *((title, draw(summary, WIDE)) for title, draw in others)])
 
 
 def as_png(summary: Summary) -> bytes:
@@ -32,7 +34,3 @@ def as_png(summary: Summary) -> bytes:
         )
         raise ConfigError("--png", summary["run"], way) from None
     return bytes(resvg_py.svg_to_bytes(svg_string=as_svg(summary), zoom=ZOOM))
-
-
-def _title(title: str, summary: Summary) -> str:
-    return f"{summary['name']}: attempts" if title == "Attempts" else title

@@ -9,6 +9,9 @@ from ..runs.sweep_summary import as_number
 from .progress import duration, size
 from .svg import NARROW, WIDE, Axes, Drawing, Point, number, smoothed, time_text, time_ticks
 
+ROOM_FOR_CAUSE = 90
+"""Pixels beside the line of a stop for the words why."""
+
 Summary = dict[str, Any]
 Draw = Callable[[Summary, int], Drawing]
 
@@ -28,6 +31,18 @@ def share_bar(summary: Summary, width: int) -> Drawing:
         if length > 0:
             drawing.rect(x, 0, max(length - 1, 0.5), 30, name, f"{name}: {duration(seconds)}, {seconds / whole:.1%}")
         x += length
+    return drawing
+
+
+def colour_key(summary: Summary, width: int) -> Drawing:
+    """What the colours of the time line mean: for pictures, which have no page around them."""
+    drawing = Drawing(width, 22, "What the colours mean")
+    x = 34.0
+    for name, seconds in ordered(summary["accounting"]["parts"]):
+        if seconds > 0:
+            drawing.rect(x, 4, 11, 11, name, round=3)
+            drawing.text(x + 16, 14, name, "tick")
+            x += 40 + 7 * len(name)
     return drawing
 
 
@@ -107,10 +122,12 @@ def _curve(summary: Summary, width: int, losses: list[Point], found: list[Point]
     axes = Axes(drawing, (min(steps), max(steps)), value_range([y for _, y in losses], [y for _, y in found]))
     axes.grid_y()
     axes.grid_x("step")
-    for stop in stops:
-        x, _ = axes.at(float(stop["step"]), axes.y[0])
+    places = [axes.at(float(stop["step"]), axes.y[0])[0] for stop in stops]
+    for stop, x, following in zip(stops, places, [*places, float(width)][1:], strict=True):
         title = f"attempt {stop['attempt']} {stop['cause'].replace('_', ' ')} at step {stop['step']}"
         drawing.line(x, axes.top, x, drawing.height - axes.bottom, f"stop {stop['cause'].replace('_', '-')}", title)
+        if following - x > ROOM_FOR_CAUSE and width > NARROW:
+            drawing.text(x + 6, axes.top + 9, stop["cause"].replace("_", " "), "tick")
     smooth = len(losses) > 80
     drawing.path([axes.at(*point) for point in losses], "loss faint" if smooth else "loss")
     if smooth:
@@ -143,7 +160,7 @@ def disk_curve(summary: Summary, width: int) -> Drawing:
     first = rows[0]["end"] - rows[0]["allocated_s"]
     length = max(summary["accounting"]["wall_s"], 1e-6)
     top = max([peak, *(bytes_ for _, bytes_ in summary["disk"]), *([budget] if budget else [])])
-    shown = top if not budget or budget < 8 * peak else peak * 1.6
+    shown = top if not budget or is_near(budget, peak) else peak * 1.6
     axes = Axes(drawing, (0.0, length), (0.0, shown * 1.12), left=68, right=16)
     axes.grid_y(lambda value: size(int(value)), 3)
     axes.grid_x("", time_ticks(length, 3 if width < 600 else 6), time_text)
@@ -161,6 +178,11 @@ def disk_curve(summary: Summary, width: int) -> Drawing:
             drawing.line(axes.left, y, right, y, f"limit {name.split()[0]}", f"{name}: {size(value)}")
             drawing.text(right, y - 5, f"{name} {size(value)}", "tick", "end")
     return drawing
+
+
+def is_near(budget: int, peak: int) -> bool:
+    """Whether a budget can be drawn in one plot with what was used of it."""
+    return budget < 8 * peak
 
 
 def plots_of(summary: Summary) -> list[tuple[str, Draw]]:

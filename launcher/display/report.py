@@ -11,11 +11,11 @@ from .progress import duration, size
 
 Summary = dict[str, Any]
 
-WIDE = 110
+WIDE = 130
 """Columns that the whole table of attempts takes."""
 VALUES = 8
 """Values of a swept key whose metric is shown, at most; `--html` and `--json` have all."""
-WHERE = ("job", "hosts", "ranks")
+WHERE = ("job", "hosts", "ranks", "waited", "start")
 """What is left out on a narrower terminal; `--json` has it."""
 
 
@@ -31,7 +31,7 @@ def render(summary: Summary, console: Console) -> None:
         "attempts": f"{len(summary['attempts'])}: {summary['preemptions']} preempted, {summary['requeues']} requeued",
         "time": time_text(summary["accounting"]),
         "goodput": goodput_text(summary["accounting"]["goodput"]),
-        "hours": cost_text(summary["accounting"]),
+        "accelerators": cost_text(summary["accounting"]),
         "checkpoints": f"{saves['count']} ({saves['periodic']} periodic, {saves['emergency']} emergency, "
         f"{saves['final']} final), {size(saves['bytes'])} written{stall}",
         "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
@@ -94,19 +94,25 @@ def goodput_text(goodput: Summary) -> str:
     """Both shares, and the formula."""
     if goodput["wall"] is None:
         return "?"
-    held = f"{goodput['allocated']:.1%} of the time in attempts"
-    return f"{goodput['wall']:.1%} of the time since the first start, {held}; {goodput['formula']}"
+    shares = f"{goodput['wall']:.1%} since the first start, {goodput['allocated']:.1%} in attempts"
+    return f"{shares}: {goodput['formula'].partition('= ')[2]}"
 
 
 def cost_text(accounting: Summary) -> str:
     """Accelerator hours, and what each cause has cost of them, the most expensive first."""
     costs = sorted(accounting["cost"].items(), key=lambda cost: -cost[1]["accelerator_hours"])
-    text = ", ".join(f"{cause.replace('_', ' ')} {hours(cost['accelerator_hours'])}" for cause, cost in costs)
-    return f"{hours(accounting['accelerator_hours'])} of accelerators" + (f"; cost: {text}" if text else "")
+    text = ", ".join(
+        f"{cause.replace('_', ' ')} {hours(cost['accelerator_hours'])}"
+        for cause, cost in costs
+        if cost["accelerator_hours"]
+    )
+    return f"{hours(accounting['accelerator_hours']) or '0 h'}" + (f"; cost: {text}" if text else "")
 
 
 def hours(value: float) -> str:
-    """Write hours with three digits."""
+    """Write hours with three digits; less than one as minutes and seconds."""
+    if value < 1:
+        return duration(value * 3600) if value else ""
     return f"{value:,.0f} h" if value >= 100 else f"{value:.3g} h"
 
 
@@ -161,7 +167,7 @@ def render_sweep(summary: Summary, cells: list[Summary], console: Console) -> No
     """Print the report of a sweep: its cells in this order, the best one marked."""
     states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(summary["states"].items()))
     console.print(Text(f"{summary['sweep']}: {len(cells)} cells, {states}", style="bold"))
-    facts = {"hours": cost_text(summary)}
+    facts = {"accelerators": cost_text(summary)}
     if summary["best"] is not None:
         best = next(cell["metric"] for cell in cells if cell["cell"] == summary["best"])
         facts = {"best": f"{summary['best']}: {best['name']} {best['value']:.4g} at step {best['step']}"} | facts

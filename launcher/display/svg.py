@@ -148,12 +148,10 @@ def time_text(seconds: float) -> str:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The points with a moving mean of their values, which reaches over a fortieth of them."""
-    weight, mean, found = 1 / max(len(points) / 40, 1), points[0][1] if points else 0.0, []
-    for x, y in points:
-        mean += weight * (y - mean)
-        found.append((x, mean))
-    return found
+    """The points with the mean of the values around each, over a fortieth of all."""
+    half, values = max(len(points) // 80, 1), [y for _, y in points]
+    around = [values[max(n - half, 0) : n + half + 1] for n in range(len(values))]
+    return [(x, sum(near) / len(near)) for (x, _), near in zip(points, around, strict=True)]
 
 
 def standalone(drawings: Sequence[tuple[str, Drawing]]) -> str:
@@ -164,9 +162,11 @@ def standalone(drawings: Sequence[tuple[str, Drawing]]) -> str:
     style = re.sub(r"var\(--([\w-]+)\)", lambda match: colours[match[1]], rules)
     width, y, parts = max(drawing.width for _, drawing in drawings), 24, []
     for title, drawing in drawings:
-        parts.append(f'<text class="heading" x="16" y="{y + 16}">{escape(title)}</text>')
-        parts.append(f'<g transform="translate(0 {y + 26})">{"".join(drawing.marks)}</g>')
-        y += drawing.height + 50
+        if title:
+            parts.append(f'<text class="heading" x="16" y="{y + 16}">{escape(title)}</text>')
+            y += 26
+        parts.append(f'<g transform="translate(0 {y})">{"".join(drawing.marks)}</g>')
+        y += drawing.height + (0 if drawing.height < 30 else 24)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" viewBox="0 0 {width} {y}">'
         f'<style>{style}</style><rect width="{width}" height="{y}" fill="{colours["paper"]}"/>{"".join(parts)}</svg>\n'

@@ -51,7 +51,7 @@ def _figures(summary: Summary, cells: list[Summary], states: str) -> list[tuple[
     found = [
         ("Cells", f"{len(cells):,}", states),
         ("Goodput", percent(useful), "of the time in attempts"),
-        ("Accelerators", hours(summary["accelerator_hours"]), "of all ranks together"),
+        ("Accelerators", hours(summary["accelerator_hours"]) or "0 h", "of all ranks together"),
         ("Preemptions", f"{preempted:,}", f"{lost:,} steps repeated"),
         ("In the queue", duration(parts.get("queued", 0.0)), "of all cells together"),
     ]
