@@ -70,7 +70,9 @@ def times(rows: list[dict[str, Any]], tries: list[Attempt], events: list[Event],
         submitted: when the run was submitted last, Unix seconds; 0: it was not.
     """
     found: list[AttemptTime] = []
-    lines = {attempt.number: [e for e in events if e["attempt"] == attempt.number] for attempt in tries}
+    lines: dict[int, list[Event]] = {}
+    for event in events:
+        lines.setdefault(event["attempt"], []).append(event)
     for row, attempt in zip(rows, tries, strict=True):
         own, previous = lines[attempt.number], found[-1].end if found else None
         ready = _ready(own)

@@ -8,7 +8,6 @@ from outlast.errors import SlurmError
 from outlast.rundir.attempts import Attempt, attempts
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import KILLED, Cause, Ledger
-from outlast.rundir.progress import read
 from outlast.slurm.environment import SlurmJob
 from outlast.slurm.view import STATE_CAUSES, accounted_state, restart_cause, show_job
 
@@ -34,9 +33,7 @@ def end_previous_attempt(
     last = before[-1]
     outcome = Outcome.of(run, last.number, limits, say)
     if last.ended is None:
-        now = read(run)
-        seen = now.time if now is not None and now.attempt == last.number else last.last_time
-        outcome.ended(_cause(last, job), detail=KILLED, last_seen=max(seen, last.last_time))
+        outcome.ended(_cause(last, job), detail=KILLED)
     if warning := startup_warning(since_submission(ledger.read())):
         say(f"WARNING: {warning}")
     if job is None or last.requeued is not None or not _same_job(last, job):
