@@ -153,7 +153,9 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run", nargs="?", metavar="RUN|SWEEP", help="its name under --root, or its directory")
     report.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
-    report.add_argument("--sort", metavar="COLUMN", help="of a sweep's table, such as goodput; --sort=-bytes: down")
+    report.add_argument(
+        "--sort", metavar="COLUMN", help="of a sweep's table, such as goodput; --sort=-bytes: the largest first"
+    )
     report.add_argument(
         "--since", metavar="7d", help="what all runs (or RUN) have cost since then, by user: 12h, 7d, 2w, 2026-11-01"
     )

@@ -47,7 +47,8 @@ def main(
         runs = runs_named([name], root) if name else runs_under(root)
         return _print(summarize_since(runs, moment(since, time.time())), as_json, render_since)
     if name is None:
-        raise ConfigError("RUN", "", "valid: a run or a sweep, or --since 7d for all runs")
+        first = f"; it comes before --{next(iter(wanted))}, which takes a FILE" if wanted else ""
+        raise ConfigError("RUN", "", f"valid: a run or a sweep, or --since 7d for all runs{first}")
     if (sweep := sweep_named(name, root)) is not None:
         return _sweep(summarize_sweep(sweep), as_json, wanted, sort)
     if sort is not None:

@@ -144,6 +144,8 @@ def test_what_is_wrong_with_the_options(sweep: Path, capsys: pytest.CaptureFixtu
         report.main("s/seed=0", root, as_json=False, sort="step")
     with pytest.raises(ConfigError, match=r"RUN: '' is refused; valid: a run or a sweep, or --since 7d"):
         report.main(None, root, as_json=False)
+    with pytest.raises(ConfigError, match=r"RUN: '' is refused; .*; it comes before --html, which takes a FILE"):
+        report.main(None, root, as_json=False, files={"html": "s"})  # outlast report --html s
     with pytest.raises(ConfigError, match=r"--since: 'soon' is refused; valid: 90min, 12h, 7d, 2w, or a date"):
         report.main(None, root, as_json=False, since="soon")
     assert report.main("s", root, as_json=True, sort="-metric") == 0
