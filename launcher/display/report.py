@@ -63,6 +63,8 @@ def _print_facts(facts: dict[str, str], console: Console) -> None:
 def notes_of(summary: Summary) -> dict[str, str]:
     """What a reader of this run has to know besides, by name."""
     facts: dict[str, str] = {}
+    if summary["began_with"]:
+        facts["began with"] = summary["began_with"]
     if summary["over_budget"]:
         facts["over budget"] = f"{size(summary['over_budget'])} were there at once: others write into the run directory"
     if summary["not_saved"]:
