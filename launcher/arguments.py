@@ -146,10 +146,22 @@ def parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="read every file and compare its digest; exit code 1 if one differs"
     )
     checkpoints.add_argument("--json", action="store_true")
-    report = command("report", "What happened to a run: attempts, causes, steps lost, goodput", "outlast report first")
-    report.add_argument("run", metavar="RUN", help=RUN)
+    report = command(
+        "report",
+        "What happened to a run or a sweep: attempts, causes, seconds, goodput, curves, bytes",
+        "outlast report first --html first.html",
+    )
+    report.add_argument("run", nargs="?", metavar="RUN|SWEEP", help="its name under --root, or its directory")
     report.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    report.add_argument(
+        "--sort", metavar="COLUMN", help="of a sweep's table, such as goodput; --sort=-bytes: the largest first"
+    )
+    report.add_argument(
+        "--since", metavar="7d", help="what all runs (or RUN) have cost since then, by user: 12h, 7d, 2w, 2026-11-01"
+    )
     report.add_argument("--json", action="store_true")
+    for kind, what in (("html", "a page in one file"), ("svg", "the plots"), ("png", "the plots; needs outlast[plot]")):
+        report.add_argument(f"--{kind}", nargs="?", const="", metavar="FILE", help=f"{what} (default: RUN.{kind} here)")
 
     evaluate = command(
         "evaluate",

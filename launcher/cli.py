@@ -57,7 +57,9 @@ def _run(arguments: argparse.Namespace) -> int:
         case "report":
             from .commands import report
 
-            return report.main(arguments.run, arguments.root, as_json=arguments.json)
+            files = {kind: getattr(arguments, kind) for kind in ("html", "svg", "png")}
+            how = {"files": files, "sort": arguments.sort, "since": arguments.since}
+            return report.main(arguments.run, arguments.root, as_json=arguments.json, **how)
         case "checkpoints":
             from .commands import checkpoints
 

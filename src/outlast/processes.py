@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -19,6 +20,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PARENT_ENV = "OUTLAST_PARENT"
 """Tells a rank the pid of the process that has started it."""
 _PR_SET_PDEATHSIG = 1
+IMPLAUSIBLE_S = 3600.0
+"""No process needs so long to begin: the kernel counts from another moment than the clock does."""
 
 
 @contextlib.contextmanager
@@ -129,6 +132,17 @@ def exit_at_once(code: int) -> NoReturn:
 def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def seconds_alive() -> float:
+    """How long ago this process began, by the kernel, whatever clock was set since; 0 if it does not say."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    alive = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return alive if 0.0 <= alive < IMPLAUSIBLE_S else 0.0
 
 
 def die_with(variable: str, number: signal.Signals) -> None:

@@ -257,11 +257,14 @@ class RankAttempt:
         """
         self._connect()
         self.kept.restore()
-        seconds = clock.now() - self._started
+        seconds, job = clock.now() - self._started, self._cause.job_times
         if self._newest is not None:
             name, differences = self._newest.path.name, self._resuming.differences
-            self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences)
+            self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences, **job)
             self.say(f"resumed from {name} after {seconds:.1f} s")
+        else:
+            self.record("began", step=step, seconds=seconds, **job)
+        self.progress.go_on_from(step)
         events = self._ledger.read()
         self._saver.begin(events, periodic=not self.loop_saves)
         self._planner.begin(events)

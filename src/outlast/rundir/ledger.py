@@ -35,6 +35,7 @@ _FALLOC_FL_KEEP_SIZE = 1
 
 EVENTS: dict[str, tuple[str, ...]] = {
     "attempt_started": ("job_id", "restart_count", "hosts", "world_size", "versions"),
+    "began": ("step", "seconds"),
     "resumed": ("step", "checkpoint", "seconds"),
     "converted": ("checkpoint", "ranks", "bytes", "seconds"),
     "data": ("rows", "notes"),
@@ -82,6 +83,7 @@ _TYPES: dict[type | tuple[type, ...], tuple[str, ...]] = {
         "save_s",
         "reaction_s",
         "run_bytes",
+        "last_seen",
     ),
     _MAYBE: ("step", "sealed_s", "deadline_s", "notice_s", "model_step"),
     str: ("event", "checkpoint", "reason", "name", "kind", "cause", "how"),
