@@ -40,6 +40,11 @@ class Steps:
         self.made_one = False
         """Whether this attempt has done an optimizer step."""
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop, whatever the ranks have agreed on."""
+        return self._guard.requested is not None
+
     def on_signal(self) -> None:
         """Tell the other ranks that this process was signalled, at once: in the guard's thread."""
         print(f"[outlast] rank {self._collectives.rank} received {self._guard.requested}", flush=True)

@@ -44,6 +44,7 @@ from .pipeline import KEPT, Pipeline
 from .plain_modules import save_shared_weights
 from .resharding import adapt, seed_rank
 from .schedule_free import put_into_use
+from .tracking.trackers import tracked
 from .training_objects import allow_projectors
 from .universal_checkpoint import Conversion, needs_conversion
 from .verification import Verification
@@ -82,7 +83,7 @@ def train(run: "RankAttempt", trainer: "Trainer") -> Any:
         adapter = TrainerAdapter(run, trainer)
         checkpoint = adapter.resume_from()
         loading = loading_shards() if trainer.is_deepspeed_enabled else nullcontext()
-        with loading, adapter.pipeline.skipping():
+        with loading, adapter.pipeline.skipping(), tracked(run, trainer):
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
         if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
