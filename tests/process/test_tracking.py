@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from .. import forked
-from ..conftest import RunProbe
+from ..conftest import Command, RunProbe
 
 SCRIPT = Path(__file__).with_name("tracked_script.py")
 PACKAGES = {name: name for name in ("tensorboard", "wandb", "mlflow", "trackio")}
@@ -154,3 +154,49 @@ def test_the_clock_goes_on(runs: tuple[RunProbe, RunProbe]) -> None:
     for entry in logs:
         tokens = entry["train_tokens_per_second"] * entry["train_runtime"]
         assert tokens == pytest.approx(entry["num_input_tokens_seen"], rel=0.05)
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
+    if "tensorboard" not in INSTALLED:
+        pytest.skip("tensorboard is not installed: pip install outlast[tensorboard]")
+    run = RunProbe(tmp_path / "run")
+    (run.path / "tracking").mkdir(parents=True)
+    (run.path / "tracking/tensorboard").write_text("in the way")
+    code, output = attempt(run.path, trackers="tensorboard")
+    assert code == 0, output
+    assert "tensorboard fails, training goes on without it: FileExistsError" in output
+    assert [event["tracker"] for event in run.events("tracking_failed")] == ["tensorboard"]
+
+
+def test_cells_of_a_sweep_stand_side_by_side(outlast: Callable[..., Command], tmp_path: Path) -> None:
+    trackers = [name for name in ("tensorboard", "wandb") if name in INSTALLED]
+    if not trackers:
+        pytest.skip("no tracker is installed: pip install outlast[tensorboard]")
+    sft = [
+        "model.vocab_size=300",
+        "model.hidden_size=16",
+        "model.layers=1",
+        "data.max_pairs=40",
+        "trainer.max_length=64",
+    ]
+    chosen = [f"tracking=[{','.join(trackers)}]", "trainer.max_steps=2", "trainer.logging_steps=1"]
+    without = ["trainer.eval_strategy=no", "trainer.load_best_model_at_end=false", "parallel.cpus_per_rank=1"]
+    command = outlast("train", "-m", "job=sft", *sft, *chosen, *without, "seed=1,2", "run.name=s")
+    assert command.wait() == 0, command.output
+    cells = sorted(path.parent for path in (tmp_path / "runs/s").glob("*/tracking"))
+    assert len(cells) == 2
+    for cell in cells:
+        places, values = of_tensorboard(cell)
+        assert places == {"tracking/tensorboard"}
+        assert [step for step, _ in values["train/loss"]] == [1, 2]
+    if "wandb" in trackers:
+        from wandb.proto.wandb_internal_pb2 import Record
+
+        from outlast.huggingface.tracking.wandb import records_of
+
+        records = [
+            Record.FromString(one) for cell in cells for file in cell.rglob("*.wandb") for one in records_of(file)
+        ]
+        started = [record.run for record in records if record.HasField("run")]
+        assert {run.run_group for run in started} == {"s"}
+        assert {run.display_name for run in started} == {cell.name for cell in cells}

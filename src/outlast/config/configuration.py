@@ -24,6 +24,7 @@ from .preemption import PreemptionSection
 from .run import JobSection, RunSection
 from .section import Number, Section, declared, require, section
 from .storage import StorageSection
+from .tracking import TrackingSection
 from .trainer_keys import deciding
 
 IDENTITY = ("seed", "job", "model", "data", "peft", "parallel", "trainer")
@@ -44,6 +45,7 @@ class Config(Section):
     preemption: PreemptionSection = field(default_factory=PreemptionSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     storage: StorageSection = field(default_factory=StorageSection)
+    tracking: TrackingSection = field(default_factory=TrackingSection)
     seed: Annotated[int, Number(ge=0, le=2**32 - 1)] = 42
     """Seed of the weights, the order of the data, and dropout."""
     trainer: dict[str, Any] = field(default_factory=dict)

@@ -79,7 +79,7 @@ class Gate:
         """Give the callback its own methods back."""
         self.work.put(_stop)
         for name in self._own:
-            delattr(self._callback, f"on_{name}")
+            vars(self._callback).pop(f"on_{name}", None)
 
     # In the main thread ---------------------------------------------------------------------------------------------
 

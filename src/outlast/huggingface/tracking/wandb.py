@@ -137,7 +137,7 @@ def rows(path: Path) -> Iterator[Logs]:
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for data in _records(path.read_bytes()):
+    for data in records_of(path):
         try:
             record = Record.FromString(data)
         except DecodeError:
@@ -147,9 +147,9 @@ def rows(path: Path) -> Iterator[Logs]:
             yield {key: value for key, value in items.items() if key == "_timestamp" or not key.startswith("_")}
 
 
-def _records(data: bytes) -> Iterator[bytes]:
-    """Yield the records of a log: each in one piece, or in a first, middle and last one."""
-    at, whole = 7, b""  # after the header
+def records_of(path: Path) -> Iterator[bytes]:
+    """Yield the records of a transaction log: each in one piece, or in a first, middle and last one."""
+    data, at, whole = path.read_bytes(), 7, b""  # 7: after the header
     while at + 7 <= len(data):
         left = BLOCK - at % BLOCK
         if left < 7:
