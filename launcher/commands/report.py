@@ -107,6 +107,7 @@ def summarize(run: RunDirectory) -> Summary:
         "over_budget": max((e["bytes"] for e in events if e["event"] == "over_budget"), default=None),
         "not_saved": {path: why for e in events if e["event"] == "not_saved" for path, why in e["objects"].items()},
         "batches_differ": [e["step"] for e in events if e["event"] == "batch_differs"],
+        "diverged": _diverged(events),
         "not_finite": next((event["step"] for event in events if event["event"] == "not_finite"), None),
         "batches_unknown": any(event["event"] == "batches_unknown" for event in events),
         "bytes_used": bytes_used(run.path),
@@ -115,6 +116,13 @@ def summarize(run: RunDirectory) -> Summary:
         "best": best_metric(events, settings["trainer"]),
         "attempts": rows,
     }
+
+
+def _diverged(events: list[Event]) -> str | None:
+    """Why the guard has stopped the last attempt, if it has."""
+    ended = [event for event in events if event["event"] == "attempt_ended"]
+    kind, _, why = (ended[-1].get("error") or "" if ended else "").partition(": ")
+    return why.partition(":")[0] if kind == "DivergedError" else None
 
 
 def _interval(events: list[Event]) -> Summary | None:
@@ -163,6 +171,8 @@ def render(summary: Summary, console: Console) -> None:
         facts["over budget"] = f"{size(summary['over_budget'])} were there at once: others write into the run directory"
     if summary["not_saved"]:
         facts["not saved"] = "; ".join(f"{path}: {why}" for path, why in summary["not_saved"].items())
+    if summary["diverged"]:
+        facts["diverged"] = f"{summary['diverged']}; the newest checkpoint is from before that"
     if summary["not_finite"] is not None:
         facts["not finite"] = f"a loss was NaN or infinite at step {summary['not_finite']}, or another logged value was"
     if summary["batches_differ"]:

@@ -4,7 +4,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ class Run:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.steps = SimpleNamespace(asked=False)
+        self.asked_to_stop = False
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -128,7 +127,7 @@ def test_a_signal_ends_the_wait(opened: Opened) -> None:
     run, callback, _ = opened()
     forever, began = threading.Event(), time.monotonic()
     callback.wait = lambda: forever.wait() and None
-    run.steps.asked = True
+    run.asked_to_stop = True
     log(callback, TrainerState(), loss=1.0)
     callback.on_train_end(None, TrainerState(), None)
     assert time.monotonic() - began < gate.CLOSE_S / 2

@@ -93,7 +93,7 @@ class Gate:
         self.work.put(partial(method, copy.copy(args), then, control, logs=logs, model=model))
         if method == self._end:
             deadline = time.monotonic() + CLOSE_S
-            while self.work.unfinished_tasks and time.monotonic() < deadline and not self._run.steps.asked:
+            while self.work.unfinished_tasks and time.monotonic() < deadline and not self._run.asked_to_stop:
                 time.sleep(0.02)
             if self.work.unfinished_tasks:
                 self._fails(TimeoutError("it has not written everything in time"), state.global_step)
