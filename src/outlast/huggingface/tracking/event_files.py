@@ -37,7 +37,11 @@ def event_files(directory: Path) -> list[Path]:
 def records(path: Path) -> Iterator[Record]:
     """Yield the records of an event file, up to the first that a kill or a full disk has damaged."""
     from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
+
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+    except ImportError:  # transformers takes either
+        from tensorboardX.proto.event_pb2 import Event
 
     data, at = path.read_bytes(), 0
     while at + 16 <= len(data):

@@ -30,7 +30,7 @@ STEP = "train/global_step"
 """The name under which the Trainer's callback logs the optimizer step."""
 SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 """What the Trainer's callback writes into the summary instead of a row."""
-INIT_S = 20.0
+INIT_S = 12.0
 """Seconds after which a server that does not answer is left out, and the run goes on offline."""
 
 _opened: set[str] = set()
@@ -44,7 +44,8 @@ class Wandb:
 
     def __init__(self, run: "RankAttempt", callback: "WandbCallback") -> None:
         self._run, self._callback = run, callback
-        self._older: list[Path] = []
+        self._whole: Path | None = None
+        """The directory that holds the whole run; None if a server does."""
 
     def begin(self, start: Start, args: Any, state: Any, history: list[Logs]) -> Callable[[Point], bool]:
         """Open the run, online or not, with the rows that it had at the checkpoint."""
@@ -57,16 +58,16 @@ class Wandb:
             self._run.say("WARNING: the script has called wandb.init: what is repeated after a kill is logged twice")
             start(args)
             return lambda point: point[1] <= state.global_step and bool(history)
-        self._older = sorted(place.glob("wandb/*run-*"))
         logged = Counter((self.named(key), entry["step"]) for entry in history for key in entry if key != "step")
-        kept = max((_until(path, state.global_step, logged) for path in self._older), key=len, default=[])
-        online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE", "online") == "online"
-        own = wandb.run or _open(wandb, place, who, online=online)
+        kept = max((_until(path, state.global_step, logged) for path in _directories(place)), key=len, default=[])
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        own = wandb.run or _open(wandb, place, who, mode)
         _opened.add(own.id)
         start(args)
         if not own.settings._offline:  # nothing can be taken away there
             last = int(own.summary.get(STEP, -1)) if own.starting_step else -1
             return lambda point: point[1] <= last
+        self._whole = Path(own.dir).parent
         there: Counter[Point] = Counter()
         for row in kept:
             own.log(row)
@@ -86,11 +87,14 @@ class Wandb:
 
         The run itself stays open, as transformers leaves it; the process's end closes it.
         """
-        for path in self._older:
-            delete(path, inside=self._run.directory.path)
+        if self._whole is not None:
+            for path in _directories(tracking_directory(self._run, self.name)):
+                if path.name != self._whole.name:
+                    delete(path, inside=self._run.directory.path)
 
 
-def _open(wandb: Any, place: Path, who: Identity, *, online: bool) -> Any:
+def _open(wandb: Any, place: Path, who: Identity, mode: str) -> Any:
+    """Open the run; where a server does not answer in time, offline."""
     more = {} if "WANDB_RUN_GROUP" in os.environ or who.sweep is None else {"group": who.sweep}
 
     def init(mode: str) -> Any:
@@ -106,12 +110,19 @@ def _open(wandb: Any, place: Path, who: Identity, *, online: bool) -> Any:
             **more,
         )
 
-    if online:
+    if mode == "online":
         try:
-            return init("online")
+            return init(mode)
         except Exception as error:
             wandb.termwarn(f"going on offline: {error}")
-    return init("offline")
+            wandb.teardown()  # else the run counts as in use
+            mode = "offline"
+    return init(mode)
+
+
+def _directories(place: Path) -> list[Path]:
+    """The directories of attempts, the oldest first."""
+    return sorted(place.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
 
 
 def _until(directory: Path, step: int, logged: Counter[Point]) -> list[Logs]:
