@@ -69,6 +69,8 @@ def notes_of(summary: Summary) -> dict[str, str]:
         facts["over budget"] = f"{size(summary['over_budget'])} were there at once: others write into the run directory"
     if summary["not_saved"]:
         facts["not saved"] = "; ".join(f"{path}: {why}" for path, why in summary["not_saved"].items())
+    if summary["diverged"]:
+        facts["diverged"] = f"{summary['diverged']}; the newest checkpoint is from before that"
     if summary["not_finite"] is not None:
         facts["not finite"] = f"a loss was NaN or infinite at step {summary['not_finite']}, or another logged value was"
     if summary["batches_differ"]:

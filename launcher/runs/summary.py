@@ -102,6 +102,7 @@ def summarize(run: RunDirectory) -> Summary:
         "over_budget": max((e["bytes"] for e in events if e["event"] == "over_budget"), default=None),
         "not_saved": {path: why for e in events if e["event"] == "not_saved" for path, why in e["objects"].items()},
         "batches_differ": [e["step"] for e in events if e["event"] == "batch_differs"],
+        "diverged": _diverged(events),
         "not_finite": next((event["step"] for event in events if event["event"] == "not_finite"), None),
         "batches_unknown": any(event["event"] == "batches_unknown" for event in events),
         "bytes_used": bytes_used(run.path),
@@ -112,6 +113,13 @@ def summarize(run: RunDirectory) -> Summary:
         "disk": disk(events),
         "attempts": rows,
     }
+
+
+def _diverged(events: list[Event]) -> str | None:
+    """Why the guard has stopped the last attempt, if it has."""
+    ended = [event for event in events if event["event"] == "attempt_ended"]
+    kind, _, why = (ended[-1].get("error") or "" if ended else "").partition(": ")
+    return why.partition(":")[0] if kind == "DivergedError" else None
 
 
 def _interval(events: list[Event]) -> Summary | None:

@@ -48,6 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
     except Exception as error:
         _show(error)
         raise
+    run.guarding = config.guard
     _log_by_attempt(run)
     run.describe(config=config.digest_of_any_ranks[:16])
     try:

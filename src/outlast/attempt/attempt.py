@@ -10,6 +10,7 @@ from outlast.checkpoint.manifest import Kind, Sealed
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore
 from outlast.config.checkpoint import CheckpointSection
+from outlast.config.guard import GuardSection
 from outlast.config.preemption import PreemptionSection
 from outlast.config.storage import StorageSection
 from outlast.errors import CheckpointError, Exit, OutlastError
@@ -73,6 +74,8 @@ class RankAttempt:
     ) -> None:
         self.directory, self.loop_saves = directory, loop_saves
         self._started, self._guard, self._preemption = clock.now(), guard, preemption
+        self.guarding = GuardSection()
+        """What follows a loss that says that training is lost."""
         # Who this process is.
         meet_in(directory.path)
         self.collectives = collectives = Collectives()
@@ -160,6 +163,11 @@ class RankAttempt:
     def stopping(self) -> bool:
         """Whether all ranks have agreed to save and leave."""
         return self._shutdown.signal is not None
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this process was told to stop, whatever the ranks have agreed on."""
+        return self._guard.requested is not None
 
     @property
     def layout(self) -> Layout:
@@ -311,7 +319,7 @@ class RankAttempt:
 
         sealed = self._saver.save(
             step,
-            write,
+            self.steps.divergence.refusing(write),
             kind=Kind.EMERGENCY if self.stopping else Kind.PERIODIC,
             asked_at=self._shutdown.asked_at if self.stopping else None,
             pending_evaluation=pending_evaluation,
@@ -354,7 +362,8 @@ class RankAttempt:
             OutlastError: the model (`CheckpointError`) or the ledger can't be written; the run is not finished.
         """
         of = step if weights_step is None else weights_step
-        if save is not None and self._saver.save(of, save, kind=Kind.FINAL, best_step=weights_step) is None:
+        refusing = self.steps.divergence.refusing
+        if save is not None and self._saver.save(of, refusing(save), kind=Kind.FINAL, best_step=weights_step) is None:
             raise CheckpointError(f"the finished model could not be written to {self.final}; the same command resumes")
         self.collectives.barrier()
         self._watchdog.close()

@@ -64,6 +64,8 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "attempt_ended": ("cause", "step"),
     "gave_up": ("reason",),
     "not_finite": ("step", "values"),
+    "spike": ("step", "loss", "median"),
+    "tracking_failed": ("tracker", "step", "error"),
     "trained": ("metrics",),
     "finished": ("step", "seconds"),
 }
