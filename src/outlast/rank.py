@@ -44,11 +44,10 @@ def main(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(config.parallel.cpus_per_rank))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        run = Run(run_directory, guard, config.preemption, config.checkpoint, config.storage)
+        run = Run(run_directory, guard, config.preemption, config.checkpoint, config.storage, guarding=config.guard)
     except Exception as error:
         _show(error)
         raise
-    run.guarding = config.guard
     _log_by_attempt(run)
     run.describe(config=config.digest_of_any_ranks[:16])
     try:

@@ -97,12 +97,11 @@ def start(
             section("storage", StorageSection, {"budget_gb": budget_gb}),
         )
         try:
-            started = Run(*arguments, loop_saves=every is None, requeue=requeue)
+            started = Run(*arguments, guarding=guarding, loop_saves=every is None, requeue=requeue)
         except AlreadyFinished as done:
             if done.code:  # the other ranks wait for this one, and can't be told
                 raise
             started = FinishedRun(*arguments, step=done.step, requeue=requeue)
-        started.guarding = guarding
     except BaseException:
         guard.uninstall()
         raise

@@ -22,7 +22,6 @@ from outlast.preemption.repeats import will_repeat
 from outlast.preemption.shutdown import Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.preemption.startup import LeaveInStartup
-from outlast.preemption.stopped import note_stops
 from outlast.preemption.watchdog import Watchdog
 from outlast.processes import exit_at_once
 from outlast.ranks.agreement import StepAgreement
@@ -53,6 +52,7 @@ class RankAttempt:
 
     Args:
         guard: installed already; from here on its signals are acted on.
+        guarding: what follows a loss that says that training is lost.
         loop_saves: when to save periodically is up to a Trainer, if one trains, whatever `checkpoint` says.
         requeue: the Slurm job around this process is the run's, though its batch script is not ours.
 
@@ -69,13 +69,13 @@ class RankAttempt:
         checkpoint: CheckpointSection,
         storage: StorageSection,
         *,
+        guarding: GuardSection | None = None,
         loop_saves: bool = False,
         requeue: bool = False,
     ) -> None:
         self.directory, self.loop_saves = directory, loop_saves
         self._started, self._guard, self._preemption = clock.now(), guard, preemption
-        self.guarding = GuardSection()
-        """What follows a loss that says that training is lost."""
+        self.guarding = guarding or GuardSection()
         # Who this process is.
         meet_in(directory.path)
         self.collectives = collectives = Collectives()
@@ -107,7 +107,6 @@ class RankAttempt:
         self._cause = StopCause(directory, identity, guard, preemption, self.say)
         self._outcome = Outcome(directory, identity, preemption, self._recorder, _print)
         self._shutdown = Shutdown(identity, guard, self._cause, self._outcome, preemption, self._recorder, _print)
-        note_stops()
         self._planner = Planner(preemption.lead_s, limit.expected_bytes)
         self._channel = ControlChannel(self.rank, collectives.world_size)
         self._agreement = agreement = StepAgreement(self._channel, self._on_stop_asked)
