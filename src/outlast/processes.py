@@ -49,6 +49,35 @@ def shield_worker(worker_id: int = 0) -> None:
     at_parents_death(signal.SIGKILL)
 
 
+def end_workers_at_exit() -> None:
+    """Kill, when this Python ends, the workers that :func:`shield_worker` has made deaf to TERM.
+
+    That is what `multiprocessing` ends daemonic children with at exit; then it waits for them, and would for ever.
+    """
+    from multiprocessing import util
+
+    util.Finalize(None, _end_deaf_children, exitpriority=0)  # finalizers come before that
+
+
+def _end_deaf_children() -> None:
+    import multiprocessing
+
+    deaf = [child for child in multiprocessing.active_children() if child.daemon and _blocks_term(child.pid)]
+    if deaf:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error: a worker was killed
+    for child in deaf:
+        child.kill()
+
+
+def _blocks_term(pid: int | None) -> bool:
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            masks = [int(line.split()[1], 16) for line in status if line.startswith("SigBlk:")]
+    except OSError:  # it has ended
+        return False
+    return any(mask >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
 class _Lossy(io.FileIO):
     """A file that takes whatever is written to it, also where the disk is full or the terminal is gone."""
 

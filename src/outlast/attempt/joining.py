@@ -8,7 +8,7 @@ from collections.abc import Callable
 from outlast import clock
 from outlast.checkpoint.manifest import versions
 from outlast.errors import ConfigError, Exit, denied
-from outlast.processes import seconds_alive
+from outlast.processes import end_workers_at_exit, seconds_alive
 from outlast.ranks.collectives import Collectives
 from outlast.ranks.identity import Identity
 from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, finished
@@ -71,6 +71,7 @@ def _join(
             lock.release()
             raise
     lock.keep_from_children()
+    end_workers_at_exit()
     number = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(
         ledger.read(), (job.job_id, job.restart_count) if job else None
     )
