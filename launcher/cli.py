@@ -24,13 +24,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(Exit.FAILED)
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            print(f"outlast: {error.filename}: {error.strerror}", file=sys.stderr)
-            sys.exit(Exit.REFUSED)
-        if (text := denied(error)) is None:
+        if error.filename is None:
             raise
-        print(f"outlast: {text}", file=sys.stderr)
-        sys.exit(Exit.FAILED)
+        print(f"outlast: {denied(error) or f'{error.filename}: {error.strerror}'}", file=sys.stderr)
+        sys.exit(Exit.REFUSED if error.errno == errno.ENAMETOOLONG else Exit.FAILED)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -45,7 +45,7 @@ def test_it_is_not_written_at_each_step(tmp_path: Path) -> None:
     assert writer.now.seconds_per_step is not None
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", '{"step": 3, "from_a_newer_version": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "null", '{"step": "3"}', '{"step": 3, "from_a_newer_version": 1}'])
 def test_reading_what_was_not_written_here(tmp_path: Path, text: str) -> None:
     run = RunDirectory(tmp_path)
     run.progress.write_text(text)

@@ -19,6 +19,8 @@ from .losses import Point, add, points_of, up_to
 Phase = Literal["starting", "converting", "training", "evaluating", "saving", "done"]
 
 INTERVAL_S = 0.5
+WORDS = ("phase", "losses")
+"""Fields that are no numbers."""
 
 
 @dataclass(kw_only=True)
@@ -87,7 +89,10 @@ def read(run: RunDirectory) -> Progress | None:
     values = read_json(run.progress)
     if not isinstance(values, dict):
         return None
-    found = Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
+    numbers = {f.name: values[f.name] for f in fields(Progress) if f.name in values and f.name not in WORDS}
+    if not all(isinstance(value, int | float | None) for value in numbers.values()):
+        return None
+    found = Progress(**numbers, phase=values.get("phase", "starting"))
     found.losses = points_of(values)
     if found.seconds_per_step is not None and not 0.0 <= found.seconds_per_step < math.inf:
         found.seconds_per_step = None  # a clock was set
