@@ -47,6 +47,8 @@ def _set(tree: dict[str, Any], text: str) -> None:
         raise ConfigError(key, text, "valid: one value, key=value")
     if section == "trainer" and rest in LENGTH:
         if reason := length_refusal(tree["trainer"]):
+            if tree["job"]["name"] != "sft":  # it has no schedule that could be another
+                reason = "it would be another run: `outlast train … run.name=…`"
             raise ConfigError(key, value, f"it decides the weights: {reason}")
     elif section in IDENTITY and key not in LAYOUT and not (section == "trainer" and rest in FREE.union(BATCH)):
         raise ConfigError(
