@@ -61,6 +61,12 @@ def _run(arguments: argparse.Namespace) -> int:
             from .commands import checkpoints
 
             return checkpoints.main(arguments.run, arguments.root, verify=arguments.verify, as_json=arguments.json)
+        case "prune":
+            from .commands import prune
+
+            names = ("older", "keep", "unfinished", "dry_run")
+            rule = {name: getattr(arguments, name) for name in names}
+            return prune.main(arguments.runs, arguments.root, **rule, sure=arguments.yes, as_json=arguments.json)
         case "plan":
             from .commands import plan
 
