@@ -157,6 +157,14 @@ def parser() -> argparse.ArgumentParser:
     prune.add_argument("--dry-run", action="store_true", help="show what would go, and delete nothing")
     prune.add_argument("--yes", action="store_true", help="don't ask")
     prune.add_argument("--json", action="store_true", help="with --dry-run or --yes")
+    move = command(
+        "move",
+        "Move a run that is not under way: copied, verified, then removed where it was",
+        "outlast move first /project/runs/first",
+    )
+    move.add_argument("run", metavar="RUN", help=f"{RUN}, or SWEEP/CELL")
+    move.add_argument("to", type=Path, metavar="DEST", help="its new directory, which is not there yet")
+    move.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
     report = command("report", "What happened to a run: attempts, causes, steps lost, goodput", "outlast report first")
     report.add_argument("run", metavar="RUN", help=RUN)
     report.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)

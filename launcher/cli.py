@@ -67,6 +67,10 @@ def _run(arguments: argparse.Namespace) -> int:
             names = ("older", "keep", "unfinished", "dry_run")
             rule = {name: getattr(arguments, name) for name in names}
             return prune.main(arguments.runs, arguments.root, **rule, sure=arguments.yes, as_json=arguments.json)
+        case "move":
+            from .commands import move
+
+            return move.main(arguments.run, arguments.to, arguments.root)
         case "plan":
             from .commands import plan
 
