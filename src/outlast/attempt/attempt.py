@@ -13,6 +13,7 @@ from outlast.config.checkpoint import CheckpointSection
 from outlast.config.preemption import PreemptionSection
 from outlast.config.storage import StorageSection
 from outlast.errors import CheckpointError, Exit, OutlastError
+from outlast.notification import tell_meanwhile
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner
 from outlast.preemption.outcome import Outcome
@@ -279,6 +280,8 @@ class RankAttempt:
             text, fields = short
             self.record("notice_short", **fields)
             self.say(f"WARNING: {text}")
+            if self._guard.requested is None:
+                tell_meanwhile(self.directory, "notice_short", text, self.say)
 
     def checkpoint(
         self,

@@ -19,6 +19,7 @@ from .checkpoint import CheckpointSection
 from .cluster import LocalCluster, SlurmCluster
 from .data import HubData, JsonlData, PythonDocs
 from .model import Lora, NoPeft, PretrainedModel, TinyModel
+from .notify import NotifySection
 from .parallel import Ddp, Zero
 from .preemption import PreemptionSection
 from .run import JobSection, RunSection
@@ -44,6 +45,7 @@ class Config(Section):
     preemption: PreemptionSection = field(default_factory=PreemptionSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     storage: StorageSection = field(default_factory=StorageSection)
+    notify: NotifySection = field(default_factory=NotifySection)
     seed: Annotated[int, Number(ge=0, le=2**32 - 1)] = 42
     """Seed of the weights, the order of the data, and dropout."""
     trainer: dict[str, Any] = field(default_factory=dict)
