@@ -6,14 +6,14 @@ PATHS := src launcher jobs tests conf slurm
 
 AT_A_TIME := --dist=loadfile --no-loadscope-reorder --numprocesses
 
-.PHONY: demo test unit check setup slurm clean
+.PHONY: demo test unit check setup slurm chromium clean
 
 demo: $(BIN)/.ready
 	@$(BIN)/python tests/demo.py
 
 # Slurm's tests mostly wait: two processes for them, with a devcluster each, and one for the others. Then, one by one,
 # those that measure time.
-test: check slurm
+test: check slurm chromium
 	@failed=; \
 	$(BIN)/pytest $(AT_A_TIME)=3 -m "not alone" || failed=1; \
 	$(BIN)/pytest -m alone || failed=1; \
@@ -35,6 +35,10 @@ setup: $(BIN)/.ready
 # The real Slurm that the tests run on. Not root, or not Debian: those tests are skipped, and say why.
 slurm: $(BIN)/.ready
 	@slurm/devcluster/install.sh
+
+# The browser in which the tests look at reports. It can't be installed here: those tests are skipped, and say why.
+chromium:
+	@tests/chromium.sh
 
 $(BIN)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "outlast needs Python 3.11 or later")'

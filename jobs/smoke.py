@@ -38,6 +38,8 @@ def check(config: Config) -> None:
     section("trainer", SmokeTrainer, config.trainer)
     if config.parallel.zero_stage:
         raise ConfigError("parallel", config.parallel.kind, "valid for job=smoke: ddp")
+    if config.tracking.chosen:
+        raise ConfigError("tracking", ", ".join(config.tracking.chosen), "valid for job=smoke, a loop by hand: none")
 
 
 def footprint(config: Config) -> "Footprint":

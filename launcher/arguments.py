@@ -9,6 +9,11 @@ OVERRIDES = "a Hydra override: model=pretrained picks a group's file, seed=3 set
 SWEEP = "a sweep, as one job array: seed=1,2 and trainer.learning_rate=1e-4,3e-4 make four cells; range(1,4), glob(*)"
 RUN = "a run's name under --root, or its directory"
 RUNS = "runs, sweeps or SWEEP/CELL under --root, or their directories"
+WHICH = "final, best, newest or a step"
+FROM = (
+    "a new run that begins with another's weights (WHICH: final, best, newest or a step), and has its configuration "
+    "but for the overrides; needs run.name"
+)
 RESOURCES = (
     "cluster.time_min=240 changes a resource (cluster.*, preemption.*, storage.*, checkpoint.*, parallel.nodes, "
     "parallel.ranks_per_node, parallel.launch) or logging and evaluation (trainer.*)"
@@ -78,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     overrides(train)
     sweep(train)
     train.add_argument("--wait", action="store_true", help="come back when it has ended, and say what came of it")
+    train.add_argument("--from", dest="begin_with", metavar="RUN[@WHICH]", help=FROM)
+    train.add_argument(
+        "--optimizer", action="store_true", help="with --from: take over optimizer, schedule and position, too"
+    )
     train.add_argument("--json", action="store_true", help="wait, and print state and metric of each cell as JSON")
     plan = command(
         "plan", "Print what train would decide; start nothing", "outlast plan cluster=slurm parallel.nodes=2"
@@ -165,10 +174,62 @@ def parser() -> argparse.ArgumentParser:
     move.add_argument("run", metavar="RUN", help=f"{RUN}, or SWEEP/CELL")
     move.add_argument("to", type=Path, metavar="DEST", help="its new directory, which is not there yet")
     move.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
-    report = command("report", "What happened to a run: attempts, causes, steps lost, goodput", "outlast report first")
-    report.add_argument("run", metavar="RUN", help=RUN)
+    report = command(
+        "report",
+        "What happened to a run or a sweep: attempts, causes, seconds, goodput, curves, bytes",
+        "outlast report first --html first.html",
+    )
+    report.add_argument("run", nargs="?", metavar="RUN|SWEEP", help="its name under --root, or its directory")
     report.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    report.add_argument(
+        "--sort", metavar="COLUMN", help="of a sweep's table, such as goodput; --sort=-bytes: the largest first"
+    )
+    report.add_argument(
+        "--since", metavar="7d", help="what all runs (or RUN) have cost since then, by user: 12h, 7d, 2w, 2026-11-01"
+    )
     report.add_argument("--json", action="store_true")
+    for kind, what in (("html", "a page in one file"), ("svg", "the plots"), ("png", "the plots; needs outlast[plot]")):
+        report.add_argument(f"--{kind}", nargs="?", const="", metavar="FILE", help=f"{what} (default: RUN.{kind} here)")
+
+    evaluate = command(
+        "evaluate",
+        "Score every kept checkpoint, light ones too, and say which differences are noise",
+        "outlast evaluate first --data other.jsonl",
+    )
+    evaluate.add_argument("run", metavar="RUN", help=RUN)
+    evaluate.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    evaluate.add_argument("--data", type=Path, metavar="FILE", help="JSON Lines (default: the run's evaluation data)")
+    evaluate.add_argument("--json", action="store_true")
+    export = command(
+        "export",
+        "A model that from_pretrained or PEFT loads, with tokenizer and model card",
+        "outlast export first --to first-model --merge",
+    )
+    export.add_argument("run", metavar="RUN", help=RUN)
+    export.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a directory that is not there, or empty")
+    export.add_argument("--checkpoint", default="final", metavar="WHICH", help=f"{WHICH} (default: final)")
+    export.add_argument("--merge", action="store_true", help="merge adapters into their base model")
+    export.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="round the weights (default: as they are)"
+    )
+    export.add_argument("--json", action="store_true")
+    tried = command(
+        "try", "A few tokens from a run's model, to see whether it learned", 'outlast try first "What does len do?"'
+    )
+    tried.add_argument("run", metavar="RUN", help=RUN)
+    tried.add_argument(
+        "prompt", metavar="PROMPT", help="what the user says; put into the chat template, if there is one"
+    )
+    tried.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    tried.add_argument("--checkpoint", metavar="WHICH", help=f"{WHICH} (default: the finished model, else the best)")
+    tried.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate, at most (64)")
+    tried.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="draw tokens (default: 0, always the likeliest)"
+    )
+    tried.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+    tried.add_argument("--plain", action="store_true", help="the prompt as it is, without a chat template")
+    tried.add_argument("--json", action="store_true")
 
     dev = command(
         "devcluster", "A real Slurm on this machine (root, Debian's packages)", "outlast devcluster up --grace 30"

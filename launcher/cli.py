@@ -3,8 +3,9 @@
 import argparse
 import errno
 import sys
+from typing import Any
 
-from outlast.errors import Exit, OutlastError, denied
+from outlast.errors import ConfigError, Exit, OutlastError, denied
 
 from .arguments import parser
 
@@ -23,13 +24,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(Exit.FAILED)
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            print(f"outlast: {error.filename}: {error.strerror}", file=sys.stderr)
-            sys.exit(Exit.REFUSED)
-        if (text := denied(error)) is None:
+        if error.filename is None:
             raise
-        print(f"outlast: {text}", file=sys.stderr)
-        sys.exit(Exit.FAILED)
+        print(f"outlast: {denied(error) or f'{error.filename}: {error.strerror}'}", file=sys.stderr)
+        sys.exit(Exit.REFUSED if error.errno == errno.ENAMETOOLONG else Exit.FAILED)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -56,11 +54,28 @@ def _run(arguments: argparse.Namespace) -> int:
         case "report":
             from .commands import report
 
-            return report.main(arguments.run, arguments.root, as_json=arguments.json)
+            files = {kind: getattr(arguments, kind) for kind in ("html", "svg", "png")}
+            how = {"files": files, "sort": arguments.sort, "since": arguments.since}
+            return report.main(arguments.run, arguments.root, as_json=arguments.json, **how)
         case "checkpoints":
             from .commands import checkpoints
 
             return checkpoints.main(arguments.run, arguments.root, verify=arguments.verify, as_json=arguments.json)
+        case "export":
+            from .commands import export
+
+            options = {"merge": arguments.merge, "dtype": arguments.dtype, "as_json": arguments.json}
+            return export.main(arguments.run, arguments.root, arguments.to, arguments.checkpoint, **options)
+        case "evaluate":
+            from .commands import evaluate
+
+            return evaluate.main(arguments.run, arguments.root, arguments.data, as_json=arguments.json)
+        case "try":
+            from .commands import try_
+
+            options = {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "seed", "plain")}
+            prompt, which = arguments.prompt, arguments.checkpoint
+            return try_.main(arguments.run, arguments.root, prompt, which, **options, as_json=arguments.json)
         case "prune":
             from .commands import prune
 
@@ -87,8 +102,15 @@ def _run(arguments: argparse.Namespace) -> int:
             return _devcluster(arguments)
     from .commands import train
 
-    command = train.train_sweep if arguments.multirun else train.train
-    return command(arguments.overrides, arguments.config_dir, waiting=arguments.wait, as_json=arguments.json)
+    train_options: dict[str, Any] = {"waiting": arguments.wait, "as_json": arguments.json}
+    if arguments.optimizer and arguments.begin_with is None:
+        raise ConfigError("--optimizer", True, "valid: with --from RUN")
+    if not arguments.multirun:
+        train_options |= {"begin_with": arguments.begin_with, "optimizer": arguments.optimizer}
+        return train.train(arguments.overrides, arguments.config_dir, **train_options)
+    if arguments.begin_with is not None:
+        raise ConfigError("--from", arguments.begin_with, "valid: for one run, without -m")
+    return train.train_sweep(arguments.overrides, arguments.config_dir, **train_options)
 
 
 def _devcluster(arguments: argparse.Namespace) -> int:

@@ -29,10 +29,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
+PROGRAMS = ("outlast.rank", "outlast.results.program", "outlast.jobs.evaluation.program")
+"""What the launcher starts as programs of their own."""
 PADDING = "FORK_SERVER_PADDING"
 """A variable that is there to make room: a forked process writes its own environment over that of the server."""
 MODULES = (
-    *("outlast.rank", "outlast.agent", "outlast.script", "outlast.launcher.cli", "outlast.jobs.sft"),
+    *(
+        "outlast.results.program",
+        "outlast.rank",
+        "outlast.agent",
+        "outlast.script",
+        "outlast.launcher.cli",
+        "outlast.jobs.sft",
+    ),
     *("torch.distributed", "transformers.trainer", "trl.trainer.sft_trainer", "peft", "datasets", "accelerate"),
     *("accelerate.commands.launch", "outlast.huggingface.trainer"),
 )
@@ -184,7 +193,7 @@ def _start_child(
     """What `Popen` calls to start a process; `rest` begins with its pipes and says further how to."""
     argv = [args] if isinstance(args, str) else [os.fspath(arg) for arg in args]
     flags = [arg for arg in argv[1:] if arg not in ("-u", "-P")]
-    ours = flags[:2] == ["-m", "outlast.rank"] or (flags[:1] and flags[0].endswith(".py"))
+    ours = (flags[:1] == ["-m"] and flags[1] in PROGRAMS) or (flags[:1] and flags[0].endswith(".py"))
     if shell or executable or preexec_fn or argv[0] not in (sys.executable, OUTLAST) or not ours:
         _by_exec(
             self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *rest

@@ -76,6 +76,7 @@ def check(config: Config) -> None:
             raise ConfigError("trainer", key, _unknown(key, [name for name in hints if name not in RESERVED]))
         config.trainer[key] = _converted(key, value, hints[key], choices[key])
     _check_values(config.trainer)
+    _check_trackers(config)
     _check_evaluation(config)
     # Made for real, the class sets up a device and perhaps a process group; this one's device is set up already.
     cpu = torch.device("cpu")
@@ -121,7 +122,7 @@ def sft_config(config: Config, output_dir: Path, **extra: Any) -> Any:
 
 def as_arguments(config: Config, output_dir: Path, *, cuda: bool, bf16: bool) -> dict[str, Any]:
     """Return the arguments of `SFTConfig` for a machine with or without a GPU (`cuda`) and bfloat16 (`bf16`)."""
-    values = {"report_to": "none", "run_name": config.run.name, **config.trainer}
+    values = {"run_name": config.run.name, **config.trainer, "report_to": _trackers(config)}
     # transformers 5 renamed these; the old names work but warn, and lose against the new ones.
     values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing", True))
     values.setdefault("activation_checkpointing_kwargs", values.pop("gradient_checkpointing_kwargs", None))
@@ -178,24 +179,35 @@ def _unknown(key: str, names: list[str]) -> str:
 
 
 def _check_values(trainer: dict[str, Any]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-
     for key in POSITIVE:
         value = trainer.get(key)
         if value is not None and value <= 0:
             raise ConfigError(f"trainer.{key}", value, "valid: a positive number")
     refuse_inexact(trainer, "trainer.")
-    trackers = trainer.get("report_to") or []
-    installed = ["none", "all", *get_available_reporting_integrations()]
-    for tracker in [trackers] if isinstance(trackers, str) else trackers:
-        if tracker not in installed:
-            raise ConfigError("trainer.report_to", tracker, f"valid, as installed here: {', '.join(installed)}")
     steps = trainer.get("max_steps", -1)
     if steps != -1 and steps <= 0:
         raise ConfigError("trainer.max_steps", steps, "valid: a positive number, or -1 for trainer.num_train_epochs")
     if steps > 0 and "num_train_epochs" in trainer:
         valid = f"trainer.max_steps={steps} decides; set it to -1 as well"
         raise ConfigError("trainer.num_train_epochs", trainer["num_train_epochs"], valid)
+
+
+def _trackers(config: Config) -> list[str]:
+    """Return the trackers that `tracking` and `trainer.report_to` name, each once."""
+    asked = config.trainer.get("report_to") or []
+    named = [one for one in ([asked] if isinstance(asked, str) else asked) if one != "none"]
+    return list(dict.fromkeys([*config.tracking.chosen, *named])) or ["none"]
+
+
+def _check_trackers(config: Config) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = ["none", "all", *get_available_reporting_integrations()]
+    for tracker in _trackers(config):
+        if tracker not in installed:
+            key = "tracking" if tracker in config.tracking.chosen else "trainer.report_to"
+            extra = f"; pip install 'outlast[{tracker}]' adds it" if hasattr(config.tracking, tracker) else ""
+            raise ConfigError(key, tracker, f"valid, as installed here: {', '.join(installed)}{extra}")
 
 
 def _check_evaluation(config: Config) -> None:

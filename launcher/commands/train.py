@@ -14,6 +14,7 @@ from outlast.files import to_json
 from outlast.rundir.attempts import finished
 from outlast.rundir.ledger import Ledger
 
+from ..execution.fork import compose_fork
 from ..execution.sweep import NOT_AGAIN, SweepSubmission, submit_sweep
 from ..execution.wait import wait
 from ..planning.compose import compose
@@ -26,17 +27,40 @@ WARNINGS = 5
 """Lines at most: each cell of a sweep may have one of its own."""
 
 
-def train(overrides: Sequence[str], config_dir: Path | None, *, waiting: bool, as_json: bool) -> int:
-    """`outlast train`: the exit code of the command."""
-    plan = plan_run(compose(overrides, config_dir=config_dir))
+def train(
+    overrides: Sequence[str],
+    config_dir: Path | None,
+    *,
+    waiting: bool,
+    as_json: bool,
+    begin_with: str | None = None,
+    optimizer: bool = False,
+) -> int:
+    """`outlast train`: the exit code of the command.
+
+    Args:
+        begin_with: `--from`: the run, and which of its checkpoints, that this one begins with.
+        optimizer: take over all of that checkpoint.
+    """
+    fork, said = None, list[str]()
+    if begin_with is None:
+        config = compose(overrides, config_dir=config_dir)
+    else:
+        config, fork, said = compose_fork(begin_with, overrides, config_dir=config_dir, optimizer=optimizer)
+    plan = plan_run(config, fork=fork)
     check_run_directory(plan)
     run, console = plan.directory, _console(as_json)
+    for text in said:
+        console.print(text)
     _warn(plan.hazards, console)
     if done := finished(Ledger(run.ledger).read()):
         model = f"its model is in {run.final}" if run.final.is_dir() else f"its model is no longer in {run.final}"
         console.print(f"{run.path} has finished already, at step {done['step']}; {model}")
         if changes := plan.config.all_differences(load(run.config)):
             console.print("no effect on a run that has finished: " + ", ".join(changes))
+            console.print(
+                f"to go on from it: outlast train --from {shlex.quote(run.path.name)} --optimizer run.name=… …"
+            )
     elif plan.config.cluster.kind == "local":
         from ..execution import local
 

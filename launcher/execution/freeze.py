@@ -7,6 +7,7 @@ from outlast.files import to_json, write_atomically
 from outlast.rundir.directory import RunDirectory
 
 from ..planning.plan import Plan, check_run_directory
+from .fork import carry_over
 
 
 def freeze(plan: Plan) -> RunDirectory:
@@ -23,6 +24,8 @@ def freeze(plan: Plan) -> RunDirectory:
         run.create()
         if run.config.exists() and plan.config.differences(load(run.config)):
             delete(run.prepared, inside=run.path)  # of what the run was before it had a checkpoint
+        if plan.fork is not None:
+            carry_over(plan.fork, run)
         write_atomically(run.plan, to_json(plan.as_dict(), indent=1), private=True)
         write_atomically(run.config, dump(plan.config), private=True)
     except OSError as error:

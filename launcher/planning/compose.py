@@ -25,7 +25,7 @@ from outlast.config.data import HubData, JsonlData
 from outlast.config.section import accepts_text, declared
 from outlast.errors import ConfigError
 
-GROUPS = ("job", "model", "data", "peft", "parallel", "cluster", "experiment")
+GROUPS = ("job", "model", "data", "peft", "parallel", "cluster", "tracking", "experiment")
 """Groups of the defaults list in `conf/train.yaml`."""
 
 
@@ -147,7 +147,7 @@ def _argument(text: str, directories: list[Path]) -> str | None:
     chosen = override.value()
     if group == "experiment" and chosen is None:
         return None
-    for name in chosen if group == "experiment" and isinstance(chosen, list) else [chosen]:
+    for name in chosen if group in ("experiment", "tracking") and isinstance(chosen, list) else [chosen]:
         if not isinstance(name, str) or name not in options:
             raise ConfigError(group, name, options)
     return text.lstrip("+") if group in GROUPS else "+" + text.lstrip("+")

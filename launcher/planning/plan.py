@@ -2,8 +2,9 @@
 
 import importlib
 import time
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from outlast.checkpoint import interval
@@ -11,6 +12,7 @@ from outlast.checkpoint.compatibility import origin_of
 from outlast.checkpoint.strangers import refuse_strangers
 from outlast.config.cluster import LocalCluster, SlurmCluster
 from outlast.config.configuration import Config, load
+from outlast.config.trainer_keys import LENGTH, length_refusal
 from outlast.errors import ConfigError, ResumeRefusedError
 from outlast.ranks.layout import layout
 from outlast.rundir.directory import RunDirectory
@@ -19,6 +21,7 @@ from outlast.rundir.sweep import SWEEP_MANIFEST
 
 from . import storage
 from .batch_script import batch_script, target_of
+from .fork import Fork
 from .secret_scan import refuse_secrets
 
 
@@ -37,22 +40,26 @@ class Plan:
     checkpoint: dict[str, Any]
     """When periodic checkpoints are made, and why then."""
     hazards: list[str] = field(default_factory=list)
+    fork: Fork | None = None
+    """What it takes over from another run, before its first attempt."""
 
     @property
     def directory(self) -> RunDirectory:
         return RunDirectory(self.config.directory)
 
     def as_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        del values["config"]
-        return {"run": str(self.directory.path), **values}
+        values = asdict(replace(self, fork=None))
+        del values["config"], values["fork"]
+        forked = {} if self.fork is None else {"fork": self.fork.as_dict()}
+        return {"run": str(self.directory.path), **values, **forked}
 
 
-def plan_run(config: Config, *, with_script: bool = True) -> Plan:
+def plan_run(config: Config, *, with_script: bool = True, fork: Fork | None = None) -> Plan:
     """Check the configuration with the job that will get it, and decide.
 
     Args:
         with_script: the cells of a sweep share one, which is made for the sweep.
+        fork: what the run is to take over from another.
 
     Raises:
         ConfigError: a value that the job, or the cluster, would not accept.
@@ -77,7 +84,8 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
         hazards.append(f"parallel.nodes is {parallel.nodes}: all {parallel.world_size} ranks run on this one machine")
     training = job.training(config)
     hazards += training.pop("hazards", [])
-    stored, storage_hazards = storage.decide(config, job, own_code=with_script)
+    weights = fork.bytes if fork is not None and not fork.ancestry.optimizer else 0
+    stored, storage_hazards = storage.decide(config, job, own_code=with_script, weights=weights)
     return Plan(
         config=config,
         resources={
@@ -95,6 +103,7 @@ def plan_run(config: Config, *, with_script: bool = True) -> Plan:
         training=_training(config, training),
         checkpoint=_checkpoint(config),
         hazards=[" ".join(hazard.split()) for hazard in (*hazards, *storage_hazards)],  # a line each
+        fork=fork,
     )
 
 
@@ -155,12 +164,20 @@ def check_run_directory(plan: Plan) -> None:
             changes = "; ".join(
                 f"{key} is {mine!r}, the run was made with {its!r}" for key, (mine, its) in changed.items()
             )
-            raise ConfigError(
-                "run.name", run.path.name, f"that run is another one: {changes}. Choose another run.name."
-            )
+            valid = f"that run is another one: {changes}. Choose another run.name{_longer(config, changed)}."
+            raise ConfigError("run.name", run.path.name, valid)
     elif run.path.is_dir() and {p.name for p in run.path.iterdir() if p.name[0] != "."} - _BEFORE_A_RUN:
         raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
     refuse_strangers(run)
+
+
+def _longer(config: Config, changed: Iterable[str]) -> str:
+    """How to train a run for longer where that would be another run."""
+    reason = length_refusal(config.trainer)
+    if reason is None or {key.removeprefix("trainer.") for key in changed} - set(LENGTH):
+        return ""
+    name = config.directory.name
+    return f": {reason}. To go on from it nevertheless: outlast train --from {name} --optimizer run.name=… trainer.…"
 
 
 def may_be_redefined(run: RunDirectory) -> bool:

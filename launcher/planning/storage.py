@@ -16,16 +16,19 @@ from outlast.rundir.directory import RunDirectory
 from outlast.storage import file_system
 from outlast.storage.budget import Footprint, Verdict, gb, refusal, verdict
 
+from .fork import START
+
 CODE_BYTES = 7_000_000
 """Taken for the code that is copied at submission, before it is: outlast itself, and a project of usual size."""
 
 
-def decide(config: Config, job: ModuleType, *, own_code: bool) -> tuple[dict[str, Any], list[str]]:
+def decide(config: Config, job: ModuleType, *, own_code: bool, weights: int = 0) -> tuple[dict[str, Any], list[str]]:
     """Estimate, verdict and what the file system says, as plain values; and hazards.
 
     Args:
         job: its `footprint(config)` estimates, its `changes(config)` says what could be made smaller.
         own_code: the run directory gets a copy of the code; the cells of a sweep share one.
+        weights: bytes of those that a fork begins with; what is there of them already, if that is more.
 
     Raises:
         ConfigError: the budget can't hold the run, or the file system surely can't.
@@ -35,6 +38,8 @@ def decide(config: Config, job: ModuleType, *, own_code: bool) -> tuple[dict[str
     plan: dict[str, Any] = {"budget_gb": storage.budget_gb, "save_total_limit": limit}
     try:
         footprint = _with_code(job.footprint(config), config, own_code)
+        if weights := max(weights, bytes_used(config.directory / "prepared" / START)):
+            footprint = replace(footprint, fixed=footprint.fixed | {"weights to begin with": weights})
     except ConfigError:
         raise
     except Exception as error:

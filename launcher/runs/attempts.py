@@ -24,7 +24,9 @@ def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> Attemp
     started, ended, resumed = attempt.started or {}, attempt.ended, attempt.resumed
     killed = ended is None or ended.get("detail") == KILLED
     # The next attempt writes the end of one that was killed: its last sign of life is what came before.
-    seen = [event["time"] for event in lines if event is not ended or not killed]
+    afterwards = ("attempt_ended", "requeued", "gave_up") if killed else ()
+    seen = [event["time"] for event in lines if event["event"] not in afterwards]
+    seen += [ended["last_seen"]] if ended and "last_seen" in ended else []
     end = ended["time"] if ended and not killed else max(seen, default=lines[0]["time"])
     last, now = last_step(run, attempt.number) if killed else attempt.last_step, progress.read(run)
     if killed and now is not None and now.attempt == attempt.number:

@@ -107,6 +107,12 @@ def run_named(name: str, root: Path) -> RunDirectory:
     raise ConfigError("RUN", name, names or f"valid: a run under {root.absolute()}, which holds none yet")
 
 
+def sweep_named(name: str, root: Path) -> Path | None:
+    """The directory of the sweep that RUN names; None if it names none."""
+    path = _directory(name, root)
+    return path if not _is_run(path) and cells_of(path) else None
+
+
 def runs_named(names: Sequence[str], root: Path) -> list[RunDirectory]:
     """The runs that `RUN|SWEEP|SWEEP/CELL…` name, each once; a sweep stands for all of its cells.
 

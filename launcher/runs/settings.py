@@ -53,9 +53,14 @@ def evaluations(events: list[Event], trainer: dict[str, Any]) -> list[dict[str, 
 
 def best_metric(events: list[Event], trainer: dict[str, Any]) -> dict[str, Any] | None:
     """The best evaluation, by the Trainer's own rule: `metric_for_best_model`, lower is better for a loss."""
-    greater = trainer.get("greater_is_better")
-    sign = 1 if (greater if greater is not None else not _deciding_metric(trainer).endswith("loss")) else -1
+    sign = -1 if lower_is_better(trainer) else 1
     return max(evaluations(events, trainer), key=lambda evaluation: sign * evaluation["value"], default=None)
+
+
+def lower_is_better(trainer: dict[str, Any]) -> bool:
+    """Whether a lower value of the deciding metric is better, by the Trainer's own rule."""
+    greater = trainer.get("greater_is_better")
+    return not greater if greater is not None else _deciding_metric(trainer).endswith("loss")
 
 
 def _deciding_metric(trainer: dict[str, Any]) -> str:

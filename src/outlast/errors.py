@@ -6,6 +6,7 @@
     ├── ConfigError              exit 2   a key, value, group or file is refused, before anything starts
     ├── BudgetError              exit 2   the byte budget can't hold the run, by what was measured
     ├── RunBusyError             exit 2   another attempt is alive on this run directory
+    ├── DivergedError            exit 1   a loss says that training is lost; the newest checkpoint is from before it
     ├── CheckpointError          exit 1   a checkpoint could not be written or does not verify
     │   └── ResumeRefusedError   exit 2   a checkpoint was made by a run other than the one about to resume
     └── SlurmError               exit 1   a Slurm command failed or did not answer
@@ -73,6 +74,10 @@ class RunBusyError(OutlastError):
     """Another attempt is alive on the run directory."""
 
     exit_code = Exit.REFUSED
+
+
+class DivergedError(OutlastError):
+    """Training has left the numbers, or its loss has jumped: what comes after is likely to be of no use."""
 
 
 class CheckpointError(OutlastError):

@@ -117,27 +117,29 @@ def remove_temporaries(path: Path) -> None:
 
 
 @contextmanager
-def staged_directory(target: Path, *, durable: bool = True) -> Iterator[Path]:
+def staged_directory(target: Path, *, durable: bool = True, replace: bool = True) -> Iterator[Path]:
     """Yield a fresh directory that replaces `target` as a whole if the block succeeds, and is removed if it fails.
 
     For one process at a time. What a killed process has left beside `target` is removed first.
 
     Args:
         durable: flush its files to disk, so that `target` is whole or absent also after a power loss.
+        replace: if not, only an empty directory is replaced; anything else stays, and is an `OSError`.
     """
     staging, old = target.with_name(f".{target.name}.staging"), target.with_name(f".{target.name}.old")
-    _sweep(staging, old)
+    leftovers = (staging, old) if replace else (staging,)
+    _sweep(*leftovers)
     staging.mkdir(parents=True)
     try:
         yield staging
         if durable:
             flush_tree(staging)
-        if os.path.lexists(target):
+        if replace and os.path.lexists(target):
             os.rename(target, old)
         os.rename(staging, target)
         flush_directory(target.parent)
     finally:
-        _sweep(staging, old)
+        _sweep(*leftovers)
 
 
 def _sweep(*leftovers: Path) -> None:

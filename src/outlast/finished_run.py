@@ -106,7 +106,7 @@ class FinishedRun(Run):
 
         Raises:
             ResumeRefusedError: it was another run that has finished here.
-            CheckpointError: `final/` can't be loaded.
+            CheckpointError: `final/` is not what was saved, or can't be loaded.
             OutlastError: this run has been in this script already.
         """
         from .huggingface.described import describe
@@ -116,6 +116,7 @@ class FinishedRun(Run):
             raise OutlastError(f"{self.directory.path} has been trained by this script already; {ELSEWHERE}")
         describe(self, trainer)
         last = self._find()
+        self.collectives.on_rank_0(self._verify_model, CheckpointError)
         trained = [event["metrics"] for event in self._ledger.read() if event["event"] == "trained"]
         output = load(trainer, self.final, last, self._step, trained[-1] if trained else {})
         if last is not None:
@@ -218,6 +219,14 @@ class FinishedRun(Run):
                 else:
                     return checkpoint
         return None
+
+    def _verify_model(self) -> None:
+        try:
+            verify(self.final)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{self.final} is not what was saved: {error}. Put back a copy of it; to train again, {ELSEWHERE}"
+            ) from None
 
     def _check(self) -> None:
         """Refuse to pass the finished model for that of another run."""

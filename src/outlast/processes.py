@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -19,6 +20,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PARENT_ENV = "OUTLAST_PARENT"
 """Tells a rank the pid of the process that has started it."""
 _PR_SET_PDEATHSIG = 1
+IMPLAUSIBLE_S = 3600.0
+"""No process needs so long to begin: the kernel counts from another moment than the clock does."""
 
 
 @contextlib.contextmanager
@@ -44,6 +47,35 @@ def shield_worker(worker_id: int = 0) -> None:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     at_parents_death(signal.SIGKILL)
+
+
+def end_workers_at_exit() -> None:
+    """Kill, when this Python ends, the workers that :func:`shield_worker` has made deaf to TERM.
+
+    That is what `multiprocessing` ends daemonic children with at exit; then it waits for them, and would for ever.
+    """
+    from multiprocessing import util
+
+    util.Finalize(None, _end_deaf_children, exitpriority=0)  # finalizers come before that
+
+
+def _end_deaf_children() -> None:
+    import multiprocessing
+
+    deaf = [child for child in multiprocessing.active_children() if child.daemon and _blocks_term(child.pid)]
+    if deaf:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error: a worker was killed
+    for child in deaf:
+        child.kill()
+
+
+def _blocks_term(pid: int | None) -> bool:
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            masks = [int(line.split()[1], 16) for line in status if line.startswith("SigBlk:")]
+    except OSError:  # it has ended
+        return False
+    return any(mask >> (signal.SIGTERM - 1) & 1 for mask in masks)
 
 
 class _Lossy(io.FileIO):
@@ -129,6 +161,17 @@ def exit_at_once(code: int) -> NoReturn:
 def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def seconds_alive() -> float:
+    """How long ago this process began, by the kernel, whatever clock was set since; 0 if it does not say."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    alive = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return alive if 0.0 <= alive < IMPLAUSIBLE_S else 0.0
 
 
 def die_with(variable: str, number: signal.Signals) -> None:

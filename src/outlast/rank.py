@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(config.parallel.cpus_per_rank))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        run = Run(run_directory, guard, config.preemption, config.checkpoint, config.storage)
+        run = Run(run_directory, guard, config.preemption, config.checkpoint, config.storage, guarding=config.guard)
     except Exception as error:
         _show(error)
         raise

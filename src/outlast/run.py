@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .attempt.attempt import RankAttempt
 from .attempt.loading import refusing_unreadable
 from .checkpoint.manifest import Sealed
-from .errors import BudgetError, CheckpointError, OutlastError
+from .errors import BudgetError, CheckpointError, DivergedError, OutlastError
 from .preemption.afterwards import Afterwards
 from .processes import exit_at_once
 from .ranks.started import refuse_late_ranks
@@ -157,14 +157,21 @@ class Run(RankAttempt):
         Args:
             save: called on every rank with an existing directory; writes all that a resume needs into it.
             total: optimizer steps in all, for the progress bar.
-            loss: the last loss, for the progress bar.
+            loss: the loss of this step, for the progress bar, and to see whether training is lost.
+
+        Raises:
+            DivergedError: it is, and the run is to stop then. All ranks raise it together, and nothing is saved.
         """
         self._last_save = (step, save)
         self.update_progress(step=step, total_steps=total, loss=loss)
         loop = self._own_loop("step_end")
         loop.look_at_loss(step, loss)
         loop.step_done()
-        action = self.steps.done(step)
+        try:
+            action = self.steps.done(step)
+        except DivergedError as error:
+            self.fail(error)
+            raise
         if action != "go_on":
             self._last_save = None
             self.checkpoint(step, refusing_unreadable()(save))

@@ -13,6 +13,7 @@ from .agent import AGENT_ENV
 from .attempt.joining import AlreadyFinished
 from .checkpoint.strangers import refuse_strangers
 from .config.checkpoint import CheckpointSection
+from .config.guard import GuardSection
 from .config.preemption import PreemptionSection
 from .config.section import require, section
 from .config.storage import StorageSection
@@ -38,6 +39,8 @@ def start(
     max_requeues: int = 1000,
     allow: Sequence[str] = (),
     requeue: bool = False,
+    guard_action: str = "stop",
+    guard_spike: float | None = None,
 ) -> Run:
     """Begin, or go on with, a run. Call it first: signals are caught from here on.
 
@@ -57,6 +60,8 @@ def start(
         allow: what may differ from the run that made the checkpoint: `dataset`, `seed`, `global_batch`, ...
         requeue: the Slurm job around this script is there for this run, and may be requeued. A job whose batch script
             is a copy of `slurm/script.sbatch` always may. Any other (an `salloc`, a notebook's) is left alone.
+        guard_action: what follows a loss that is NaN or infinite: `stop`, before that is saved, or `report`.
+        guard_spike: the same for a loss so many times the median of the 50 steps before; None: no matter how high.
 
     Raises:
         ConfigError: an argument is refused; this script has had a run in this directory, or has one under way; or it is
@@ -83,6 +88,7 @@ def start(
     preemption = {"lead_s": lead_s, "hang_s": hang_s, "max_requeues": max_requeues}
     checkpoint = {"every": "auto" if every is None else every, "milestone_every": milestone_every, "allow": list(allow)}
     try:
+        guarding = section("guard", GuardSection, {"action": guard_action, "spike": guard_spike})
         arguments = (
             run,
             guard,
@@ -91,7 +97,7 @@ def start(
             section("storage", StorageSection, {"budget_gb": budget_gb}),
         )
         try:
-            started = Run(*arguments, loop_saves=every is None, requeue=requeue)
+            started = Run(*arguments, guarding=guarding, loop_saves=every is None, requeue=requeue)
         except AlreadyFinished as done:
             if done.code:  # the other ranks wait for this one, and can't be told
                 raise

@@ -99,6 +99,18 @@ def test_a_script_that_only_asks_whether_it_has_finished(tmp_path: Path, twin: P
     assert "went on" not in done.stdout
 
 
+def test_a_damaged_model_is_not_handed_on(tmp_path: Path, twin: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(twin, runs)
+    (model,) = (runs / "a" / "final").glob("*.safetensors")
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    code, output = attempt(runs)
+    assert code == 1, output
+    assert f"{runs / 'a' / 'final'} is not what was saved: {model.name} differs from what was written" in output
+
+
 def test_a_loop_that_ended_early_trains_no_further(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for _ in range(2):

@@ -86,9 +86,10 @@ def test_a_finished_run_is_loaded_and_the_script_goes_on(twin: RunProbe, tmp_pat
 
 
 def test_a_loss_that_is_no_number_is_said_at_once(tmp_path: Path) -> None:
-    """Though the Trainer leaves it out of what it logs; and all that is written is JSON."""
+    """Though the Trainer leaves it out of what it logs, and the run is to go on; and all that is written is JSON."""
     script, run = tmp_path / "script.py", RunProbe(tmp_path / "r")
     text = SCRIPT.read_text().replace('eval_strategy="epoch"', 'eval_strategy="steps",eval_steps=10')
+    text = text.replace("outlast.start(sys.argv[1])", "outlast.start(sys.argv[1], guard_action='report')")
     script.write_text(text.replace("for _ in range(80)]", "for _ in range(80)]\ndata[0]['x'] /= 0"))
     done = forked.run([sys.executable, script, run.path, "20"], tmp_path)
     assert done.returncode == 0, done.stderr

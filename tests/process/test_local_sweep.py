@@ -51,10 +51,10 @@ def test_ctrl_c_saves_and_leaves_all_and_the_same_command_resumes(
 
 
 def test_one_bad_cell_does_not_stop_the_others(outlast: Callable[..., Command], tmp_path: Path) -> None:
-    command = outlast("trainer.hidden_size=-1,8", "trainer.max_steps=5")
+    command = outlast("trainer.dataset_size=10000000000000,64", "trainer.max_steps=5")
     assert command.wait() == 1, command.output
-    assert "hidden_size=-1: rank 0 ended with exit code 1" in command.output
-    cells = [RunProbe(tmp_path / "runs" / "s" / f"hidden_size={size}") for size in (-1, 8)]
+    assert "dataset_size=10000000000000: rank 0 ended with exit code 1" in command.output
+    cells = [RunProbe(tmp_path / "runs" / "s" / f"dataset_size={size}") for size in (10**13, 64)]
     assert [cell.causes() for cell in cells] == [["failed"], ["finished"]]
 
 

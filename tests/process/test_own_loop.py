@@ -97,6 +97,38 @@ def test_a_loop_that_reads_its_data_by_itself_is_told_so(tmp_path: Path) -> None
     assert len(run.events("batches_unknown")) == 1
 
 
+BATCHES_WITHOUT_END = """
+import sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+import outlast
+run = outlast.start(sys.argv[1])
+loader = DataLoader(TensorDataset(torch.randn(40, 4)), batch_size=4, num_workers=1)
+run.describe(seed=3, micro_batch=4, accumulation=1)
+run.resume_point()
+run.begin(0)
+batches = run.batches(loader)
+for step in (1, 2):
+    next(batches)
+    run.step_end(step, lambda directory: torch.save({}, directory / "state.pt"))
+run.finish(2, lambda directory: torch.save({}, directory / "state.pt"))
+"""
+
+
+def test_a_script_ends_though_its_loader_has_workers_left(tmp_path: Path) -> None:
+    script, run = tmp_path / "script.py", RunProbe(tmp_path / "r")
+    script.write_text(BATCHES_WITHOUT_END)
+    log = tmp_path / "log"
+    with open(log, "wb") as out:
+        process = Forked([sys.executable, script, run.path], stdout=out, env=dict(os.environ))
+    try:
+        assert process.wait(60) == 0, log.read_text()
+    finally:
+        process.kill()
+    assert run.events("finished")
+    assert "Traceback" not in log.read_text()
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_loop_that_takes_batches_ahead_is_told_so(tmp_path: Path, ahead: bool) -> None:
     run = RunProbe(tmp_path / "r")

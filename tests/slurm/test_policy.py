@@ -19,7 +19,10 @@ from .cluster import Cluster, processes_of
 Start = Callable[..., Command]
 Probe = Callable[[str], RunProbe]
 
-TWO_NODES = ["cluster=devcluster", "parallel.nodes=2", *SMOKE]
+ONE_NODE = ["cluster=devcluster", *SMOKE]
+TWO_NODES = [*ONE_NODE, "parallel.nodes=2"]
+RAISES = "trainer.dataset_size=100000000000000000000"
+"""A number that torch refuses."""
 LONG = ["trainer.max_steps=60", "trainer.step_s=0.1", "checkpoint.every=10"]
 
 
@@ -114,12 +117,12 @@ def test_a_rank_killed_in_start_up_is_no_preemption(submit: Callable[..., str], 
 def test_what_the_program_raises_before_its_first_step_fails_at_once_with_its_reason(
     submit: Callable[..., str], run: RunProbe, cluster: Cluster
 ) -> None:
-    job = submit(*TWO_NODES, "trainer.hidden_size=-1")
+    job = submit(*ONE_NODE, RAISES)
     cluster.wait_for_state(job, "FAILED", 90)
     assert run.causes() == ["failed"]
     assert cluster.job(job)["ExitCode"] == "1:0"
     error = ended(run)[0]["error"]
-    assert "negative dimension" in error
+    assert "Overflow when unpacking" in error
     log = batch_log(run)
     assert f"failed: failed ({error}), before the first step" in log
     assert "    Traceback (most recent call last):" in log
@@ -128,7 +131,7 @@ def test_what_the_program_raises_before_its_first_step_fails_at_once_with_its_re
 def test_who_gives_up_says_why_and_shows_the_end_of_the_log(
     submit: Callable[..., str], run: RunProbe, cluster: Cluster
 ) -> None:
-    job = submit(*TWO_NODES, *LONG, "preemption.max_requeues=0")
+    job = submit(*ONE_NODE, *LONG, "preemption.max_requeues=0")
     run.reach(12)
     rank(job, 0).kill()
     cluster.wait_for_state(job, "FAILED", 60)
@@ -187,7 +190,7 @@ def preempt(cluster: Cluster) -> None:
 def test_where_requeueing_is_forbidden_a_job_that_depends_on_this_one_goes_on(
     submit: Callable[..., str], outlast: Start, run: RunProbe, cluster: Cluster
 ) -> None:
-    arguments = [*TWO_NODES, *LONG]
+    arguments = [*ONE_NODE, *LONG]
     job = submit(*arguments)
     run.reach(15)
     cluster.run("scontrol", "update", f"jobid={job}", "requeue=0")
@@ -241,7 +244,7 @@ def test_preempt_mode_cancel_without_a_grace_period(
 ) -> None:
     cluster.run("scontrol", "update", "partitionname=low", "preemptmode=cancel", "gracetime=0")
     try:
-        job = submit(*TWO_NODES, *LONG)
+        job = submit(*ONE_NODE, *LONG)
         run.reach(15)
         preempt(cluster)
         wait_for(lambda: run.events("requeued"), "the requeue")
@@ -258,7 +261,7 @@ def test_preemption_with_requeue_and_without_a_grace_period(
 ) -> None:
     cluster.run("scontrol", "update", "partitionname=low", "gracetime=0")
     try:
-        job = submit(*TWO_NODES, *LONG)
+        job = submit(*ONE_NODE, *LONG)
         run.reach(15)
         preempt(cluster)
         wait_for(lambda: run.events("finished"), "the end")
@@ -275,7 +278,7 @@ def test_a_job_whose_source_was_broken_meanwhile_goes_on_with_the_code_that_was_
 ) -> None:
     checkout = tmp_path / "checkout"
     snapshot.take(checkout, tmp_path)
-    submit(*TWO_NODES, *LONG, PYTHONPATH=str(checkout))
+    submit(*ONE_NODE, *LONG, PYTHONPATH=str(checkout))
     run.reach(15)
     preempt(cluster)
     wait_for(lambda: run.events("requeued"), "the requeue")

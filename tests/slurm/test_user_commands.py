@@ -235,7 +235,36 @@ def test_without_accounting(devcluster: Cluster, outlast: Callable[..., Command]
         devcluster.cancel_all()
 
 
-def test_with_accounting(with_accounting: Cluster, outlast: Callable[..., Command]) -> None:
+def report_agrees_with_sacct(cluster: Cluster, outlast: Callable[..., Command], run: RunProbe) -> None:
+    """A run is preempted and finishes: when its attempts had the node and when they waited, both say alike."""
+    env = {"OUTLAST_DEVCLUSTER": str(cluster.directory)}
+    train = outlast("train", *JOB, "run.name=r", **env)
+    assert train.wait(60) == 0, train.output
+    run.reach(10)
+    cluster.run("sbatch", "-p", "high", "-N1", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+    wait_for(lambda: run.events("finished"), "the end")
+    job, fields = run.events("attempt_started")[0]["job_id"], ["-D", "-X", "-n", "-P", "-o", "Start,End"]
+
+    def jobs_by_sacct() -> list[list[float]]:
+        text = subprocess.check_output(
+            ["sacct", *fields, "-j", job], env=cluster.env | {"SLURM_TIME_FORMAT": "%s"}, text=True
+        )
+        lines = [line.split("|") for line in text.split()]
+        return sorted([float(at) for at in line] for line in lines if all(at.isdigit() for at in line))
+
+    first, second = wait_for(lambda: len(found := jobs_by_sacct()) == 2 and found, "slurmdbd to know", 30)
+    report = outlast("report", "r", "--json", **env)
+    assert report.wait(60) == 0, report.output
+    attempts = json.loads(report.output)["attempts"]
+    for attempt, (start, end) in zip(attempts, (first, second), strict=True):
+        assert attempt["end"] - attempt["allocated_s"] == pytest.approx(start, abs=1.0)
+        assert -1.0 <= end - attempt["end"] < 15.0  # the batch script and its epilogue end after the ranks
+    assert attempts[1]["queued_s"] == pytest.approx(second[0] - attempts[0]["end"], abs=1.0)
+    assert attempts[1]["stopped_s"] == 0.0
+
+
+def test_with_accounting(with_accounting: Cluster, outlast: Callable[..., Command], probe: Probe) -> None:
+    report_agrees_with_sacct(with_accounting, outlast, probe("r"))
     state = forgotten(with_accounting, outlast)
     wait_for(lambda: state() == "cancelled", "slurmdbd to know", 30)
 

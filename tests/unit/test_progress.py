@@ -1,8 +1,10 @@
 import io
 import json
+import math
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from outlast.files import bytes_used
 from outlast.launcher.display import progress as display_progress
 from outlast.launcher.display.progress import ProgressBar, duration, size
 from outlast.launcher.runs.standing import seconds_left
-from outlast.rundir import progress
+from outlast.rundir import losses, progress
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.progress import Progress, ProgressWriter
 
@@ -43,7 +45,7 @@ def test_it_is_not_written_at_each_step(tmp_path: Path) -> None:
     assert writer.now.seconds_per_step is not None
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", '{"step": 3, "from_a_newer_version": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "null", '{"step": "3"}', '{"step": 3, "from_a_newer_version": 1}'])
 def test_reading_what_was_not_written_here(tmp_path: Path, text: str) -> None:
     run = RunDirectory(tmp_path)
     run.progress.write_text(text)
@@ -147,3 +149,48 @@ def test_bytes_used_of_files_that_vanish(tmp_path: Path) -> None:
         while writer.poll() is None:
             assert 1 <= bytes_used(tmp_path) <= 10
     assert writer.returncode == 0
+
+
+def test_losses_of_all_attempts_are_kept_each_step_once(tmp_path: Path) -> None:
+    """The next attempt goes on from a checkpoint: what was logged after it, it forgets."""
+    run = RunDirectory(tmp_path)
+    first = ProgressWriter(run)
+    for step in range(1, 31):
+        first.update(force=True, step=step, loss=float(step))
+    first.update(step=30, loss=99.0)  # logged again at the same step, as at the end of an epoch
+    second = ProgressWriter(run)
+    second.go_on_from(20)
+    second.update(step=21, loss=math.nan)
+    second.update(step=22)
+    second.update(step=22, loss=None)
+    second.update(force=True, step=23, loss=1 / 3)
+    now = progress.read(run)
+    assert now is not None
+    assert now.losses == [(step, float(step)) for step in range(1, 21)] + [(21, None), (23, 0.33333)]
+
+
+@pytest.mark.parametrize("every", [1, 10, 500])
+def test_losses_of_a_long_run_take_little_room(tmp_path: Path, every: int) -> None:
+    points: list[losses.Point] = []
+    for step in range(every, 300_000, every):
+        losses.add(points, step, 1 / step)
+    assert losses.MOST * 0.9 < len(points) <= 2 * losses.MOST
+    steps = [step for step, _ in points]
+    assert steps == sorted(set(steps))
+    assert steps[-1] > 290_000
+    assert max(b - a for a, b in pairwise(steps)) <= 300_000 / losses.MOST * 2 + every
+    run = RunDirectory(tmp_path)
+    writer = ProgressWriter(run)
+    writer.now.losses = points
+    writer.update(force=True, step=steps[-1])
+    assert run.progress.stat().st_size < 32_000
+    assert len(ProgressWriter(run).now.losses) == len(points)
+
+
+@pytest.mark.parametrize("damaged", [3, [1, 2], [[1]], [["a", 2.0]], [[1, "x"]], [[1.5, 2.0]]])
+def test_damaged_losses_are_left_out(tmp_path: Path, damaged: object) -> None:
+    run = RunDirectory(tmp_path)
+    run.progress.write_text(json.dumps({"step": 3, "losses": damaged}))
+    now = progress.read(run)
+    assert now is not None
+    assert now.losses == ProgressWriter(run).now.losses == []

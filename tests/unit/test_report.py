@@ -116,7 +116,25 @@ def test_a_preempted_run_loses_no_step(run: RunDirectory) -> None:
     assert (summary["steps_done"], summary["steps_lost"], summary["total_steps"]) == (100, 0, 100)
     assert (summary["preemptions"], summary["requeues"], summary["deleted"]) == (1, 1, 1)
     assert summary["seconds"] == {"total": 122.0, "training": 104.0, "resuming": 10.0, "between_attempts": 8.0}
-    assert summary["goodput"] == pytest.approx(104 / 122)
+    parts = summary["accounting"]["parts"]
+    assert parts == {
+        "starting": 10.0,
+        "training": pytest.approx(80 - 0.25 - 1 + 22 - 1 - 0.25 + 1),  # to the signal, and after the resume
+        "evaluating": 1.0,
+        "saving": 0.5,
+        "stopping": 2.0,
+        "lost": 0.0,
+        "queued": 8.0,
+        "stopped": 0.0,
+    }
+    assert sum(parts.values()) == pytest.approx(summary["accounting"]["wall_s"]) == pytest.approx(122.0)
+    assert summary["goodput"] == pytest.approx((parts["training"] + parts["evaluating"]) / 122)
+    assert summary["accounting"]["goodput"]["allocated"] == pytest.approx(101.5 / 114)
+    assert summary["accounting"]["accelerator_hours"] == pytest.approx(114 * 2 / 3600)
+    assert summary["accounting"]["cost"] == {
+        "saving": {"accelerator_hours": pytest.approx(0.5 * 2 / 3600), "seconds": 0.5},
+        "preempted": {"accelerator_hours": pytest.approx(12 * 2 / 3600), "seconds": 20.0},
+    }
     assert (first["cause"], first["signal"], first["signal_to_sealed_s"], first["bytes"]) == (
         "preempted",
         "TERM",
@@ -174,7 +192,8 @@ def test_a_killed_attempt_loses_the_steps_after_its_last_checkpoint(run: RunDire
     assert (first["steps_lost"], second["steps_lost"], first["killed"]) == (25, 0, True)
     assert first["seconds"] == 60.0  # its last line, not the one written for it
     assert summary["seconds"]["between_attempts"] == 100.0
-    assert summary["goodput"] == pytest.approx((60 + 50) * (100 / 125) / 220)
+    assert first["parts"]["lost"] == 10.0  # since the checkpoint of step 50
+    assert summary["goodput"] == pytest.approx((49.75 + 50) / 220)
     assert summary["quarantined"] == [{"checkpoint": "checkpoint-70", "reason": "no manifest"}]
     assert "node_failure, killed" in show(summary)
 
@@ -278,7 +297,9 @@ def test_the_interval_of_checkpoints_is_explained(run: RunDirectory) -> None:
     summary = summarize(run)
     words = "every 38 min: a save takes 30 s, and a failure without notice is expected every 24 h"
     assert summary["interval"] == {**late, "explanation": words}
-    assert [line.split(maxsplit=1) for line in show(summary).splitlines() if words in line] == [["interval", words]]
+    assert [line.rstrip().split(maxsplit=1) for line in show(summary).splitlines() if words in line] == [
+        ["interval", words]
+    ]
 
 
 def test_a_run_that_is_not_there(run: RunDirectory) -> None:

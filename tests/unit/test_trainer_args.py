@@ -8,7 +8,8 @@ import pytest
 from outlast.config.configuration import Config, build
 from outlast.errors import ConfigError, Exit
 from outlast.huggingface.inexact import INEXACT, refuse_inexact
-from outlast.jobs.training.trainer_arguments import RESERVED, check, hazards, sft_config
+from outlast.jobs import smoke
+from outlast.jobs.training.trainer_arguments import RESERVED, as_arguments, check, hazards, sft_config
 from outlast.launcher.planning.compose import compose
 
 # datasets, fsspec and friends warn at import about their own dependencies
@@ -286,3 +287,11 @@ def test_a_rate_that_is_clearly_wrong_for_a_pretrained_model_is_pointed_out(over
 
 def test_other_optimizers_have_other_rates() -> None:
     assert hazards(composed("trainer.learning_rate=0.01", "trainer.optim=adafactor")) == []
+
+
+def test_trackers_are_those_of_both_keys(tmp_path: Path) -> None:
+    config = compose(["tracking=[tensorboard,wandb]", "trainer.report_to=[tensorboard,none]"])
+    assert as_arguments(config, tmp_path, cuda=False, bf16=False)["report_to"] == ["tensorboard", "wandb"]
+    assert as_arguments(compose([]), tmp_path, cuda=False, bf16=False)["report_to"] == ["none"]
+    with pytest.raises(ConfigError, match="tracking: 'tensorboard' is refused; valid for job=smoke"):
+        smoke.check(compose(["job=smoke", "tracking=tensorboard"]))

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from outlast import clock
+from outlast import clock, notification
 from outlast.checkpoint.manifest import Kind, Sealed
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore
 from outlast.config.checkpoint import CheckpointSection
+from outlast.config.guard import GuardSection
 from outlast.config.preemption import PreemptionSection
 from outlast.config.storage import StorageSection
 from outlast.errors import CheckpointError, Exit, OutlastError
-from outlast.notification import tell_meanwhile
 from outlast.preemption.cause import StopCause
 from outlast.preemption.deadline import Planner
 from outlast.preemption.outcome import Outcome
@@ -22,7 +22,6 @@ from outlast.preemption.repeats import will_repeat
 from outlast.preemption.shutdown import Shutdown
 from outlast.preemption.signals import PreemptionGuard
 from outlast.preemption.startup import LeaveInStartup
-from outlast.preemption.stopped import note_stops
 from outlast.preemption.watchdog import Watchdog
 from outlast.processes import exit_at_once
 from outlast.ranks.agreement import StepAgreement
@@ -53,6 +52,7 @@ class RankAttempt:
 
     Args:
         guard: installed already; from here on its signals are acted on.
+        guarding: what follows a loss that says that training is lost.
         loop_saves: when to save periodically is up to a Trainer, if one trains, whatever `checkpoint` says.
         requeue: the Slurm job around this process is the run's, though its batch script is not ours.
 
@@ -69,11 +69,13 @@ class RankAttempt:
         checkpoint: CheckpointSection,
         storage: StorageSection,
         *,
+        guarding: GuardSection | None = None,
         loop_saves: bool = False,
         requeue: bool = False,
     ) -> None:
         self.directory, self.loop_saves = directory, loop_saves
         self._started, self._guard, self._preemption = clock.now(), guard, preemption
+        self.guarding = guarding or GuardSection()
         # Who this process is.
         meet_in(directory.path)
         self.collectives = collectives = Collectives()
@@ -105,7 +107,6 @@ class RankAttempt:
         self._cause = StopCause(directory, identity, guard, preemption, self.say)
         self._outcome = Outcome(directory, identity, preemption, self._recorder, _print)
         self._shutdown = Shutdown(identity, guard, self._cause, self._outcome, preemption, self._recorder, _print)
-        note_stops()
         self._planner = Planner(preemption.lead_s, limit.expected_bytes)
         self._channel = ControlChannel(self.rank, collectives.world_size)
         self._agreement = agreement = StepAgreement(self._channel, self._on_stop_asked)
@@ -161,6 +162,11 @@ class RankAttempt:
     def stopping(self) -> bool:
         """Whether all ranks have agreed to save and leave."""
         return self._shutdown.signal is not None
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this process was told to stop, whatever the ranks have agreed on."""
+        return self._guard.requested is not None
 
     @property
     def layout(self) -> Layout:
@@ -258,11 +264,14 @@ class RankAttempt:
         """
         self._connect()
         self.kept.restore()
-        seconds = clock.now() - self._started
+        seconds, job = clock.now() - self._started, self._cause.job_times
         if self._newest is not None:
             name, differences = self._newest.path.name, self._resuming.differences
-            self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences)
+            self.record("resumed", step=step, checkpoint=name, seconds=seconds, differences=differences, **job)
             self.say(f"resumed from {name} after {seconds:.1f} s")
+        else:
+            self.record("began", step=step, seconds=seconds, **job)
+        self.progress.go_on_from(step)
         events = self._ledger.read()
         self._saver.begin(events, periodic=not self.loop_saves)
         self._planner.begin(events)
@@ -274,14 +283,12 @@ class RankAttempt:
 
     def _warn_of_short_notice(self) -> None:
         """Say once if what steps and saves were seen to take is longer than the notice (rank 0)."""
-        if not self._cause.in_job or self.rank != 0:
-            return
-        if short := self._planner.shortfall(self._cause.notice):
+        if self._cause.in_job and self.rank == 0 and (short := self._planner.shortfall(self._cause.notice)):
             text, fields = short
             self.record("notice_short", **fields)
             self.say(f"WARNING: {text}")
             if self._guard.requested is None:
-                tell_meanwhile(self.directory, "notice_short", text, self.say)
+                notification.tell_meanwhile(self.directory, "notice_short", text, self.say)
 
     def checkpoint(
         self,
@@ -311,7 +318,7 @@ class RankAttempt:
 
         sealed = self._saver.save(
             step,
-            write,
+            self.steps.divergence.refusing(write),
             kind=Kind.EMERGENCY if self.stopping else Kind.PERIODIC,
             asked_at=self._shutdown.asked_at if self.stopping else None,
             pending_evaluation=pending_evaluation,
@@ -354,7 +361,8 @@ class RankAttempt:
             OutlastError: the model (`CheckpointError`) or the ledger can't be written; the run is not finished.
         """
         of = step if weights_step is None else weights_step
-        if save is not None and self._saver.save(of, save, kind=Kind.FINAL, best_step=weights_step) is None:
+        refusing = self.steps.divergence.refusing
+        if save is not None and self._saver.save(of, refusing(save), kind=Kind.FINAL, best_step=weights_step) is None:
             raise CheckpointError(f"the finished model could not be written to {self.final}; the same command resumes")
         self.collectives.barrier()
         self._watchdog.close()

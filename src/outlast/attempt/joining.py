@@ -1,11 +1,14 @@
 """Joins an attempt: who this process is, that no other attempt is alive on the run, and where it runs."""
 
+import itertools
 import os
 import socket
 from collections.abc import Callable
 
+from outlast import clock
 from outlast.checkpoint.manifest import versions
 from outlast.errors import ConfigError, Exit, denied
+from outlast.processes import end_workers_at_exit, seconds_alive
 from outlast.ranks.collectives import Collectives
 from outlast.ranks.identity import Identity
 from outlast.rundir.attempts import ATTEMPT_ENV, attempt_of, finished
@@ -14,6 +17,9 @@ from outlast.rundir.ledger import Ledger, Record
 from outlast.rundir.lock import LOCK_FD_ENV, RunLock
 from outlast.rundir.place import place_of
 from outlast.slurm.environment import current_job, hostnames, in_own_batch_script
+
+_started = itertools.count()
+"""How many attempts this process has started: only the first began with it."""
 
 
 class AlreadyFinished(SystemExit):
@@ -65,6 +71,7 @@ def _join(
             lock.release()
             raise
     lock.keep_from_children()
+    end_workers_at_exit()
     number = int(os.environ.get(ATTEMPT_ENV, 0)) or attempt_of(
         ledger.read(), (job.job_id, job.restart_count) if job else None
     )
@@ -93,5 +100,6 @@ def write_start(run: RunDirectory, identity: Identity, record: Record, say: Call
         world_size=ranks,
         versions=versions(),
         place=place_of(run.path),
+        **({"process_started": clock.now() - seconds_alive()} if next(_started) == 0 else {}),
     )
     say(f"attempt {identity.attempt} on {', '.join(hosts)}, {ranks} rank(s)")

@@ -12,6 +12,7 @@ from outlast.ranks.agreement import StepAgreement
 from outlast.ranks.collectives import Collectives
 
 from .bytes_watch import BytesWatch
+from .divergence import Divergence
 from .saving import Saver
 
 Action = Literal["go_on", "save", "stop"]
@@ -37,6 +38,7 @@ class Steps:
         self._bytes_watch = bytes_watch
         self._time_limit = TimeLimit(cause, planner, clock.now())
         self._save_asked = self._save_pending = False
+        self.divergence = Divergence()
         self.made_one = False
         """Whether this attempt has done an optimizer step."""
 
@@ -92,7 +94,7 @@ class Steps:
             self._guard.request(CLOCK)
         asked = self._guard.requested or ("save" if save and not self._save_pending else "")
         self._save_pending |= asked == "save" and self._collectives.world_size > 1
-        agreed = self._agreement.poll(step, asked)
+        agreed = self.divergence.heed(self._agreement.poll(step, self.divergence.ask(asked)), step)
         if agreed in ("", "save"):
             self._save_asked |= agreed == "save"  # in an evaluation, until the next step's end
             return "go_on"

@@ -203,18 +203,21 @@ def read_manifest(directory: Path, *, patient: bool = True) -> Manifest:
     return manifest
 
 
-def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
+def verify(directory: Path, *, from_disk: bool = False, for_use: bool = False) -> Manifest:
     """Compare every file with the manifest: presence, size, digest; nothing else may be there, links least of all.
 
     Args:
         from_disk: see :func:`read_entry`.
+        for_use: read only the files that the model needs, if its weights are among them; a resume needs all.
 
     Raises:
         CheckpointError: the first difference, in words; or as :func:`read_manifest`.
     """
     manifest = read_manifest(directory)
     _check_tree(directory, manifest)
-    check_files(directory, manifest.files, from_disk=from_disk)
+    needed = {name: entry for name, entry in manifest.files.items() if not resume_only(name)}
+    files = needed if for_use and any(map(is_weights, needed)) else manifest.files
+    check_files(directory, files, from_disk=from_disk)
     return manifest
 
 

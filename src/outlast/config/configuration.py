@@ -18,6 +18,7 @@ from outlast.files import parse_yaml
 from .checkpoint import CheckpointSection
 from .cluster import LocalCluster, SlurmCluster
 from .data import HubData, JsonlData, PythonDocs
+from .guard import GuardSection
 from .model import Lora, NoPeft, PretrainedModel, TinyModel
 from .notify import NotifySection
 from .parallel import Ddp, Zero
@@ -25,6 +26,7 @@ from .preemption import PreemptionSection
 from .run import JobSection, RunSection
 from .section import Number, Section, declared, require, section
 from .storage import StorageSection
+from .tracking import TrackingSection
 from .trainer_keys import deciding
 
 IDENTITY = ("seed", "job", "model", "data", "peft", "parallel", "trainer")
@@ -46,6 +48,8 @@ class Config(Section):
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     storage: StorageSection = field(default_factory=StorageSection)
     notify: NotifySection = field(default_factory=NotifySection)
+    guard: GuardSection = field(default_factory=GuardSection)
+    tracking: TrackingSection = field(default_factory=TrackingSection)
     seed: Annotated[int, Number(ge=0, le=2**32 - 1)] = 42
     """Seed of the weights, the order of the data, and dropout."""
     trainer: dict[str, Any] = field(default_factory=dict)

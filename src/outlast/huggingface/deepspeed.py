@@ -80,7 +80,7 @@ def load_weights(trainer: "Trainer", checkpoint: Path) -> None:
         with GatheredParameters([p for p in model.parameters() if p.requires_grad], modifier_rank=0):
             set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
         return
-    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    known = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)

@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+def load_into(trainer: "Trainer", model: "Path") -> None:
+    """Load the weights of a checkpoint, or of the finished model, into the Trainer's.
+
+    Raises:
+        CheckpointError: it holds no weights that the Trainer knows how to load.
+    """
+    try:
+        if trainer.is_deepspeed_enabled:
+            load_weights(trainer, model)
+        else:
+            with own_names():
+                trainer._load_from_checkpoint(str(model))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}, the model of a finished run, can't be loaded: {error}") from None
+
+
 def load(trainer: "Trainer", final: "Path", last: Sealed | None, step: int, metrics: dict[str, float]) -> Any:
     """Load `final` into the Trainer's model, and its state as it was at the end.
 
@@ -32,14 +48,7 @@ def load(trainer: "Trainer", final: "Path", last: Sealed | None, step: int, metr
     from transformers import TrainerState
     from transformers.trainer_utils import TrainOutput
 
-    try:
-        if trainer.is_deepspeed_enabled:
-            load_weights(trainer, final)
-        else:
-            with own_names():
-                trainer._load_from_checkpoint(str(final))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{final}, the model of a finished run, can't be loaded: {error}") from None
+    load_into(trainer, final)
     if last is not None and (saved := last.path / "trainer_state.json").is_file():
         trainer.state = TrainerState.load_from_json(str(saved))
     trainer.state.global_step = step

@@ -1,4 +1,4 @@
-"""Looks at each loss of a Trainer: one that is NaN or infinite is said at once.
+"""Looks at each loss of a Trainer: one that is NaN or infinite is said at once, and stops it.
 
 A Trainer leaves such losses out of what it logs (`logging_nan_inf_filter`), so its logs alone would not tell.
 """
@@ -16,28 +16,50 @@ if TYPE_CHECKING:
     from outlast.attempt.attempt import RankAttempt
 
 
+KEPT = "outlast.guard"
+"""The name under which a run keeps this state."""
+
+
 class FiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Replaces `Trainer.training_step`. On a GPU the losses are read when one is logged or saved: that waits for it."""
+    """Replaces `Trainer.training_step`. On a GPU a loss is read when one is logged or saved: that waits for it."""
 
     def __init__(self, run: "RankAttempt", trainer: "Trainer") -> None:
+        self._run, self._trainer = run, trainer
         self._warn, self._step = NotFinite(run), trainer.training_step
+        self._sum: torch.Tensor | None = None
+        """The loss of the step under way: a micro-batch's is its share of it."""
         self._last: torch.Tensor | None = None
-        """The first loss that was no number, or the last loss."""
+        """The first step's loss that was no number, or the last step's."""
         trainer.training_step = self.training_step
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Replace the Trainer's method, to see its result: the loss of a micro-batch."""
         loss: torch.Tensor = self._step(*args, **kwargs)
-        seen = loss.detach()
-        self._last = seen if self._last is None else torch.where(torch.isfinite(self._last), seen, self._last)
+        self._sum = loss.detach().clone() if self._sum is None else self._sum + loss.detach()
         return loss
 
     def on_step_end(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
     ) -> None:
+        if self._sum is not None:
+            seen, self._sum = self._sum, None
+            self._last = seen if self._last is None else torch.where(torch.isfinite(self._last), seen, self._last)
         if self._last is not None and (self._last.device.type == "cpu" or control.should_log or control.should_save):
-            self._warn.look(state.global_step, {"the loss": self._last.float().mean().item()})
-            self._last = None
+            self.read(state.global_step)
+
+    def read(self, step: int) -> None:
+        """Look at what there is, by `step`; on a GPU this waits for it."""
+        if self._last is not None:
+            loss, self._last = self._last.float().mean().item(), None
+            self._warn.look_at_loss(step, loss, skipped=bool(self._trainer.accelerator.optimizer_step_was_skipped))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses that the next one is compared with."""
+        return self._warn.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set what :meth:`state_dict` returned."""
+        self._warn.load_state_dict(state)
 
     def on_log(
         self,

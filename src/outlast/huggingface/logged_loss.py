@@ -1,7 +1,7 @@
 """Has the losses that a Trainer logs cover the steps that they would without an interruption.
 
 A Trainer sums losses between two logs, and for the mean over training (`train_loss`), in attributes that its own
-checkpoint leaves out: after a resume both began anew, and so did the time of training.
+checkpoint leaves out: after a resume both began anew, and so did the time of training, and with it the tokens a second.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ class LoggedLoss(TrainerCallback):  # type: ignore[misc]
         self._seconds_before, self._began = 0.0, clock.now()
         self._at_step_begin: torch.Tensor | None = None
         trainer._finalize_training = self.finalize
+        self._log, trainer.log = trainer.log, self.log
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, the steps that they begin with, and the seconds of training, as of now."""
@@ -43,7 +44,7 @@ class LoggedLoss(TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         trainer._tr_loss.fill_(state["loss"])  # in place: the training loop holds it too
         trainer._total_loss_scalar, trainer._globalstep_last_logged = state["total"], state["logged_at"]
-        trainer._initial_global_step = 0
+        trainer._initial_global_step = trainer._initial_num_input_tokens_seen = 0
         self._seconds_before, self._began = state["seconds"], clock.now()
 
     def on_step_begin(
@@ -60,3 +61,7 @@ class LoggedLoss(TrainerCallback):  # type: ignore[misc]
     def finalize(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """Replace `Trainer._finalize_training`: the time is that of all attempts, as the steps are."""
         return self._finalize(trial, num_train_samples, start_time - self._seconds_before)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Replace `Trainer.log`, which divides by the time of training what was trained in all attempts."""
+        self._log(logs, None if start_time is None else start_time - self._seconds_before)

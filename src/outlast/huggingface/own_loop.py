@@ -49,12 +49,14 @@ class OwnLoop:
             "random": random_state.capture(),
             "seed": torch.initial_seed() % 2**32,
             "loaders": [batches.state() for batches in self._loaders],
+            "losses": self._finite.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the random state; the loaders go on from theirs as they are given."""
         assert self._checkpoint is not None
         self._saved = state["loaders"]
+        self._finite.load_state_dict(state.get("losses", {"losses": []}))
         if self._checkpoint.manifest.world_size == self._run.world_size:
             random_state.restore(state["random"])
         else:
@@ -79,7 +81,7 @@ class OwnLoop:
         return self._saved[number].get("count") if number < len(self._saved) else None
 
     def step_done(self) -> None:
-        """Say once if a step's batches are taken ahead of it, or from a DataLoader that the run does not know."""
+        """Say once if batches are taken ahead of their step, or from a DataLoader that the run does not know."""
         if (ahead := max((batches.step_done() for batches in self._loaders), default=0)) and not self._takes_ahead:
             self._takes_ahead = True
             self._run.record("not_saved", objects={"run.epochs": TAKEN_AHEAD.format(ahead)})
@@ -96,8 +98,9 @@ class OwnLoop:
                 )
 
     def look_at_loss(self, step: int, loss: float | None) -> None:
-        """Say once if the loss is no finite number."""
-        self._finite.look(step, {"the loss": None if loss is None else float(loss)})
+        """See whether the loss of a step says that training is lost."""
+        if loss is not None:
+            self._finite.look_at_loss(step, float(loss))
 
     def close(self) -> None:
         """Stop following the loop: the run is done."""

@@ -31,6 +31,7 @@ from .decisions import Decisions
 from .deepspeed import load_weights, loading_shards, saving_shards
 from .described import describe, warn_of_others
 from .evaluation import Evaluation
+from .finite_loss import KEPT as GUARD
 from .finite_loss import FiniteLoss
 from .frozen_weights import frozen_weights, shortened
 from .given_back import given_back
@@ -44,6 +45,7 @@ from .pipeline import KEPT, Pipeline
 from .plain_modules import save_shared_weights
 from .resharding import adapt, seed_rank
 from .schedule_free import put_into_use
+from .tracking.trackers import tracked
 from .training_objects import allow_projectors
 from .universal_checkpoint import Conversion, needs_conversion
 from .verification import Verification
@@ -82,7 +84,7 @@ def train(run: "RankAttempt", trainer: "Trainer") -> Any:
         adapter = TrainerAdapter(run, trainer)
         checkpoint = adapter.resume_from()
         loading = loading_shards() if trainer.is_deepspeed_enabled else nullcontext()
-        with loading, adapter.pipeline.skipping():
+        with loading, adapter.pipeline.skipping(), tracked(run, trainer):
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
         if trainer.args.load_best_model_at_end and state.best_global_step and not state.best_model_checkpoint:
@@ -103,7 +105,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.save_at_epoch_end = False
         self.loaded_best: int | None = None
         self._looked_for_frozen = False
-        self._own, self._loss = OwnState(trainer), LoggedLoss(trainer)
+        self._own, self._loss, self._finite = OwnState(trainer), LoggedLoss(trainer), FiniteLoss(run, trainer)
         self._accumulation = Accumulation(run, trainer, self._own, self._save_step_before)
         self._evaluation = Evaluation(run, trainer, lambda: self.save(trainer.model_wrapped, None))
         self._decisions = Decisions(run, trainer, self._evaluation, self.determine_best)
@@ -129,8 +131,8 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         for name in ("get_train_dataloader", "get_eval_dataloader"):
             setattr(trainer, name, _shield_loader(getattr(trainer, name)))
         for callback in (
+            self._finite,  # before a step's end is decided on
             self,
-            FiniteLoss(run, trainer),
             self._loss,
             self._accumulation,
             self._evaluation,
@@ -146,6 +148,8 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
         self.pipeline = Pipeline(self.run, trainer, self._own)
         self.run.keep(KEPT, self.pipeline)
         self.run.keep(LOSS, self._loss)
+        if self.run.guarding.spike is not None:
+            self.run.keep(GUARD, self._finite)
         if self.checkpoint is None:
             warn_of_others(self.run, self._output)
             return None
@@ -277,6 +281,7 @@ class TrainerAdapter(TrainerCallback):  # type: ignore[misc]
 
     def _write(self, staged: Path, model: Any, trial: Any) -> None:
         trainer, state = self.trainer, self.trainer.state
+        self._finite.read(state.global_step)
         holding = saving_shards(trainer, staged) if trainer.is_deepspeed_enabled else nullcontext()
         with self._quiet(staged.parent), self._verification.saving(), holding:
             self._save_checkpoint(model, trial)

@@ -40,6 +40,8 @@ class StopCause:
         self._view: JobView | None = None
         self.end_time: float | None = None
         """When the job reaches its time limit, Unix seconds; None: not known."""
+        self.job_times: dict[str, float] = {}
+        """When the run's job was queued (`job_submitted`) and got its nodes (`job_started`), Unix seconds."""
         self.notice: Notice | None = None
         """What Slurm gives this job between a signal and the kill; None: not known."""
 
@@ -59,6 +61,9 @@ class StopCause:
             return None
         self.end_time = view.end_time
         self._job_began = view.start_time or self._job_began
+        times = {"job_submitted": view.submit_time, "job_started": view.start_time}
+        if self._in_own_job:
+            self.job_times = {name: time for name, time in times.items() if time is not None}
         with suppress(SlurmError):
             self.notice = notice_of(self._job.job_id, self._preemption.grace_s)
         return view

@@ -16,7 +16,7 @@ from outlast.rundir.ledger import Event
 from outlast.slurm.view import Notice
 
 from .cause import StopCause
-from .stopped import was_stopped_since
+from .stopped import note_stops, was_stopped_since
 
 Work = Literal["step", "evaluation"]
 """The work between two points at which a run can act: a step's micro-batch, or an evaluation's batch."""
@@ -49,11 +49,12 @@ class Planner:
         self._warned = False
 
     def begin(self, events: list[Event]) -> None:
-        """Start measuring: training begins.
+        """Start measuring: training begins. In the main thread.
 
         Args:
             events: the run's ledger: what saves have cost in earlier attempts.
         """
+        note_stops()
         self.mark()
         self._saves.extend(e["stall_s"] for e in events if e["event"] == "checkpoint" and e["kind"] != "final")
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from outlast.config.preemption import PreemptionSection
-from outlast.rundir.attempts import last_step
+from outlast.rundir.attempts import last_seen, last_step
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import AttemptNumber, Cause, Event, Ledger, Numbered, Record
+from outlast.rundir.ledger import KILLED, AttemptNumber, Cause, Event, Ledger, Numbered, Record
 from outlast.rundir.place import place_of
 
 from .policy import Decision, decide
@@ -70,6 +70,8 @@ class Outcome:
         """
         number = self._attempt.attempt
         fields = {"cause": cause, "step": last_step(self._run, number) if step is None else step, **values}
+        if values.get("detail") == KILLED:
+            fields["last_seen"] = last_seen(self._run, number)
         try:
             return self._ledger.append_first("attempt_ended", number, before=before, **fields)
         except OSError:

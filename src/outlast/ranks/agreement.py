@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from .channel import ControlChannel, Message
 
-ASKED = ("save", "clock", "USR1", "USR2", "HUP", "INT", "TERM")
+ASKED = ("save", "clock", "USR1", "USR2", "HUP", "INT", "TERM", "diverged")
 """What may be asked for. If several are asked for at once, the last in this order counts."""
 
 
@@ -122,7 +122,7 @@ class StepAgreement:
 
     def _hold(self, what: str) -> None:
         self._holding = True
-        if what != "save" and self.stop is None:
+        if what not in ("save", "diverged") and self.stop is None:
             self.stop = what
             self._on_stop(what)
 

@@ -121,3 +121,10 @@ def last_step(run: RunDirectory, number: int) -> int:
     if now is not None and now.attempt == number:
         step = max(step, now.step)
     return step or (this.saved_before if this else 0)
+
+
+def last_seen(run: RunDirectory, number: int) -> float:
+    """When attempt `number` was last seen alive, Unix seconds: by its lines and the progress file; 0 if never."""
+    seen = [float(event["time"]) for event in Ledger(run.ledger).read() if event["attempt"] == number]
+    now = read(run)
+    return max([*seen, *([now.time] if now is not None and now.attempt == number else [])], default=0.0)

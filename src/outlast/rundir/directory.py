@@ -62,6 +62,11 @@ class RunDirectory:
         return self.path / "prepared"
 
     @property
+    def tracking(self) -> Path:
+        """What trackers (TensorBoard, ...) write, each into a directory of its own name."""
+        return self.path / "tracking"
+
+    @property
     def reserve(self) -> Path:
         """Bytes set aside for an emergency save (`storage.reserve`)."""
         return self.path / ".reserve"
@@ -89,7 +94,7 @@ class RunDirectory:
             ConfigError: a part in which things are deleted is a symbolic link, or this user may not write there.
             OSError: it can't be made.
         """
-        for path in (self.checkpoints, self.staging, self.trash, self.quarantine, self.prepared):
+        for path in (self.checkpoints, self.staging, self.trash, self.quarantine, self.prepared, self.tracking):
             if path.is_symlink():
                 valid = "valid: a real directory, since nothing outside the run directory is ever deleted. "
                 raise ConfigError("run", str(path), valid + "Make the run directory itself the link, or set run.root.")

@@ -35,6 +35,7 @@ _FALLOC_FL_KEEP_SIZE = 1
 
 EVENTS: dict[str, tuple[str, ...]] = {
     "attempt_started": ("job_id", "restart_count", "hosts", "world_size", "versions"),
+    "began": ("step", "seconds"),
     "resumed": ("step", "checkpoint", "seconds"),
     "converted": ("checkpoint", "ranks", "bytes", "seconds"),
     "data": ("rows", "notes"),
@@ -63,6 +64,8 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "attempt_ended": ("cause", "step"),
     "gave_up": ("reason",),
     "not_finite": ("step", "values"),
+    "spike": ("step", "loss", "median"),
+    "tracking_failed": ("tracker", "step", "error"),
     "trained": ("metrics",),
     "finished": ("step", "seconds"),
 }
@@ -82,6 +85,7 @@ _TYPES: dict[type | tuple[type, ...], tuple[str, ...]] = {
         "save_s",
         "reaction_s",
         "run_bytes",
+        "last_seen",
     ),
     _MAYBE: ("step", "sealed_s", "deadline_s", "notice_s", "model_step"),
     str: ("event", "checkpoint", "reason", "name", "kind", "cause", "how"),

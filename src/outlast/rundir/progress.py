@@ -7,17 +7,20 @@ disk, and at most twice a second.
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from outlast import clock
 from outlast.files import read_json, to_json, write_atomically
 
 from .directory import RunDirectory
+from .losses import Point, add, points_of, up_to
 
 Phase = Literal["starting", "converting", "training", "evaluating", "saving", "done"]
 
 INTERVAL_S = 0.5
+WORDS = ("phase", "losses")
+"""Fields that are no numbers."""
 
 
 @dataclass(kw_only=True)
@@ -31,6 +34,8 @@ class Progress:
     seconds_per_step: float | None = None
     """Mean over the steps of this attempt."""
     loss: float | None = None
+    losses: list[Point] = field(default_factory=list)
+    """The run's training losses by step, over all attempts; see `losses.py`."""
     epoch: float | None = None
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None
@@ -55,12 +60,14 @@ class ProgressWriter:
         self._path = run.progress
         self._written = 0.0
         self._first: tuple[int, float] | None = None
-        self.now = Progress()
+        self.now = Progress(losses=points_of(read_json(run.progress)))
 
     def update(self, *, force: bool = False, **values: object) -> None:
         """Set fields of :class:`Progress`; write if it is time to, or if `force`."""
         for name, value in values.items():
             setattr(self.now, name, value)
+        if isinstance(loss := values.get("loss"), float | int):
+            add(self.now.losses, self.now.step, float(loss))
         moment = clock.now()
         if "step" in values:
             if self._first is None:
@@ -72,13 +79,21 @@ class ProgressWriter:
             with contextlib.suppress(OSError):  # a full disk must not end the training that it reports on
                 write_atomically(self._path, to_json(asdict(self.now)), durable=False)
 
+    def go_on_from(self, step: int) -> None:
+        """Forget the losses of steps after `step`, which are made again."""
+        self.now.losses = up_to(step, self.now.losses)
+
 
 def read(run: RunDirectory) -> Progress | None:
     """The last progress written, or None if there is none that can be read."""
     values = read_json(run.progress)
     if not isinstance(values, dict):
         return None
-    found = Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
+    numbers = {f.name: values[f.name] for f in fields(Progress) if f.name in values and f.name not in WORDS}
+    if not all(isinstance(value, int | float | None) for value in numbers.values()):
+        return None
+    found = Progress(**numbers, phase=values.get("phase", "starting"))
+    found.losses = points_of(values)
     if found.seconds_per_step is not None and not 0.0 <= found.seconds_per_step < math.inf:
         found.seconds_per_step = None  # a clock was set
     return found

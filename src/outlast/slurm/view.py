@@ -36,6 +36,8 @@ class JobView:
     end_time: float | None
     restarts: int = 0
     """How often the job was requeued; it goes up at that moment, not at the next start."""
+    submit_time: float | None = None
+    """When it was put into the queue; a requeue puts it there anew."""
 
     @property
     def is_preempted(self) -> bool:
@@ -111,6 +113,7 @@ def show_job(job_id: str, timeout_s: float = 20.0) -> JobView:
         start_time=slurm_timestamp(fields.get("StartTime")),
         end_time=slurm_timestamp(fields.get("EndTime")),
         restarts=int(fields.get("Restarts", "0") or 0),
+        submit_time=slurm_timestamp(fields.get("SubmitTime")),
     )
 
 
