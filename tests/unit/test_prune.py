@@ -18,12 +18,16 @@ from outlast.checkpoint.removal import UNSEALED, Remover
 from outlast.errors import ConfigError
 from outlast.files import bytes_used
 from outlast.launcher.commands import prune as command
-from outlast.launcher.runs.prunable import Rule
+from outlast.launcher.runs.attempts import attempt_rows
+from outlast.launcher.runs.prunable import Rule, ended_at
+from outlast.launcher.runs.since import summarize_since
+from outlast.launcher.runs.state import started_attempts
 from outlast.launcher.runs.submissions import mark_cancelled
 from outlast.rundir.directory import RunDirectory
-from outlast.rundir.ledger import Ledger
+from outlast.rundir.ledger import KILLED, Ledger
 
 from ..conftest import SMOKE, Command, RunProbe
+from .runs import Make
 from .test_shared_root import as_nobody
 
 Start = Callable[..., Command]
@@ -275,3 +279,18 @@ def test_a_run_that_starts_while_prune_works(tmp_path: Path, outlast: Start, mon
     assert third.wait() == 0, third.output
     assert command.prune(late).problem == "it has started, or was submitted, meanwhile: nothing was deleted"
     assert probe.events("resumed")[0]["step"] == before[-1]
+
+
+def test_a_deletion_long_after_is_not_a_part_of_the_last_attempt(make: Make) -> None:
+    run = make("one")
+    ledger = Ledger(run.ledger)
+    started = {"job_id": None, "restart_count": 0, "hosts": ["a"], "world_size": 1, "versions": {}}
+    ledger.append("attempt_started", 1, at=1000.0, **started)
+    ledger.append("checkpoint", 1, at=1060.0, step=4, kind="periodic", bytes=1, stall_s=0.1, sealed_s=0.1)
+    ledger.append("attempt_ended", 1, at=1100.0, cause="failed", step=4, detail=KILLED)
+    ledger.append("deleted", 1, at=9000.0, checkpoint="checkpoint-2", reason="prune")
+    events = ledger.read()
+    [row] = attempt_rows(run, started_attempts(events), events)
+    assert row["seconds"] == 60.0
+    assert ended_at(run) == 1100.0
+    assert summarize_since([run], 2000.0)["users"] == {}
