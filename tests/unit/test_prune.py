@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from outlast.launcher.runs.submissions import mark_cancelled
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import KILLED, Ledger
 
-from ..conftest import SMOKE, Command, RunProbe
+from ..conftest import OUTLAST, SMOKE, Command, RunProbe
 from .runs import Make
 from .test_shared_root import as_nobody
 
@@ -108,6 +109,18 @@ def test_it_shows_asks_deletes_and_what_stays_works(run: RunDirectory, outlast: 
         process = outlast(*arguments)
         assert process.wait() == 0, process.output
     assert "nothing to prune" in process.output
+
+
+def test_on_a_terminal_it_asks(run: RunDirectory) -> None:
+    for answer, code, left in (b"no\n", 2, [20, 40, 60, 70]), (b"yes\n", 0, [70]):
+        ours, theirs = os.openpty()
+        os.write(ours, answer)
+        with open(ours, "wb"), open(theirs, "rb") as terminal:
+            done = subprocess.run(
+                [OUTLAST, "prune", "one"], cwd=run.path.parents[1], stdin=terminal, capture_output=True, timeout=60
+            )
+        assert (done.returncode, steps(run)) == (code, left)
+        assert b"delete? [yes/no]" in done.stdout
 
 
 def test_final_alone_and_a_final_that_is_damaged(run: RunDirectory) -> None:
