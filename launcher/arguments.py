@@ -146,6 +146,34 @@ def parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="read every file and compare its digest; exit code 1 if one differs"
     )
     checkpoints.add_argument("--json", action="store_true")
+    prune = command(
+        "prune",
+        "Free space in runs that have ended: checkpoints by rule, what did not verify, leftovers",
+        "outlast prune --older 30d --keep final,best --dry-run\n  outlast prune lr-sweep --yes",
+    )
+    prune.add_argument("runs", nargs="*", metavar="RUN", help=f"{RUNS} (default: all)")
+    prune.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
+    prune.add_argument("--older", metavar="TIME", help="only runs that ended so long ago: 90min, 12h, 30d, 4w")
+    prune.add_argument(
+        "--keep",
+        default="final,best,newest",
+        metavar="WHAT,…",
+        help="what stays: best, newest (default: both); final/ always does, and what an unfinished run resumes from",
+    )
+    prune.add_argument(
+        "--unfinished", action="store_true", help="with RUN and --older: that too, so that it can't be resumed"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="show what would go, and delete nothing")
+    prune.add_argument("--yes", action="store_true", help="don't ask")
+    prune.add_argument("--json", action="store_true", help="with --dry-run or --yes")
+    move = command(
+        "move",
+        "Move a run that is not under way: copied, verified, then removed where it was",
+        "outlast move first /project/runs/first",
+    )
+    move.add_argument("run", metavar="RUN", help=f"{RUN}, or SWEEP/CELL")
+    move.add_argument("to", type=Path, metavar="DEST", help="its new directory, which is not there yet")
+    move.add_argument("--root", type=Path, default=Path("runs"), help=ROOT)
     report = command(
         "report",
         "What happened to a run or a sweep: attempts, causes, seconds, goodput, curves, bytes",

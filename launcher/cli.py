@@ -76,6 +76,16 @@ def _run(arguments: argparse.Namespace) -> int:
             options = {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "seed", "plain")}
             prompt, which = arguments.prompt, arguments.checkpoint
             return try_.main(arguments.run, arguments.root, prompt, which, **options, as_json=arguments.json)
+        case "prune":
+            from .commands import prune
+
+            names = ("older", "keep", "unfinished", "dry_run")
+            rule = {name: getattr(arguments, name) for name in names}
+            return prune.main(arguments.runs, arguments.root, **rule, sure=arguments.yes, as_json=arguments.json)
+        case "move":
+            from .commands import move
+
+            return move.main(arguments.run, arguments.to, arguments.root)
         case "plan":
             from .commands import plan
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from outlast.checkpoint.manifest import read_manifest
 from outlast.config.cluster import LocalCluster
 from outlast.errors import CheckpointError, Exit
+from outlast.notification import end_of, tell
 from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, free_ports, ignore_output_errors, python_module_command, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
@@ -73,9 +74,15 @@ class Launcher:
         lock.acquire("outlast train")
         try:
             freeze(self.plan)  # not before: a command that is refused changes nothing
-            return self._attempts(lock, shown)
+            before = next_attempt(self.ledger.read())
+            code = self._attempts(lock, shown)
         finally:
             lock.release()
+        events = self.ledger.read()
+        last = next_attempt(events) - 1
+        if last >= before and (end := end_of(events, last)) is not None:
+            tell(self.run, *end, shown.note)
+        return code
 
     def stop(self) -> None:
         """Make the run save and leave."""

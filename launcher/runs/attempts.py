@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 from outlast.rundir import progress
-from outlast.rundir.attempts import Attempt, last_step
+from outlast.rundir.attempts import TIDYING, Attempt, last_step
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import KILLED, Event
 
@@ -24,7 +24,7 @@ def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> Attemp
     started, ended, resumed = attempt.started or {}, attempt.ended, attempt.resumed
     killed = ended is None or ended.get("detail") == KILLED
     # The next attempt writes the end of one that was killed: its last sign of life is what came before.
-    afterwards = ("attempt_ended", "requeued", "gave_up") if killed else ()
+    afterwards = ("attempt_ended", "requeued", "gave_up", *TIDYING) if killed else ()
     seen = [event["time"] for event in lines if event["event"] not in afterwards]
     seen += [ended["last_seen"]] if ended and "last_seen" in ended else []
     end = ended["time"] if ended and not killed else max(seen, default=lines[0]["time"])

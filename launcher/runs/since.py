@@ -40,7 +40,7 @@ def summarize_since(runs: Iterable[RunDirectory], since: float) -> Summary:
     for run in runs:
         events = Ledger(run.ledger).read()
         tries = started_attempts(events)
-        if not tries or events[-1]["time"] < since:
+        if not tries or tries[-1].last_time < since:
             continue
         submission, rows = submission_of(run), attempt_rows(run, tries, events)
         found = [_clipped(one, since) for one in times(rows, tries, events, submission.time if submission else 0.0)]

@@ -17,6 +17,7 @@ from .config.configuration import load
 from .config.preemption import PreemptionSection
 from .errors import Exit, OutlastError, RunBusyError, SlurmError
 from .files import write_atomically
+from .notification import end_of, tell
 from .preemption.outcome import Outcome
 from .preemption.policy import describe
 from .processes import SIGNALS
@@ -75,6 +76,14 @@ def follow_up(run: RunDirectory, code: int, before: str | None = None) -> int:
         return _end_attempt(run, job, limits, code, before)
     finally:
         lock.release()
+
+
+def tell_end(run: RunDirectory) -> None:
+    """Tell how the run ended, if this job has ended it. While it goes on Slurm waits for this process: not then."""
+    job, events = current_job(), Ledger(run.ledger).read()
+    number = attempt_of(events, (job.job_id, job.restart_count)) if job else 0
+    if (end := end_of(events, number)) is not None:
+        tell(run, *end, _say)
 
 
 def _wait_in_the_queue(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int) -> int:
@@ -268,7 +277,10 @@ def _command() -> int:
     begun = [directory for directory in (arguments.directory, *arguments.more) if directory and directory.is_dir()]
     arguments.directory = begun[-1] if begun else arguments.directory
     try:
-        return follow_up(run_named_by(arguments), arguments.exit_code, arguments.before)
+        run = run_named_by(arguments)
+        code = follow_up(run, arguments.exit_code, arguments.before)
+        tell_end(run)
+        return code
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return arguments.exit_code or error.exit_code

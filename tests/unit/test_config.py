@@ -46,7 +46,7 @@ def test_each_group_option_is_a_file_with_the_keys_of_its_class(section: str, op
 
 def test_the_fixed_sections_of_the_yaml_hold_the_defaults_of_their_classes() -> None:
     tree = yaml.safe_load((CONF / "train.yaml").read_text())
-    for name in ("run", "preemption", "checkpoint", "guard", "storage"):
+    for name in ("run", "preemption", "checkpoint", "guard", "storage", "notify"):
         assert tree.pop(name) == defaults_of(SECTIONS[name][""])
     assert tree.pop("seed") == 42
     assert list(tree) == ["defaults"]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from outlast import clock
+from outlast import clock, notification
 from outlast.checkpoint.manifest import Kind, Sealed
 from outlast.checkpoint.space import Space
 from outlast.checkpoint.store import CheckpointStore
@@ -283,12 +283,12 @@ class RankAttempt:
 
     def _warn_of_short_notice(self) -> None:
         """Say once if what steps and saves were seen to take is longer than the notice (rank 0)."""
-        if not self._cause.in_job or self.rank != 0:
-            return
-        if short := self._planner.shortfall(self._cause.notice):
+        if self._cause.in_job and self.rank == 0 and (short := self._planner.shortfall(self._cause.notice)):
             text, fields = short
             self.record("notice_short", **fields)
             self.say(f"WARNING: {text}")
+            if self._guard.requested is None:
+                notification.tell_meanwhile(self.directory, "notice_short", text, self.say)
 
     def checkpoint(
         self,

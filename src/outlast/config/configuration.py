@@ -20,6 +20,7 @@ from .cluster import LocalCluster, SlurmCluster
 from .data import HubData, JsonlData, PythonDocs
 from .guard import GuardSection
 from .model import Lora, NoPeft, PretrainedModel, TinyModel
+from .notify import NotifySection
 from .parallel import Ddp, Zero
 from .preemption import PreemptionSection
 from .run import JobSection, RunSection
@@ -46,6 +47,7 @@ class Config(Section):
     preemption: PreemptionSection = field(default_factory=PreemptionSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     storage: StorageSection = field(default_factory=StorageSection)
+    notify: NotifySection = field(default_factory=NotifySection)
     guard: GuardSection = field(default_factory=GuardSection)
     tracking: TrackingSection = field(default_factory=TrackingSection)
     seed: Annotated[int, Number(ge=0, le=2**32 - 1)] = 42

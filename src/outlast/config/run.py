@@ -12,7 +12,7 @@ LONGEST = 200
 VALID = f"a directory name of {LONGEST} bytes at most, without '/', '%' and ':'"
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
     """Whether a run may have this name: Slurm replaces `%` in paths, and PYTHONPATH splits at `:`."""
     if len(os.fsencode(name)) > LONGEST:
         return False
@@ -23,7 +23,7 @@ def _is_name(name: str) -> bool:
 class RunSection(Section):
     """Where the run lives: its directory is `<run.root>/<run.name>`."""
 
-    name: Annotated[str, Passes(_is_name, VALID)] | None = None
+    name: Annotated[str, Passes(is_name, VALID)] | None = None
     """Directory name under `root`; null: derived from the configuration, so the same command resumes the run."""
     root: Annotated[str, Passes(lambda root: ":" not in root, "a path without ':', which PYTHONPATH splits at")] = (
         "runs"

@@ -27,7 +27,9 @@ class Section:
     }
 
     gone: ClassVar[dict[str, str]] = {}
-    """Keys that there once were, with what to say instead."""
+    """Keys that there once were, or might be, with what to say instead."""
+    private: ClassVar[bool] = False
+    """Whether a value that is refused may be a secret, and is kept out of the message."""
 
     @classmethod
     @cache
@@ -125,14 +127,15 @@ def section(name: str, schema: type[S], values: dict[str, Any]) -> S:
         first = error.errors(include_url=False)[0]
         key = str(first["loc"][0])
         if key in schema.gone:
-            raise ConfigError(prefix + key, values[key], schema.gone[key]) from None
+            raise ConfigError(prefix + key, "…" if schema.private else values[key], schema.gone[key]) from None
         if key not in keys:
             place = f"{name}={values['kind']}" if {"kind"} <= keys.keys() & values.keys() else name
             names = [known for known in keys if known != "kind"]
             raise ConfigError(place or "configuration", key, names or "it has no keys of its own") from None
         if first["type"] == "literal_error":
             raise ConfigError(prefix + key, first["input"], choices(keys[key])) from None
-        raise ConfigError(prefix + key, values[key], f"valid: {words(keys[key])}") from None
+        given = "…" if schema.private else values[key]
+        raise ConfigError(prefix + key, given, f"valid: {words(keys[key])}") from None
 
 
 def declared(schema: type) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from .progress import read
 
 ATTEMPT_ENV = "OUTLAST_ATTEMPT"
 """Tells a rank the number of its attempt."""
+TIDYING = ("deleted", "delete_failed")
+"""Events that may be long after an attempt: of what is deleted of a run that has ended."""
 
 
 @dataclass
@@ -60,7 +62,8 @@ def attempts(events: list[Event]) -> list[Attempt]:
     grouped: dict[int, Attempt] = {}
     for event in events:
         attempt = grouped.setdefault(event["attempt"], Attempt(event["attempt"]))
-        attempt.last_time = event["time"]
+        if event["event"] not in TIDYING or not attempt.last_time:
+            attempt.last_time = event["time"]
         match event["event"]:
             case "attempt_started":
                 attempt.started = event

@@ -1,0 +1,271 @@
+"""`outlast move`: to another file system, killed at each change it makes, with links, and refused where it must be."""
+
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outlast.checkpoint.manifest import Manifest, verify, write_manifest
+from outlast.checkpoint.writer import adopt
+from outlast.errors import ConfigError, RunBusyError
+from outlast.launcher.commands import move as command
+from outlast.launcher.execution import moving
+from outlast.launcher.runs.submissions import mark_cancelled
+from outlast.rundir.directory import RunDirectory
+from outlast.rundir.lock import RunLock
+
+from ..conftest import SMOKE, Command, RunProbe
+from .runs import Make, end, save, start, submit, sweep_of
+
+CHANGES = ("os.rename", "os.mkdir", "os.symlink", "os.link", "os.remove", "os.rmdir")
+LOCKS = (".lock", ".submit.lock")
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """A directory on another file system than the tests' own."""
+    if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(tempfile.gettempdir()).st_dev:
+        pytest.skip("one file system only")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def run(make: Make) -> RunDirectory:
+    """A run that was cancelled, with a checkpoint, links of both kinds, and a file that is read-only."""
+    run = make("one")
+    ledger = start(run)
+    save(ledger, 40)
+    end(ledger, "cancelled")
+    mark_cancelled(run, None)
+    checkpoint = run.checkpoints / "checkpoint-40"
+    (checkpoint / "nested").mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(os.urandom(5000))
+    (checkpoint / "nested" / "optimizer.pt").write_bytes(os.urandom(3000))
+    manifest = Manifest(step=40, kind="periodic", world_size=1, time=1.0)
+    adopt(checkpoint, manifest.files)
+    write_manifest(checkpoint, manifest)
+    (run.path / "notes").write_text("mine")
+    (run.path / "notes").chmod(0o440)
+    os.link(run.path / "notes", run.path / "same")
+    (run.path / "newest").symlink_to("checkpoints/checkpoint-40")
+    (run.path / "dangling").symlink_to("/nowhere")
+    return run
+
+
+def tree(path: Path) -> dict[str, Any]:
+    """Everything in it but the locks: contents, what a link says, and the mode."""
+    found: dict[str, Any] = {}
+    for one in sorted(path.rglob("*")):
+        name = one.relative_to(path).as_posix()
+        if name in (*LOCKS, moving.ORIGIN):
+            continue
+        if one.is_symlink():
+            found[name] = os.readlink(one)
+        else:
+            found[name] = (one.stat().st_mode, one.read_bytes() if one.is_file() else None)
+    return found
+
+
+def move(run: RunDirectory, target: Path) -> int:
+    return command.main(run.path.name, target, run.path.parent)
+
+
+def test_the_same_file_system_is_a_rename(run: RunDirectory, tmp_path: Path) -> None:
+    before, inode = tree(run.path), run.path.stat().st_ino
+    target = tmp_path / "new" / "two"
+    assert move(run, target) == 0
+    assert (target.stat().st_ino, tree(target), run.path.exists()) == (inode, before, False)
+
+
+def test_another_file_system(run: RunDirectory, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.path / "up").symlink_to("../beside")
+    (run.path.parent / "beside").write_text("stays")
+    before, target = tree(run.path), elsewhere / "two"
+    times = (run.path / "notes").stat().st_mtime_ns
+    assert move(run, target) == 0
+    assert tree(target) == before
+    assert (target / "notes").stat().st_ino == (target / "same").stat().st_ino
+    assert (target / "notes").stat().st_mtime_ns == times
+    verify(target / "checkpoints" / "checkpoint-40")
+    assert [path.name for path in run.path.parent.iterdir()] == ["beside"]
+    assert [path.name for path in elsewhere.iterdir()] == ["two"]
+    assert not (target / moving.ORIGIN).exists()
+    said = capsys.readouterr().out
+    assert f"outlast resume two --root {elsewhere}" in said
+    assert "WARNING: the link up led to ../beside" in said
+    assert "dangling" not in said
+
+
+def killed_at(number: int, act: Callable[[], int]) -> int:
+    """Do `act` in a forked process that is gone just before its change of this number; its exit code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left = [number]
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+
+    try:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.addaudithook(hook)
+        os._exit(act())
+    finally:
+        os._exit(99)
+
+
+def test_killed_at_any_change_one_of_the_two_is_whole_and_the_same_command_goes_on(
+    run: RunDirectory, elsewhere: Path, tmp_path: Path
+) -> None:
+    before, target, original = tree(run.path), elsewhere / "two", tmp_path / "original"
+    shutil.copytree(run.path, original, symlinks=True)
+    code, number, published = 9, 0, 0
+    while code == 9:
+        number += 1
+        code = killed_at(number, lambda: move(run, target))
+        assert code in (0, 9)
+        there = run.path.exists()
+        published += target.exists()
+        if there:
+            assert tree(run.path) == before, number
+        if target.exists():
+            assert tree(target) == before, number
+        assert there or target.exists(), number
+        if code == 9:
+            assert move(run, target) == 0, number
+        assert tree(target) == before, number
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["original"], number
+        assert [path.name for path in elsewhere.iterdir()] == ["two"], number
+        shutil.rmtree(target)
+        shutil.copytree(original, run.path, symlinks=True)
+    assert number > 30
+    assert published > 10  # the source was being removed
+
+
+def test_a_source_that_went_on_is_not_removed(run: RunDirectory, elsewhere: Path) -> None:
+    target = elsewhere / "two"
+    moving.copy(run.path, target, print)
+    save(start(run, 2), 50, 2)
+    with pytest.raises(ConfigError, match="it exists and both have gone on since one was copied"):
+        move(run, target)
+    assert run.path.exists()
+
+
+def test_a_copy_that_differs_is_not_published(
+    run: RunDirectory, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that loses a bit: the file is changed between being written and being read back."""
+    really = moving.flush_tree
+
+    def flush(staged: Path) -> None:
+        weights = staged / "checkpoints" / "checkpoint-40" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        really(staged)
+
+    before = tree(run.path)
+    monkeypatch.setattr(moving, "flush_tree", flush)
+    with pytest.raises(moving.CopyError, match=r"model.safetensors is not what was read"):
+        move(run, elsewhere / "two")
+    assert tree(run.path) == before
+    assert not (elsewhere / "two").exists()
+
+
+def test_a_checkpoint_damaged_before_is_named_and_moved(
+    run: RunDirectory, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run.checkpoints / "checkpoint-40" / "model.safetensors").write_bytes(b"short")
+    assert move(run, elsewhere / "two") == 0
+    assert "checkpoint-40 does not verify, neither here nor where it comes from" in capsys.readouterr().out
+
+
+def test_no_room(run: RunDirectory, elsewhere: Path) -> None:
+    with open(run.path / "sparse", "wb") as file:
+        file.truncate(shutil.disk_usage(elsewhere).free + 1_000_000)
+    with pytest.raises(ConfigError, match=r"the run takes .* more there, and free space is"):
+        move(run, elsewhere / "two")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_refused_destinations(run: RunDirectory, make: Make, tmp_path: Path) -> None:
+    make("other")
+    (tmp_path / "there").mkdir()
+    sweep = sweep_of(tmp_path, [])
+    for target, why in (
+        (tmp_path / "other", "it exists; valid: a directory that is not there yet$"),
+        (tmp_path / "there", "not there yet, such as .*/there/one"),
+        (run.path, "it is one itself, or inside of it"),
+        (run.checkpoints / "x", "it is one itself, or inside of it"),
+        (tmp_path / "a:b", "whose name is a directory name"),
+        (sweep / "one", "is a sweep, which lists its cells"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            move(run, target)
+    link = tmp_path / "link"
+    link.symlink_to(run.path)
+    with pytest.raises(ConfigError, match="is a symbolic link; valid: what it leads to"):
+        move(RunDirectory(link), tmp_path / "new")
+    assert run.path.exists()
+
+
+def test_a_run_that_is_alive_or_waits_is_refused(
+    run: RunDirectory, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RunLock(run)
+    lock.acquire("a test")
+    try:
+        with pytest.raises(ConfigError, match="it is running; stop it first: outlast cancel one"):
+            move(run, tmp_path / "new")
+    finally:
+        lock.release()
+    really = command.collect
+
+    def submitted_meanwhile(runs: Any, ask: Any) -> Any:
+        rows = really(runs, ask=ask)
+        submit(run, "7")
+        return rows
+
+    monkeypatch.setattr(command, "collect", submitted_meanwhile)
+    with pytest.raises(RunBusyError, match="was submitted, meanwhile: nothing was moved"):
+        move(run, tmp_path / "new")
+    assert run.path.exists()
+
+
+def test_a_cell_leaves_its_sweep(tmp_path: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = RunDirectory(sweep_of(tmp_path, []) / "seed=0")
+    end(start(cell), "cancelled")
+    assert command.main("s/seed=0", elsewhere / "best", tmp_path) == 0
+    assert "s still lists this cell" in capsys.readouterr().out
+    assert (elsewhere / "best" / "ledger.jsonl").exists()
+    with pytest.raises(ConfigError, match="it has not begun"):
+        command.main("s/seed=0", elsewhere / "second", tmp_path)
+
+
+def test_a_moved_run_resumes_and_ends_as_if_it_had_stayed(
+    elsewhere: Path, tmp_path: Path, outlast: Callable[..., Command]
+) -> None:
+    train = ["train", *SMOKE, "trainer.max_steps=60"]
+    twin = outlast(*train, "run.name=twin")
+    assert twin.wait() == 0, twin.output
+    first, probe = outlast(*train, "run.name=one", "trainer.step_s=0.1"), RunProbe(tmp_path / "runs/one")
+    probe.reach(12)
+    assert outlast("cancel", "one").wait() == 0
+    assert first.wait() == 75
+    moved = outlast("move", "one", str(elsewhere / "one"))
+    assert moved.wait() == 0, moved.output
+    there = RunProbe(elsewhere / "one")
+    again = outlast(*train, "run.name=one", "trainer.step_s=0.1", f"run.root={elsewhere}")
+    assert again.wait() == 0, again.output
+    assert there.events("resumed")[0]["step"] == there.saved(1)
+    assert there.weights() == RunProbe(tmp_path / "runs/twin").weights()
