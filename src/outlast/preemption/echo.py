@@ -30,7 +30,7 @@ def wait_for_echo(guard: PreemptionGuard) -> None:
 def is_left_to_epilogue(cause: StopCause) -> bool:
     """Whether this signal may be an echo, which the batch script will find out.
 
-    Where all ranks still agree, none has died; where they can't, only the batch script sees how each of them ended.
+    Where all ranks still agree, none has died; where they can't, only the batch script sees how `srun` ended.
     """
     if not in_own_batch_script():
         return False
