@@ -509,6 +509,10 @@ def optimizer_schedule_hooks_and_arguments_with_state() -> Trainer:
     return trainer(model=model, more=more, **STEPS)
 
 
+CALLS: int
+"""Not there before the first step."""
+
+
 class Counts(Trainer):  # type: ignore[misc]
     """Counts in its class, and weighs the loss by that and by the model's configuration."""
 
@@ -517,7 +521,14 @@ class Counts(Trainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         Counts.seen += model.training
-        loss = loss * (1 + 0.1 * Counts.seen) * getattr(model.config, "loss_scale", 1.0)
+        Counts.late = getattr(Counts, "late", 0) + 1  # what a class has only since training began
+        global CALLS
+        try:
+            CALLS += 1
+        except NameError:
+            CALLS = 1
+        loss = loss * (1 + 0.1 * Counts.seen + 0.01 * Counts.late + 0.02 * CALLS)
+        loss = loss * getattr(model.config, "loss_scale", 1.0)
         return (loss, outputs) if return_outputs else loss
 
 

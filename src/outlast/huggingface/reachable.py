@@ -219,7 +219,7 @@ def _of_class(path: str, cls: type) -> Iterator[Holder]:
             and not isinstance(item, kinds)
         }
 
-    yield Holder(path, read, lambda name, item: setattr(cls, name, item))
+    yield Holder(path, read, lambda name, item: setattr(cls, name, item), grows=True)
 
 
 def _of_function(path: str, function: types.FunctionType) -> Iterator[Holder]:
@@ -244,7 +244,7 @@ def _of_function(path: str, function: types.FunctionType) -> Iterator[Holder]:
     def used() -> dict[str, Any]:
         return {name: space[name] for name in names if name in space and not name.startswith("__")}
 
-    yield Holder(function.__module__, used, lambda name, item: space.__setitem__(name, item))
+    yield Holder(function.__module__, used, lambda name, item: space.__setitem__(name, item), grows=True)
     if function.__defaults__:
         yield Holder(path, lambda: {f"default{i}": d for i, d in enumerate(function.__defaults__ or ())}, _fixed)
 
