@@ -64,7 +64,7 @@ def main(run: RunDirectory, checkpoints: list[Path], file: Path | None, stop: _S
 
             try:
                 sealed = Sealed(place, read_manifest(place))
-                weights = weights_digest(sealed.manifest)
+                weights = weights_digest(sealed.manifest.files)
                 if weights in done:
                     continue
                 files = {name: entry for name, entry in sealed.manifest.files.items() if is_weights(name)}

@@ -16,6 +16,7 @@ from outlast.config.data import JsonlData
 from outlast.errors import CheckpointError, ConfigError
 from outlast.huggingface.finished import load_into
 from outlast.huggingface.frozen_weights import shortened
+from outlast.huggingface.loaded import different
 from outlast.rundir.directory import RunDirectory
 
 from ..training import data, models, prepared, trainer_arguments
@@ -41,7 +42,7 @@ class Scorer:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
         tokenized, base = run.prepared / "data", run.prepared / "model"
-        prepared.verify(base, tokenized)
+        prepared.verify(run)
         quiet = {"report_to": "none", "eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "no"}
         args = trainer_arguments.sft_config(config, scratch, **quiet, ddp_backend=None)
         rows: Any
@@ -102,14 +103,8 @@ class Scorer:
 
     def _compare(self, checkpoint: Sealed) -> None:
         """Compare what was loaded with what was in memory when it was saved, where the checkpoint knows that."""
-        known = digests.read(checkpoint.path, 0)
-        if known is None or "whole" in known:
-            return
-        loaded = dict(self._trainer.model.named_parameters(remove_duplicate=False))
-        saved = {name: value for part in ("model", "base") for name, value in known.get(part, {}).items()}
-        different = [name for name, value in saved.items() if name in loaded and digests.digest(loaded[name]) != value]
-        if different and not self._trainer.args.bf16:
-            raise CheckpointError(f"what was loaded is not what was saved: {shortened(different)}")
+        if wrong := different(self._trainer.model, digests.read(checkpoint.path, 0)):
+            raise CheckpointError(f"what was loaded is not what was saved: {shortened(wrong)}")
 
 
 def _shares(sums: list[float], tokens: list[int]) -> list[float]:

@@ -89,8 +89,8 @@ def _models(run: RunDirectory) -> list[Sealed]:
 
 def compare(models: list[Sealed], lines: dict[str, evaluations.Line]) -> list[Row]:
     """The scores of what is there now, by step, each compared with the best on the same rows."""
-    steps = {evaluations.weights_digest(model.manifest): model for model in models}  # final/ is the last
-    names = {evaluations.weights_digest(model.manifest): model.path.name for model in reversed(models)}
+    steps = {evaluations.weights_digest(model.manifest.files): model for model in models}  # final/ is the last
+    names = {evaluations.weights_digest(model.manifest.files): model.path.name for model in reversed(models)}
     found = [(lines[weights], model) for weights, model in steps.items() if weights in lines]
     if not found:
         return []

@@ -20,10 +20,8 @@ from outlast.storage.budget import gb
 
 from .compose import Composer, parsed
 
-START = "start"
-"""Where in `prepared/` the weights are that a run begins with."""
-DESCRIBING = (".safetensors.index.json", "adapter_config.json")
-"""What tells a library where the weights are, and what of."""
+DESCRIBING = (".safetensors.index.json", "adapter_config.json", "digests.json")
+"""What tells where the weights are, what of, and what was in memory when they were saved."""
 SAME = ("job", "model", "peft")
 """Sections that the weights belong to."""
 
@@ -58,9 +56,17 @@ class Fork:
         return asdict(self.ancestry) | {"bytes": self.bytes}
 
 
-def configured(run: RunDirectory, overrides: Sequence[str], config_dir: Path | None) -> Config:
-    """The configuration of a run with overrides on top: values, or groups, whose sections are then composed anew."""
+def configured(run: RunDirectory, overrides: Sequence[str], config_dir: Path | None, *, target: RunDirectory) -> Config:
+    """The configuration of a run with overrides on top: values, or groups, whose sections are then composed anew.
+
+    Where the run lives, and what of it was once accepted (`checkpoint.allow`), is not taken over.
+
+    Args:
+        target: the run to be made.
+    """
     composer, tree = Composer(config_dir), copy.deepcopy(load(run.config).as_dict())
+    tree["run"] |= {"name": target.path.name, "root": str(target.path.parent)}
+    tree["checkpoint"]["allow"] = []
     groups = {text.partition("=")[0].lstrip("+") for text in overrides if composer.is_group(text)}
     if groups & {"experiment", "job"}:
         raise ConfigError("--from", ", ".join(sorted(groups)), "a fork has the job of its run; valid: other groups")

@@ -18,13 +18,14 @@ Lines are only added. A torn one is left out; of several for the same weights an
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from outlast.checkpoint.manifest import Manifest, is_weights
+from outlast.checkpoint.manifest import FileEntry, is_weights
 from outlast.errors import ConfigError
 from outlast.files import bytes_used, to_json
 from outlast.rundir.directory import RunDirectory
@@ -51,9 +52,9 @@ class Line:
     time: float
 
 
-def weights_digest(manifest: Manifest) -> str:
-    """Digest of a checkpoint's weights, by its manifest: the same for a whole checkpoint and a light one."""
-    entries = {name: entry for name, entry in manifest.files.items() if is_weights(name)}
+def weights_digest(files: Mapping[str, FileEntry]) -> str:
+    """Digest of a checkpoint's weights, by its manifest's entries: the same for a whole checkpoint and a light one."""
+    entries = {name: entry for name, entry in files.items() if is_weights(name)}
     return xxhash.xxh3_64(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 

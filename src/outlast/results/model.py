@@ -15,10 +15,9 @@ from outlast.attempt.loading import guard_loads
 from outlast.checkpoint import digests
 from outlast.errors import CheckpointError, ConfigError, OutlastError
 from outlast.huggingface.frozen_weights import shortened
+from outlast.huggingface.loaded import different
 
 from .source import Source, header
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load(source: Source) -> Any:
@@ -173,16 +172,9 @@ def _compare_base(source: Source, model: Any) -> None:
     known = next(filter(None, (digests.read(place, 0) for place in places)), None)
     if known is None or "whole" in known or not known.get("base"):
         return  # each rank digested its own shard
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    different = [name for name, saved in known["base"].items() if not _is_same(parameters.get(name), saved)]
-    if different:
-        valid = f"valid: the base model that the adapters were trained on; {shortened(different)} differ"
+    if wrong := different(model, {"base": known["base"]}):
+        valid = f"valid: the base model that the adapters were trained on; {shortened(wrong)} differ"
         raise ConfigError("model.path", source.base, valid)
-
-
-def _is_same(parameter: Any, saved: str) -> bool:
-    """Whether it has the digest, also in another number format: DeepSpeed casts a model."""
-    return parameter is not None and any(digests.digest(parameter.detach().to(dtype)) == saved for dtype in FLOATS)
 
 
 def tokenizer(source: Source) -> Any | None:
