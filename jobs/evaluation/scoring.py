@@ -29,6 +29,9 @@ class Scorer:
         file: JSON Lines to score on; None: the evaluation data that the run has prepared.
         scratch: where transformers may write.
 
+    Attributes:
+        data: digest of the data, and of how it is scored: only what has the same is compared row by row.
+
     Raises:
         ConfigError: there is no such data.
         OutlastError: the data or the base model can't be loaded.
@@ -55,12 +58,17 @@ class Scorer:
                 )
             prepared.reuse(args)
             listing = tokenized / LISTING
-            self.name, self.data = "eval", _digest(listing if listing.is_file() else tokenized / "prepared.json")
+            self.name, digest = "eval", _digest(listing if listing.is_file() else tokenized / "prepared.json")
         else:
-            rows, _ = data.load(replace(config, data=JsonlData(train=str(file))))
+            try:
+                rows, _ = data.load(replace(config, data=JsonlData(train=str(file))))
+            except ConfigError as error:
+                if error.key != "data.train":
+                    raise
+                raise ConfigError("--data", error.value, str(error).partition(" is refused; ")[2]) from None
             args.packing = args.eval_packing = False  # the more rows, the better a difference is told from noise
-            self.data = _digest(file)
-            self.name = f"{file.stem}-{self.data[:8]}"
+            digest = _digest(file)
+            self.name = f"{file.stem}-{digest[:8]}"
         model, tokenizer = models.load(config, base)
         self._trainer = SFTTrainer(
             model=model,
@@ -69,7 +77,9 @@ class Scorer:
             processing_class=tokenizer,
             peft_config=models.peft_config(config),
         )
-        self._batch = args.per_device_eval_batch_size
+        self._batch, self.rows = args.per_device_eval_batch_size, len(rows)
+        how = f"{self._batch} {args.device.type} {args.bf16} {args.fp16} {model.dtype}"
+        self.data = xxhash.xxh3_64(f"{digest} {how}".encode()).hexdigest()
 
     def score(self, checkpoint: Sealed, poll: Callable[[int, int], None]) -> list[float]:
         """Each row's share of the evaluation loss (see `results/evaluations.py`).

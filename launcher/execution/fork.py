@@ -19,7 +19,7 @@ from outlast.rundir.ledger import Ledger
 from outlast.storage.budget import gb
 
 from ..planning.compose import parsed
-from ..planning.fork import Fork, check_same, configured, exactness, has_same_data
+from ..planning.fork import Fork, check_same, configured, exactness, has_same_data, refuse_other_training
 from ..runs.chosen import chosen, kept
 from ..runs.find import is_named, run_named
 
@@ -67,6 +67,8 @@ def compose_fork(
     if config.job.name == "sft" and config.model.kind == "tiny" and not (source.prepared / "model").is_dir():
         raise ConfigError("--from", text, f"{source.prepared / 'model'} is gone, with the tokenizer of its weights")
     found = chosen(source, which or ("newest" if optimizer else None), key="--from", whole=optimizer)
+    if optimizer:
+        refuse_other_training(before, config, found.manifest)
     fork = _fork(source, found, optimizer=optimizer, same_data=optimizer and has_same_data(before, config))
     if fork.bytes > config.storage.budget_bytes:
         valid = f"valid: more than the {gb(fork.bytes)} that it begins with"

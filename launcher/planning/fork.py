@@ -10,18 +10,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpoint.manifest import Sealed, is_weights
+from outlast.checkpoint.compatibility import compare
+from outlast.checkpoint.manifest import Manifest, Sealed, is_weights
 from outlast.config.configuration import Config, build, load
-from outlast.config.trainer_keys import LENGTH, length_refusal
-from outlast.errors import ConfigError
+from outlast.config.trainer_keys import BATCH, EVALUATION, LENGTH, length_refusal
+from outlast.errors import ConfigError, ResumeRefusedError
+from outlast.ranks.layout import layout
 from outlast.rundir.ancestry import Ancestry
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.budget import gb
 
-from .compose import Composer, parsed
+from .compose import Composer, evaluate_only_with_data, lacks_evaluation, parsed
 
 DESCRIBING = (".safetensors.index.json", "adapter_config.json", "digests.json")
 """What tells where the weights are, what of, and what was in memory when they were saved."""
+EVALUATED = ("eval_strategy", "load_best_model_at_end")
+"""What of the trainer depends on whether there is data to evaluate on."""
+OTHER_ROWS = ("packing", "chat_template_path")
+"""Keys of the trainer that make other rows of the same data."""
 SAME = ("job", "model", "peft")
 """Sections that the weights belong to."""
 
@@ -90,7 +96,13 @@ def configured(run: RunDirectory, overrides: Sequence[str], config_dir: Path | N
             if not isinstance(place, dict):
                 raise ConfigError(str(override.key_or_group), text, f"{part} has no keys of its own")
         place[path[-1]] = override.value()
-    return build(tree)
+    config = build(tree)
+    if not any(text.lstrip("+").startswith("trainer.eval_strategy=") for text in overrides):
+        if lacks_evaluation(load(run.config)) and not lacks_evaluation(config) and config.job.name == "sft":
+            usual = composer.compose(["job=sft"]).trainer
+            config.trainer |= {key: usual[key] for key in EVALUATED if key in usual}
+        evaluate_only_with_data(config)
+    return config
 
 
 def exactness(before: Config, config: Config, found: Sealed, fork: Fork) -> list[str]:
@@ -101,15 +113,61 @@ def exactness(before: Config, config: Config, found: Sealed, fork: Fork) -> list
     changes = list(before.differences(config))
     lengths = [f"trainer.{key}" for key in LENGTH if f"trainer.{key}" in changes]
     others = [key for key in changes if key not in lengths]
+    drawn = _other_draws(before, config)
     if lengths and (reason := length_refusal(before.trainer)):
         said.append(f"not what a longer run would have been from the beginning: {reason}")
     if others:
         said.append(f"not exact: {', '.join(others)} differ from {fork.ancestry.run}'s")
+    if drawn:
+        said.append(f"not exact: with another {', '.join(drawn)} other random numbers are drawn, or sums are rounded")
     if before.parallel.world_size != config.parallel.world_size:
         said.append("not exact: another number of ranks rounds sums in another order, and draws other random numbers")
-    elif not changes:
+    elif not changes and not drawn:
         said.append(f"exact: as if {fork.ancestry.run} went on from step {found.step}")
     return said
+
+
+def _other_draws(before: Config, config: Config) -> list[str]:
+    """What differs that is free to a run, and yet changes its random numbers or how its sums are rounded."""
+    one, other = before.trainer, config.trainer
+    keys = [key for key in (*sorted(EVALUATION), *BATCH) if one.get(key) != other.get(key)]
+    longer = any(one.get(key) != other.get(key) for key in LENGTH)
+    by_steps = other.get("eval_strategy", "no") == "steps"
+    if by_steps and not other.get("eval_steps") and one.get("logging_steps") != other.get("logging_steps"):
+        keys.append("logging_steps")  # which is then that of evaluations
+    if by_steps and longer and 0 < float(other.get("eval_steps") or 0) < 1:
+        keys.append(f"length (trainer.eval_steps={other['eval_steps']:g} is a share of it)")
+    return [key if " " in key else f"trainer.{key}" for key in keys]
+
+
+def refuse_other_training(before: Config, config: Config, manifest: Manifest) -> None:
+    """Refuse to go on with the optimizer of a checkpoint where the first attempt would be refused.
+
+    Raises:
+        ConfigError: it names what differs, and the ways out.
+    """
+    made: dict[str, Any] = {"world_size": manifest.world_size, **manifest.origin}
+    now: dict[str, Any] = {"seed": config.seed}
+    micro_batch, accumulation = (
+        int(config.trainer.get(key) or usual) for key, usual in zip(BATCH, (8, 1), strict=True)
+    )
+    try:
+        ranks = config.parallel.world_size
+        laid_out = layout(made, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation)
+    except ResumeRefusedError as error:
+        raise ConfigError("parallel.nodes * parallel.ranks_per_node", ranks, str(error)) from None
+    if config.job.name == "sft":
+        now["global_batch"] = laid_out.global_batch
+    changed = config.all_differences(before)
+    rows = [
+        key for key in changed if key.startswith("data.") and not key.endswith((".train", ".eval", ".path", "_split"))
+    ]
+    rows += [f"trainer.{key}" for key in OTHER_ROWS if f"trainer.{key}" in changed]
+    if rows and "dataset" in made:
+        now["dataset"] = f"another by {', '.join(rows)}"
+    refused = compare(made, now, versions_made={}, versions_now={}, allow=config.checkpoint.allow).refused
+    if refused:
+        raise ConfigError("--optimizer", ", ".join(refused), "; ".join(refused.values()))
 
 
 def has_same_data(before: Config, config: Config) -> bool:

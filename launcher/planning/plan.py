@@ -1,6 +1,7 @@
 """The plan: everything that `train` would decide, as a value that can be printed before anything starts."""
 
 import importlib
+import shlex
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -185,8 +186,8 @@ def _longer(config: Config, changed: Iterable[str]) -> str:
     reason = length_refusal(config.trainer)
     if reason is None or {key.removeprefix("trainer.") for key in changed} - set(LENGTH):
         return ""
-    name = config.directory.name
-    return f": {reason}. To go on from it nevertheless: outlast train --from {name} --optimizer run.name=… trainer.…"
+    path = shlex.quote(str(config.directory))
+    return f": {reason}. To go on from it nevertheless: outlast train --from {path} --optimizer run.name=… trainer.…"
 
 
 def may_be_redefined(run: RunDirectory) -> bool:

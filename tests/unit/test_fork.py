@@ -31,7 +31,8 @@ ORIGIN = {"seed": 42, "global_batch": 8, "micro_batch": 8, "dataset": "abc"}
 @pytest.fixture
 def first(tmp_path: Path) -> RunDirectory:
     """A run with one whole checkpoint, whose frozen configuration names another root."""
-    config = compose(["run.name=first", "run.root=/no/longer/there", "trainer.max_steps=4", "checkpoint.allow=[seed]"])
+    trainer = ["trainer.max_steps=4", "trainer.eval_steps=0.1", "trainer.lr_scheduler_type=constant"]
+    config = compose(["run.name=first", "run.root=/no/longer/there", "checkpoint.allow=[seed]", *trainer])
     run = RunDirectory(tmp_path / "elsewhere" / "first")
     run.create()
     run.config.write_text(dump(config))
@@ -169,3 +170,37 @@ def test_what_it_begins_with_is_known_or_refused(composed: Compose) -> None:
     assert beginning._to_load(run, restart=False) is None, "a resume needs nothing of it"
     with pytest.raises(ResumeRefusedError):
         beginning._to_load(run, restart=True)
+
+
+def test_what_the_first_attempt_would_refuse_is_refused_before_anything_is_copied(composed: Compose) -> None:
+    for overrides, names in (
+        (["seed=7"], "seed is 7, it was 42"),
+        (["trainer.per_device_train_batch_size=4"], "global_batch is 4, it was 8"),
+        (["data.max_pairs=50"], r"dataset is another by data.max_pairs"),
+        (["trainer.packing=false"], r"dataset is another by trainer.packing"),
+    ):
+        with pytest.raises(ConfigError, match=names):
+            composed(*overrides, optimizer=True)
+    said = composed("seed=7", "checkpoint.allow=[seed]", optimizer=True)[2]
+    assert "not exact: seed differ from first's" in said
+    halves = ["trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2"]
+    assert "exact" not in " ".join(composed(*halves, optimizer=True)[2]).replace("not exact", "")
+
+
+def test_exact_is_said_of_what_is(composed: Compose) -> None:
+    said = composed(optimizer=True)[2]
+    assert said[-1] == "exact: as if first went on from step 4"
+    assert "not exact" in composed("trainer.eval_steps=3", optimizer=True)[2][-1]
+    said = composed("trainer.max_steps=9", optimizer=True)[2]
+    assert "not exact: with another length (trainer.eval_steps=0.1 is a share of it)" in " ".join(said)
+
+
+def test_a_run_is_evaluated_where_there_is_data_for_it(composed: Compose, first: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    rows = ["data=jsonl", f"data.train={tmp_path / 'rows.jsonl'}"]
+    plan, _, _ = composed(*rows)
+    assert plan.config.trainer["eval_strategy"] == "no"
+    assert not plan.config.trainer["load_best_model_at_end"]
+    first.config.write_text(dump(plan.config))
+    with_eval = composed(*rows, f"data.eval={tmp_path / 'rows.jsonl'}")[0].config.trainer
+    assert with_eval["eval_strategy"] == compose([]).trainer["eval_strategy"] != "no"
