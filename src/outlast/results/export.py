@@ -61,6 +61,8 @@ def export(source: Source, target: Path, *, merge: bool, dtype: str | None, say:
 
     from . import comparison, model
 
+    if source.adapter is None and len(source.formats) > 1:
+        say(f"the weights are {' and '.join(sorted(source.formats))}: loaded as {source.dtype}, which holds them all")
     say(f"loading {source.path}")
     loaded = model.load(source)
     before = comparison.answer(loaded)
@@ -90,7 +92,7 @@ def export(source: Source, target: Path, *, merge: bool, dtype: str | None, say:
             tokenizer.save_pretrained(staged)
         del loaded
         say("loading it again, to compare it with the run's model")
-        copy = _as_received(staged, base, base_dtype)
+        copy = _as_received(staged, base, base_dtype, causal=source.is_causal)
         found, _ = comparison.weights(copy, formats)
         comparison.same_weights(digests, found)
         rounded = [base_dtype, *([dtype] if dtype else [])] if merge or dtype else []
@@ -157,13 +159,13 @@ def _save(model: Any, staged: Path) -> None:
         raise OutlastError(f"it can't be saved: {error!r}") from error
 
 
-def _as_received(staged: Path, base: str | None, dtype: str) -> Any:
-    """Load the directory as a receiver does: by itself, or with PEFT on the base model that it names, in `dtype`."""
+def _as_received(staged: Path, base: str | None, dtype: str, *, causal: bool) -> Any:
+    """Load the directory as a receiver does: by itself, or with PEFT on its base model, which is loaded in `dtype`."""
     from . import model
 
     if base is None:
         return model.pretrained(str(staged), "auto")
-    return model.with_adapters(model.pretrained(base, dtype), staged)
+    return model.with_adapters(model.pretrained(base, dtype, causal=causal), staged)
 
 
 def _write_card(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from outlast.attempt.loading import guard_loads
@@ -32,7 +33,7 @@ def load(source: Source) -> Any:
     transformers_logging.disable_progress_bar()
     if source.adapter is None:
         return _whole(source)
-    base = pretrained(str(source.base), source.dtype)
+    base = pretrained(str(source.base), source.dtype, causal=source.is_causal)
     model = with_adapters(base, source.path)
     _compare_base(source, model)
     return model
@@ -88,21 +89,26 @@ def _resize(base: Any, path: Path) -> bool:
     return False
 
 
-def pretrained(path: str, dtype: str, **options: Any) -> Any:
+def pretrained(path: str, dtype: str, *, causal: bool = False) -> Any:
     """What `from_pretrained` makes of a path or a name, every weight loaded.
+
+    Args:
+        causal: load it as a causal language model; what its files hold besides is left out, as in training.
 
     Raises:
         CheckpointError: a weight is missing in the files, of another shape, or not of this model.
         OutlastError: transformers can't load it.
     """
+    named = _class_of(path)
+    kind = AutoModelForCausalLM if causal else named
     try:
-        model, info = _class_of(path).from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
-        )
+        model, info = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, output_loading_info=True)
     except OutlastError:
         raise
     except Exception as error:  # the hub's client and every file format raise their own kinds
         raise OutlastError(f"{path} can't be loaded: {_first_line(error)}") from error
+    if causal and named is not AutoModelForCausalLM and type(model) is not named:
+        info = info | {"unexpected_keys": []}
     _refuse_lost(path, info)
     return model.eval()
 
@@ -129,7 +135,7 @@ def _class_of(path: str) -> Any:
             )
             raise ConfigError("model", path, valid)
         return found
-    return transformers.AutoModelForCausalLM
+    return AutoModelForCausalLM
 
 
 def _whole(source: Source) -> Any:
