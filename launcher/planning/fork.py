@@ -17,7 +17,9 @@ from outlast.config.trainer_keys import BATCH, EVALUATION, LENGTH, length_refusa
 from outlast.errors import ConfigError, ResumeRefusedError
 from outlast.ranks.layout import layout
 from outlast.rundir.ancestry import Ancestry
+from outlast.rundir.attempts import finished
 from outlast.rundir.directory import RunDirectory
+from outlast.rundir.ledger import Ledger
 from outlast.storage.budget import gb
 
 from .compose import Composer, evaluate_only_with_data, lacks_evaluation, parsed
@@ -114,15 +116,18 @@ def exactness(before: Config, config: Config, found: Sealed, fork: Fork) -> list
     lengths = [f"trainer.{key}" for key in LENGTH if f"trainer.{key}" in changes]
     others = [key for key in changes if key not in lengths]
     drawn = _other_draws(before, config)
+    extra = _is_longer(before, config) and _evaluated_at_its_end(before, found, fork.source)
     if lengths and (reason := length_refusal(before.trainer)):
         said.append(f"not what a longer run would have been from the beginning: {reason}")
     if others:
         said.append(f"not exact: {', '.join(others)} differ from {fork.ancestry.run}'s")
     if drawn:
         said.append(f"not exact: with another {', '.join(drawn)} other random numbers are drawn, or sums are rounded")
+    if extra:
+        said.append(f"not exact: {fork.ancestry.run} has evaluated at its end, which a longer run would not have done")
     if before.parallel.world_size != config.parallel.world_size:
         said.append("not exact: another number of ranks rounds sums in another order, and draws other random numbers")
-    elif not changes and not drawn:
+    elif not changes and not drawn and not extra:
         said.append(f"exact: as if {fork.ancestry.run} went on from step {found.step}")
     return said
 
@@ -131,13 +136,26 @@ def _other_draws(before: Config, config: Config) -> list[str]:
     """What differs that is free to a run, and yet changes its random numbers or how its sums are rounded."""
     one, other = before.trainer, config.trainer
     keys = [key for key in (*sorted(EVALUATION), *BATCH) if one.get(key) != other.get(key)]
-    longer = any(one.get(key) != other.get(key) for key in LENGTH)
     by_steps = other.get("eval_strategy", "no") == "steps"
     if by_steps and not other.get("eval_steps") and one.get("logging_steps") != other.get("logging_steps"):
         keys.append("logging_steps")  # which is then that of evaluations
-    if by_steps and longer and 0 < float(other.get("eval_steps") or 0) < 1:
+    if by_steps and _is_longer(before, config) and 0 < float(other.get("eval_steps") or 0) < 1:
         keys.append(f"length (trainer.eval_steps={other['eval_steps']:g} is a share of it)")
     return [key if " " in key else f"trainer.{key}" for key in keys]
+
+
+def _is_longer(before: Config, config: Config) -> bool:
+    return any(before.trainer.get(key) != config.trainer.get(key) for key in LENGTH)
+
+
+def _evaluated_at_its_end(before: Config, found: Sealed, source: RunDirectory) -> bool:
+    """Whether a checkpoint is from after an evaluation that was made because the run ended there."""
+    done, trainer = finished(Ledger(source.ledger).read()), before.trainer
+    if done is None or done["step"] != found.step:
+        return False
+    every = float(trainer.get("eval_steps") or trainer.get("logging_steps") or 1)
+    by_steps = trainer.get("eval_strategy") == "steps" and every >= 1 and found.step % every != 0
+    return by_steps or (trainer.get("eval_strategy") == "epoch" and int(trainer.get("max_steps", -1)) > 0)
 
 
 def refuse_other_training(before: Config, config: Config, manifest: Manifest) -> None:

@@ -187,12 +187,18 @@ def test_what_the_first_attempt_would_refuse_is_refused_before_anything_is_copie
     assert "exact" not in " ".join(composed(*halves, optimizer=True)[2]).replace("not exact", "")
 
 
-def test_exact_is_said_of_what_is(composed: Compose) -> None:
+def test_exact_is_said_of_what_is(composed: Compose, first: RunDirectory) -> None:
     said = composed(optimizer=True)[2]
     assert said[-1] == "exact: as if first went on from step 4"
     assert "not exact" in composed("trainer.eval_steps=3", optimizer=True)[2][-1]
     said = composed("trainer.max_steps=9", optimizer=True)[2]
     assert "not exact: with another length (trainer.eval_steps=0.1 is a share of it)" in " ".join(said)
+    start(first).append("finished", 1, step=STEP, seconds=1.0)
+    for every, exact in ((2, True), (3, False)):
+        first.config.write_text(first.config.read_text().replace("eval_steps: 0.1", f"eval_steps: {every}"))
+        said = composed("trainer.max_steps=9", optimizer=True)[2]
+        assert said[-1].startswith("exact" if exact else "not exact: first has evaluated at its end"), said
+        first.config.write_text(first.config.read_text().replace(f"eval_steps: {every}", "eval_steps: 0.1"))
 
 
 def test_a_run_is_evaluated_where_there_is_data_for_it(composed: Compose, first: RunDirectory, tmp_path: Path) -> None:
