@@ -4,7 +4,6 @@ What is prepared once for all attempts stands in `prepared/` of the run director
 the tokenized, packed data. A resumed attempt reads it and tokenizes nothing.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlast.config.cluster import LocalCluster
@@ -13,9 +12,8 @@ from outlast.config.model import TinyModel
 from outlast.errors import ConfigError, OutlastError, ResumeRefusedError
 from outlast.files import staged_directory
 from outlast.ranks.meeting import use_private_store
-from outlast.rundir import ancestry
 
-from .training import chat, data, deepspeed, left_out, models, prepared, source, trainer_arguments
+from .training import beginning, chat, data, deepspeed, left_out, models, prepared, source, trainer_arguments
 
 if TYPE_CHECKING:
     from outlast import Run
@@ -80,10 +78,9 @@ def main(run: "Run", config: Config) -> None:
     use_private_store()
     extra = deepspeed.prepare(config) if config.parallel.zero_stage else {}
     args = trainer_arguments.sft_config(config, run.directory.checkpoints, **extra)
-    base, start = run.directory.prepared / "model", run.directory.prepared / "start"
-    tokenized = run.directory.prepared / "data"
+    base, tokenized = run.directory.prepared / "model", run.directory.prepared / "data"
 
-    run.collectives.on_rank_0(lambda: prepared.verify(base, tokenized, start), ResumeRefusedError)
+    run.collectives.on_rank_0(lambda: prepared.verify(run.directory), ResumeRefusedError)
     made_of, notes = _notice_changed_data(run, config), list[str]()
     train: Any
     evaluation: Any
@@ -122,25 +119,8 @@ def main(run: "Run", config: Config) -> None:
         if run.rank == 0:
             prepared.save(tokenized, trainer.train_dataset, trainer.eval_dataset)
             source.keep(run.directory, made_of)
-    _begin_with(run, trainer, start)
+    beginning.load(run, trainer, config)
     run.train(trainer)
-
-
-def _begin_with(run: "Run", trainer: Any, start: Path) -> None:
-    """Load the weights that a fork begins with; a resume loads those of its checkpoint over them.
-
-    Raises:
-        ResumeRefusedError: they are no longer there.
-    """
-    from outlast.huggingface.finished import load_into
-
-    made = ancestry.read(run.directory)
-    if made is None or made.optimizer:
-        return
-    if not start.is_dir():
-        raise ResumeRefusedError(f"{start} is gone, with the weights of {made.words} that this run begins with")
-    run.say(f"beginning with {made.words}")
-    load_into(trainer, start)
 
 
 def _notice_changed_data(run: "Run", config: Config) -> dict[str, str]:

@@ -4,11 +4,16 @@ A signal ends it between two rows with exit code 75; the same command goes on wi
 """
 
 import argparse
+import fcntl
+import json
+import os
 import signal
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -17,9 +22,12 @@ from outlast.checkpoint.manifest import Sealed, check_files, is_weights, read_ma
 from outlast.config.configuration import load
 from outlast.errors import CheckpointError, Exit, OutlastError, denied
 from outlast.processes import PARENT_ENV, SIGNALS, die_with
-from outlast.results.evaluations import Line, append, path_of, read, weights_digest
+from outlast.results.evaluations import Line, append, path_of, read, require_room, weights_digest
 from outlast.rundir.directory import RunDirectory
 from outlast.storage.share import Share
+
+ROW_BYTES = 12
+"""Bytes that a row takes in the record, about."""
 
 
 class _Stopped(Exception):
@@ -35,22 +43,26 @@ class _Signal:
         self.number = number
 
 
-def main(run: RunDirectory, checkpoints: list[Path], file: Path | None, stop: _Signal) -> int:
+def main(run: RunDirectory, checkpoints: list[Path], file: Path | None, answer: int, stop: _Signal) -> int:
     """Score the checkpoints, and return the exit code.
+
+    Args:
+        answer: number of an open file, for JSON: the `path` of the record and the digest of the `data`.
 
     Raises:
         OutlastError: the data or the base model can't be loaded, or the budget has no room.
     """
     guard_loads(run)
     config = load(run.config)
-    with tempfile.TemporaryDirectory(prefix="outlast-evaluate-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="outlast-evaluate-") as scratch, _alone(run, stop):
         from .scoring import Scorer, mean
 
         say("loading the model and the data")
         scorer = Scorer(run, config, file, Path(scratch))
         path, failed = path_of(run, scorer.name), False
-        done = read(path, scorer.data)
-        print(path, flush=True)
+        done, share = read(path, scorer.data), Share(run, config.storage)
+        with os.fdopen(answer, "w") as opened:
+            json.dump({"path": str(path), "data": scorer.data}, opened)
         for place in checkpoints:
             began = said = time.monotonic()
 
@@ -64,11 +76,12 @@ def main(run: RunDirectory, checkpoints: list[Path], file: Path | None, stop: _S
 
             try:
                 sealed = Sealed(place, read_manifest(place))
-                weights = weights_digest(sealed.manifest)
+                weights = weights_digest(sealed.manifest.files)
                 if weights in done:
                     continue
                 files = {name: entry for name, entry in sealed.manifest.files.items() if is_weights(name)}
                 check_files(place, files)
+                require_room(run, path, scorer.rows * ROW_BYTES, share())  # before the work
                 losses = scorer.score(sealed, poll)
             except _Stopped:
                 say(f"stopped by {signal.Signals(stop.number or 0).name}; the same command goes on with {place.name}")
@@ -82,14 +95,43 @@ def main(run: RunDirectory, checkpoints: list[Path], file: Path | None, stop: _S
                 checkpoint=place.name, step=sealed.step, weights=weights, data=scorer.data, name=scorer.name,
                 loss=mean(losses), losses=losses, seconds=time.monotonic() - began, time=time.time(),
             )  # fmt: skip
-            append(run, path, line, Share(run, config.storage)())
+            append(run, path, line, share())
             done[weights] = line
             say(f"{place.name}: loss {line.loss:.6g}, {line.seconds:.1f} s")
     return Exit.FAILED if failed else Exit.DONE
 
 
+@contextmanager
+def _alone(run: RunDirectory, stop: _Signal) -> Iterator[None]:
+    """Wait while another process scores this run, so that nothing is scored twice.
+
+    Raises:
+        _Stopped: a signal has come.
+    """
+    place = run.path / "evaluations"
+    place.mkdir(exist_ok=True)
+    fd, said = os.open(place, os.O_RDONLY | os.O_DIRECTORY), False
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stop.number is not None:
+                    raise _Stopped from None
+                if not said:
+                    say("waiting for another `outlast evaluate` of this run")
+                said = True
+                time.sleep(0.5)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(fd)
+
+
 def say(text: str) -> None:
-    """Print a line for the user; standard output has the place of the record alone."""
+    """Print a line for the user."""
     print(f"[outlast] {text}", file=sys.stderr, flush=True)
 
 
@@ -103,9 +145,12 @@ def _command() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--answer", type=int, required=True)
     arguments = parser.parse_args()
     try:
-        return main(RunDirectory(arguments.run), arguments.checkpoints, arguments.data, stop)
+        return main(RunDirectory(arguments.run), arguments.checkpoints, arguments.data, arguments.answer, stop)
+    except _Stopped:
+        return Exit.RESUME_ME
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return error.exit_code

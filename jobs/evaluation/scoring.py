@@ -16,6 +16,7 @@ from outlast.config.data import JsonlData
 from outlast.errors import CheckpointError, ConfigError
 from outlast.huggingface.finished import load_into
 from outlast.huggingface.frozen_weights import shortened
+from outlast.huggingface.loaded import different
 from outlast.rundir.directory import RunDirectory
 
 from ..training import data, models, prepared, trainer_arguments
@@ -27,6 +28,9 @@ class Scorer:
     Args:
         file: JSON Lines to score on; None: the evaluation data that the run has prepared.
         scratch: where transformers may write.
+
+    Attributes:
+        data: digest of the data, and of how it is scored: only what has the same is compared row by row.
 
     Raises:
         ConfigError: there is no such data.
@@ -41,7 +45,7 @@ class Scorer:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
         tokenized, base = run.prepared / "data", run.prepared / "model"
-        prepared.verify(base, tokenized)
+        prepared.verify(run)
         quiet = {"report_to": "none", "eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "no"}
         args = trainer_arguments.sft_config(config, scratch, **quiet, ddp_backend=None)
         rows: Any
@@ -54,12 +58,17 @@ class Scorer:
                 )
             prepared.reuse(args)
             listing = tokenized / LISTING
-            self.name, self.data = "eval", _digest(listing if listing.is_file() else tokenized / "prepared.json")
+            self.name, digest = "eval", _digest(listing if listing.is_file() else tokenized / "prepared.json")
         else:
-            rows, _ = data.load(replace(config, data=JsonlData(train=str(file))))
+            try:
+                rows, _ = data.load(replace(config, data=JsonlData(train=str(file))))
+            except ConfigError as error:
+                if error.key != "data.train":
+                    raise
+                raise ConfigError("--data", error.value, str(error).partition(" is refused; ")[2]) from None
             args.packing = args.eval_packing = False  # the more rows, the better a difference is told from noise
-            self.data = _digest(file)
-            self.name = f"{file.stem}-{self.data[:8]}"
+            digest = _digest(file)
+            self.name = f"{file.stem}-{digest[:8]}"
         model, tokenizer = models.load(config, base)
         self._trainer = SFTTrainer(
             model=model,
@@ -68,7 +77,9 @@ class Scorer:
             processing_class=tokenizer,
             peft_config=models.peft_config(config),
         )
-        self._batch = args.per_device_eval_batch_size
+        self._batch, self.rows = args.per_device_eval_batch_size, len(rows)
+        how = f"{self._batch} {args.device.type} {args.bf16} {args.fp16} {model.dtype}"
+        self.data = xxhash.xxh3_64(f"{digest} {how}".encode()).hexdigest()
 
     def score(self, checkpoint: Sealed, poll: Callable[[int, int], None]) -> list[float]:
         """Each row's share of the evaluation loss (see `results/evaluations.py`).
@@ -102,14 +113,8 @@ class Scorer:
 
     def _compare(self, checkpoint: Sealed) -> None:
         """Compare what was loaded with what was in memory when it was saved, where the checkpoint knows that."""
-        known = digests.read(checkpoint.path, 0)
-        if known is None or "whole" in known:
-            return
-        loaded = dict(self._trainer.model.named_parameters(remove_duplicate=False))
-        saved = {name: value for part in ("model", "base") for name, value in known.get(part, {}).items()}
-        different = [name for name, value in saved.items() if name in loaded and digests.digest(loaded[name]) != value]
-        if different and not self._trainer.args.bf16:
-            raise CheckpointError(f"what was loaded is not what was saved: {shortened(different)}")
+        if wrong := different(self._trainer.model, digests.read(checkpoint.path, 0)):
+            raise CheckpointError(f"what was loaded is not what was saved: {shortened(wrong)}")
 
 
 def _shares(sums: list[float], tokens: list[int]) -> list[float]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from outlast.checkpoint.listing import check_listing, write_listing
 from outlast.errors import CheckpointError, ResumeRefusedError
 from outlast.files import staged_directory
+from outlast.rundir import ancestry
+from outlast.rundir.directory import RunDirectory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,18 +42,27 @@ def _kept(split: "Dataset") -> "Dataset":
     return split.select_columns([column for column in COLUMNS if column in split.column_names])
 
 
-def verify(*directories: Path) -> None:
-    """Compare what was prepared with the list of its files; a directory that is not there is left out.
+def verify(run: RunDirectory) -> None:
+    """Compare the model and the data that were prepared with the lists of their files; what is not there is left out.
 
     Raises:
         ResumeRefusedError: a file is missing, or is not what was written.
     """
-    for directory in filter(Path.is_dir, directories):
+    for directory in filter(Path.is_dir, (run.prepared / "model", run.prepared / "data")):
         try:
             check_listing(directory)
         except CheckpointError as error:
-            way_out = f"remove {directory.parent}, and the same command prepares it again"
+            way_out = f"remove {directory if directory.name == 'data' else run.prepared}"
+            way_out += ", and the same command prepares it again"
+            if directory.name in ancestry.TAKEN_OVER and (made := ancestry.read(run)):
+                way_out = begin_again(made)
             raise ResumeRefusedError(f"{directory} is not what was prepared: {error}; {way_out}") from None
+
+
+def begin_again(made: ancestry.Ancestry) -> str:
+    """The way out where what a run took over from another is lost."""
+    options = " --optimizer" if made.optimizer else ""
+    return f"it came with {made.words}: begin anew, outlast train --from {made.path}@{made.step}{options} run.name=…"
 
 
 def load(directory: Path) -> "tuple[Dataset, Dataset | None] | None":

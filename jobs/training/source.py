@@ -18,6 +18,7 @@ from outlast.config.data import HubData, JsonlData
 from outlast.deletion import delete
 from outlast.errors import ResumeRefusedError
 from outlast.files import read_json, write_atomically
+from outlast.rundir import ancestry
 from outlast.rundir.directory import RunDirectory
 
 RECORD = "source.json"
@@ -94,7 +95,8 @@ def check(config: Config, now: dict[str, str]) -> None:
 def clear_changed(run: RunDirectory, now: dict[str, str]) -> bool:
     """Remove what was prepared from other data; one rank alone calls it.
 
-    A tiny model's own tokenizer is made of the data too. It is kept if there is a checkpoint, whose weights know it.
+    A tiny model's own tokenizer is made of the data too. It is kept if there are weights that know it: a checkpoint,
+    or those of another run that this one begins with.
 
     Returns:
         Whether anything was removed.
@@ -106,12 +108,12 @@ def clear_changed(run: RunDirectory, now: dict[str, str]) -> bool:
     if not isinstance(before, dict) or before == now:
         return False
     begun = "source" in (origin_of(run) or {})
-    stale = run.prepared / "data" if begun else run.prepared
     try:
-        delete(stale, inside=run.path)
+        for stale in [run.prepared / "data"] if begun else ancestry.own_preparations(run):
+            delete(stale, inside=run.path)
     except OSError as error:
         raise ResumeRefusedError(
-            f"{stale} was made of other data, and can't be removed: {error.filename}: {error.strerror}"
+            f"{run.prepared} was made of other data, and can't be removed: {error.filename}: {error.strerror}"
         ) from None
     return True
 

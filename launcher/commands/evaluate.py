@@ -1,5 +1,8 @@
 """`outlast evaluate`: every kept checkpoint of a run scored on the same rows, and whether the differences are noise."""
 
+import json
+import math
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from rich.text import Text
 from outlast.checkpoint.manifest import Sealed
 from outlast.config.configuration import load
 from outlast.config.model import PretrainedModel
-from outlast.errors import ConfigError
+from outlast.errors import ConfigError, whose
 from outlast.files import to_json
 from outlast.results import evaluations
 from outlast.results.paired import SIGNIFICANT, difference
@@ -20,7 +23,7 @@ from outlast.rundir.directory import RunDirectory
 
 from ..execution import program
 from ..runs.chosen import final_of, kept
-from ..runs.find import run_named
+from ..runs.find import is_writable, run_named
 
 
 @dataclass(kw_only=True)
@@ -32,10 +35,11 @@ class Row:
     final: bool
     """Whether `final/` has these weights."""
     loss: float
+    """NaN if a row's is: such a model is never the best, and its difference is NaN too."""
     best: bool
     difference: float
     error: float | None
-    """The standard error of the difference; None for the best itself."""
+    """The standard error of the difference; None for the best itself, and for a loss that is NaN."""
     p: float | None
     more_than_noise: bool
 
@@ -52,12 +56,18 @@ def main(name: str, root: Path, data: Path | None, *, as_json: bool) -> int:
         raise ConfigError("--data", str(data), "valid: a JSON Lines file, as data.eval takes it")
     places = [str(checkpoint.path) for checkpoint in models]
     options = [f"--data={data.absolute()}"] if data is not None else []
-    with tempfile.TemporaryFile("w+") as answer:
-        code = program.run("outlast.jobs.evaluation.program", str(run.path), *places, *options, stdout=answer)
+    for place in (run.path, run.path / "evaluations"):
+        if not is_writable(place):
+            raise ConfigError("RUN", run.path.name, f"what is scored is kept in it: {whose(place)}")
+    with tempfile.TemporaryFile("w+") as answer:  # standard output belongs to the libraries that it uses
+        options.append(f"--answer={answer.fileno()}")
+        arguments = (str(run.path), *places, *options)
+        code = program.run("outlast.jobs.evaluation.program", *arguments, stdout=sys.stderr, kept=[answer.fileno()])
         answer.seek(0)
-        record = answer.read().strip()
-    if record:
-        _show(run, models, Path(record.splitlines()[-1]), as_json=as_json)
+        text = answer.read()
+    if text:
+        found = json.loads(text)
+        _show(run, models, Path(found["path"]), evaluations.read(Path(found["path"]), found["data"]), as_json=as_json)
     return code
 
 
@@ -89,15 +99,16 @@ def _models(run: RunDirectory) -> list[Sealed]:
 
 def compare(models: list[Sealed], lines: dict[str, evaluations.Line]) -> list[Row]:
     """The scores of what is there now, by step, each compared with the best on the same rows."""
-    steps = {evaluations.weights_digest(model.manifest): model for model in models}  # final/ is the last
-    names = {evaluations.weights_digest(model.manifest): model.path.name for model in reversed(models)}
+    steps = {evaluations.weights_digest(model.manifest.files): model for model in models}  # final/ is the last
+    names = {evaluations.weights_digest(model.manifest.files): model.path.name for model in reversed(models)}
     found = [(lines[weights], model) for weights, model in steps.items() if weights in lines]
     if not found:
         return []
-    best = min((line for line, _ in found), key=lambda line: line.loss)
+    best = min((line for line, _ in found if math.isfinite(line.loss)), key=lambda line: line.loss, default=None)
     rows = []
     for line, model in sorted(found, key=lambda pair: pair[1].step):
-        apart = difference(line.losses, best.losses)
+        finite = best is not None and math.isfinite(line.loss)
+        apart = difference(line.losses, best.losses) if best is not None and finite else None
         rows.append(
             Row(
                 checkpoint=names[line.weights],
@@ -105,17 +116,18 @@ def compare(models: list[Sealed], lines: dict[str, evaluations.Line]) -> list[Ro
                 final=model.path.name == "final",
                 loss=line.loss,
                 best=line is best,
-                difference=line.loss - best.loss,
-                error=None if line is best else apart.error,
-                p=None if line is best else apart.p,
-                more_than_noise=line is not best and not apart.is_noise,
+                difference=line.loss - best.loss if best is not None else math.nan,
+                error=None if line is best or apart is None else apart.error,
+                p=None if line is best or apart is None else apart.p,
+                more_than_noise=line is not best and (apart is None or not apart.is_noise),
             )
         )
     return rows
 
 
-def _show(run: RunDirectory, models: list[Sealed], record: Path, *, as_json: bool) -> None:
-    lines = evaluations.read(record)
+def _show(
+    run: RunDirectory, models: list[Sealed], record: Path, lines: dict[str, evaluations.Line], *, as_json: bool
+) -> None:
     rows = compare(models, lines)
     values: dict[str, Any] = {"run": run.path.name, "path": str(run.path), "record": str(record)}
     values |= {"rows": len(next(iter(lines.values())).losses) if lines else 0, "models": [asdict(row) for row in rows]}
@@ -128,8 +140,9 @@ def _show(run: RunDirectory, models: list[Sealed], record: Path, *, as_json: boo
     for header in ("step", "checkpoint", "loss", "above the best", "p", ""):
         table.add_column(header, overflow="fold")
     for row in rows:
-        above = "" if row.best else f"{row.difference:.4g} ± {row.error:.2g}"
+        above = "" if row.error is None else f"{row.difference:.4g} ± {row.error:.2g}"
         verdict = "best" if row.best else "worse" if row.more_than_noise else "within noise"
+        verdict = verdict if math.isfinite(row.loss) else "diverged"
         name = row.checkpoint + (", final" if row.final and row.checkpoint != "final" else "")
         p = "" if row.p is None else f"{row.p:.2g}"
         style = "green" if row.best else "" if row.more_than_noise else "dim"

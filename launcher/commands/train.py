@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from outlast.config.configuration import load
+from outlast.config.trainer_keys import LENGTH
 from outlast.errors import Exit
 from outlast.files import to_json
 from outlast.rundir.attempts import finished
@@ -58,9 +59,10 @@ def train(
         console.print(f"{run.path} has finished already, at step {done['step']}; {model}")
         if changes := plan.config.all_differences(load(run.config)):
             console.print("no effect on a run that has finished: " + ", ".join(changes))
-            console.print(
-                f"to go on from it: outlast train --from {shlex.quote(run.path.name)} --optimizer run.name=… …"
-            )
+            if {key.removeprefix("trainer.") for key in changes} & set(LENGTH):
+                console.print(
+                    f"to go on from it: outlast train --from {shlex.quote(str(run.path))} --optimizer run.name=… …"
+                )
     elif plan.config.cluster.kind == "local":
         from ..execution import local
 

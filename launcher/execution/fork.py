@@ -1,13 +1,14 @@
-"""A fork carried out: what it begins with is found, and copied once into its run directory, whole or not at all."""
+"""Finds what a fork begins with, and copies it into its run directory, whole or not at all."""
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from outlast.checkpoint.listing import write_listing
-from outlast.checkpoint.manifest import Sealed, verify
+from outlast.checkpoint.listing import check_listing, write_listing
+from outlast.checkpoint.manifest import Sealed, check_files, write_manifest
 from outlast.config.configuration import Config, load
+from outlast.deletion import delete
 from outlast.errors import CheckpointError, ConfigError
 from outlast.files import staged_directory
 from outlast.results.evaluations import weights_digest
@@ -18,7 +19,7 @@ from outlast.rundir.ledger import Ledger
 from outlast.storage.budget import gb
 
 from ..planning.compose import parsed
-from ..planning.fork import START, Fork, check_same, configured, exactness, has_same_data
+from ..planning.fork import Fork, check_same, configured, exactness, has_same_data, refuse_other_training
 from ..runs.chosen import chosen, kept
 from ..runs.find import is_named, run_named
 
@@ -46,24 +47,28 @@ def compose_fork(
     name, at, which = text.rpartition("@")
     if not at or is_named(text, root):
         name, which = text, ""
-    record, begun = ancestry.read(target), target.config.is_file() and bool(Ledger(target.ledger).read())
-    if begun:
+    if target.config.is_file() and has_begun(target):
+        record = ancestry.required(target)
         if record is None or record.run != Path(name).name or record.optimizer != optimizer:
             made = f"began with {record.words}" if record else "began by itself"
             raise ConfigError("run.name", target.path.name, f"that run {made}; choose another run.name")
         if which.isdecimal() and int(which) != record.step:
             raise ConfigError("--from", text, f"{target.path.name} began with {record.words}; choose another run.name")
-        return configured(target, overrides, config_dir), None, []
+        return configured(target, overrides, config_dir, target=target), None, []
     source = run_named(name, root)
     if not source.config.is_file():
         raise ConfigError("--from", text, "valid: a run of `outlast train`; a script loads the weights by itself")
     if source.path.resolve() == target.path.resolve():
         raise ConfigError("run.name", target.path.name, "that is the run it is to begin with; valid: another name")
-    config, before = configured(source, overrides, config_dir), load(source.config)
+    config, before = configured(source, overrides, config_dir, target=target), load(source.config)
     check_same(before, config, source.path.name)
     if config.job.name != "sft" and not optimizer:
         raise ConfigError("--from", text, f"job={config.job.name} does not load weights alone; valid: with --optimizer")
+    if config.job.name == "sft" and config.model.kind == "tiny" and not (source.prepared / "model").is_dir():
+        raise ConfigError("--from", text, f"{source.prepared / 'model'} is gone, with the tokenizer of its weights")
     found = chosen(source, which or ("newest" if optimizer else None), key="--from", whole=optimizer)
+    if optimizer:
+        refuse_other_training(before, config, found.manifest)
     fork = _fork(source, found, optimizer=optimizer, same_data=optimizer and has_same_data(before, config))
     if fork.bytes > config.storage.budget_bytes:
         valid = f"valid: more than the {gb(fork.bytes)} that it begins with"
@@ -89,7 +94,7 @@ def _fork(source: RunDirectory, found: Sealed, *, optimizer: bool, same_data: bo
         path=str(source.path),
         checkpoint=found.path.name,
         step=found.step,
-        weights=weights_digest(found.manifest),
+        weights=weights_digest(found.manifest.files),
         optimizer=optimizer,
         ancestors=older + (before.ancestors if before else []),
     )
@@ -97,38 +102,64 @@ def _fork(source: RunDirectory, found: Sealed, *, optimizer: bool, same_data: bo
     return Fork(made, source, [*best, found], same_data)
 
 
+def has_begun(run: RunDirectory) -> bool:
+    """Whether an attempt of the run has begun, by its ledger, or by a checkpoint that it has not taken over."""
+    record = ancestry.required(run)
+    last = record.step if record is not None and record.optimizer else -1
+    return bool(Ledger(run.ledger).read()) or (record is not None and any(one.step > last for one in kept(run)))
+
+
 def carry_over(fork: Fork, run: RunDirectory) -> None:
-    """Copy weights, or checkpoints with all training state, and then note the ancestry.
+    """Note the ancestry, then copy weights, or checkpoints with all training state; or leave nothing of it.
+
+    If it is killed, the ancestry without a `config.yaml` says that what is there may be copied again.
 
     Raises:
         ConfigError: what was copied is not what the other run has saved: it has changed meanwhile.
         OSError: it can't be read or written.
     """
+    if has_begun(run):
+        raise ConfigError("run.name", run.path.name, "it has begun meanwhile; the same command again resumes it")
+    _clear(run)
+    ancestry.write(run, fork.ancestry)
     try:
         _copy(fork, run)
-    except (FileNotFoundError, CheckpointError) as error:
-        raise ConfigError(
-            "--from", fork.ancestry.run, f"its checkpoint has changed meanwhile ({error}); try again"
-        ) from None
-    ancestry.write(run, fork.ancestry)
+    except BaseException as error:
+        _clear(run)
+        if isinstance(error, FileNotFoundError | CheckpointError):
+            raise ConfigError(
+                "--from", fork.ancestry.run, f"what is to be copied is gone, or is not what was written: {error}"
+            ) from None
+        raise
+
+
+def _clear(run: RunDirectory) -> None:
+    """Remove what was taken over from another run, the ancestry last; of a run that took over nothing, nothing."""
+    if (record := run.path / ancestry.ANCESTRY).exists():
+        for path in (*run.checkpoints.glob("checkpoint-*"), run.prepared, record):
+            delete(path, inside=run.path)
 
 
 def _copy(fork: Fork, run: RunDirectory) -> None:
+    for checkpoint in fork.checkpoints:
+        whole = fork.ancestry.optimizer
+        target = run.checkpoints / checkpoint.path.name if whole else run.prepared / ancestry.START
+        names = [name for one, name in fork.files if one is checkpoint]
+        with staged_directory(target) as staged:
+            for name in names:
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(checkpoint.path / name, staged / name)
+            check_files(staged, {name: checkpoint.manifest.files[name] for name in names})
+            if whole:
+                write_manifest(staged, checkpoint.manifest)
+            else:
+                write_listing(staged)
     names = ["model", *(["data", "source.json"] if fork.same_data else [])]
     for path in (fork.source.prepared / name for name in names):
         if path.is_dir():
             with staged_directory(run.prepared / path.name) as staged:
                 shutil.copytree(path, staged, dirs_exist_ok=True)
+                check_listing(staged)
         elif path.is_file():
+            run.prepared.mkdir(exist_ok=True)
             shutil.copyfile(path, run.prepared / path.name)
-    if fork.ancestry.optimizer:
-        for checkpoint in fork.checkpoints:
-            with staged_directory(run.checkpoints / checkpoint.path.name) as staged:
-                shutil.copytree(checkpoint.path, staged, dirs_exist_ok=True)
-            verify(run.checkpoints / checkpoint.path.name)
-        return
-    with staged_directory(run.prepared / START) as staged:
-        for checkpoint, name in fork.files:
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.path / name, staged / name)
-        write_listing(staged)

@@ -4,6 +4,7 @@ from outlast.config.configuration import dump, load
 from outlast.deletion import delete
 from outlast.errors import ConfigError
 from outlast.files import to_json, write_atomically
+from outlast.rundir import ancestry
 from outlast.rundir.directory import RunDirectory
 
 from ..planning.plan import Plan, check_run_directory
@@ -23,7 +24,8 @@ def freeze(plan: Plan) -> RunDirectory:
     try:
         run.create()
         if run.config.exists() and plan.config.differences(load(run.config)):
-            delete(run.prepared, inside=run.path)  # of what the run was before it had a checkpoint
+            for path in ancestry.own_preparations(run):  # of what the run was before it had a checkpoint
+                delete(path, inside=run.path)
         if plan.fork is not None:
             carry_over(plan.fork, run)
         write_atomically(run.plan, to_json(plan.as_dict(), indent=1), private=True)

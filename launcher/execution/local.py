@@ -11,10 +11,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO, Protocol
 
 from rich.console import Console
@@ -36,6 +34,7 @@ from outlast.slurm.environment import MEETING_ENV, environment_without_job
 from ..display.progress import ProgressBar
 from ..planning.plan import Plan
 from .freeze import freeze, make_run_directory
+from .signals import passing_on_signals
 
 POLL_S = 0.1
 RESUMES = "The same command again resumes."
@@ -253,29 +252,6 @@ def _left(events: list[Event], number: int, newest: int) -> str:
     why = f": {failed[-1]}" if failed else ""
     resumes = f"resumes from step {newest}" if newest else "begins again"
     return f"WARNING: step {last.last_step} was not saved{why}. The same command again {resumes}."
-
-
-@contextmanager
-def passing_on_signals(stop: Callable[[], None], send: Callable[[int], None]) -> Iterator[None]:
-    """Pass signals on: USR1 and USR2 are a preemption that this command resumes from, the others mean save and leave.
-
-    A signal that is ignored stays so, as HUP does under `nohup`.
-    """
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if number in (signal.SIGUSR1, signal.SIGUSR2):
-            send(number)
-        else:
-            stop()
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(plan: Plan, console: Console | None = None) -> int:

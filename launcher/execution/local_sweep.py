@@ -20,7 +20,8 @@ from ..planning.sweep import PlannedCell, SweepPlan, check_cells, merged
 from ..runs.standing import RunStatus, collect
 from ..runs.state import State
 from .freeze import freeze
-from .local import Launcher, passing_on_signals
+from .local import Launcher
+from .signals import passing_on_signals
 from .sweep import left_alone, make_sweep_directory
 from .wait import pause_s
 

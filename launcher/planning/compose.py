@@ -89,7 +89,7 @@ class Composer:
             raise ConfigError("experiment", tree["experiment"], message)
         config = build(tree)
         if not any(text.lstrip("+").startswith("trainer.eval_strategy=") for text in (*overrides, *swept)):
-            _evaluate_only_with_data(config)
+            evaluate_only_with_data(config)
         config.run.name = config.run.name or config.derived_name
         return config
 
@@ -112,13 +112,17 @@ def _set(composed: DictConfig, text: str, directories: list[Path]) -> None:
         raise ConfigError(override.key_or_group, override.get_value_string(), _first_line(error)) from None
 
 
-def _evaluate_only_with_data(config: Config) -> None:
+def evaluate_only_with_data(config: Config) -> None:
     """Turn evaluation and keeping the best model off where the data has no evaluation split."""
-    missing = (isinstance(config.data, JsonlData) and config.data.eval is None) or (
+    if lacks_evaluation(config) and config.job.name == "sft":
+        config.trainer |= {"eval_strategy": "no", "load_best_model_at_end": False}
+
+
+def lacks_evaluation(config: Config) -> bool:
+    """Whether the data has no evaluation split."""
+    return (isinstance(config.data, JsonlData) and config.data.eval is None) or (
         isinstance(config.data, HubData) and config.data.eval_split is None
     )
-    if missing and config.job.name == "sft":
-        config.trainer |= {"eval_strategy": "no", "load_best_model_at_end": False}
 
 
 def _argument(text: str, directories: list[Path]) -> str | None:

@@ -1,6 +1,7 @@
 """The plan: everything that `train` would decide, as a value that can be printed before anything starts."""
 
 import importlib
+import shlex
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,13 +16,14 @@ from outlast.config.configuration import Config, load
 from outlast.config.trainer_keys import LENGTH, length_refusal
 from outlast.errors import ConfigError, ResumeRefusedError
 from outlast.ranks.layout import layout
+from outlast.rundir import ancestry
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.sweep import SWEEP_MANIFEST
 
 from . import storage
 from .batch_script import batch_script, target_of
-from .fork import Fork
+from .fork import Fork, check_same
 from .secret_scan import refuse_secrets
 
 
@@ -158,14 +160,22 @@ def check_run_directory(plan: Plan) -> None:
     for path in (run.path, *run.path.parents):
         if path.exists() and not path.is_dir():
             raise ConfigError("run.root", config.run.root, f"valid: a directory; {path} is none")
+    begins_with = ancestry.read(run)
     if run.config.exists():
-        changed = config.differences(load(run.config))
+        before = load(run.config)
+        changed = config.differences(before)
+        if changed and begins_with is not None:
+            check_same(before, config, begins_with.run)
         if changed and not may_be_redefined(run):
             changes = "; ".join(
                 f"{key} is {mine!r}, the run was made with {its!r}" for key, (mine, its) in changed.items()
             )
             valid = f"that run is another one: {changes}. Choose another run.name{_longer(config, changed)}."
             raise ConfigError("run.name", run.path.name, valid)
+    elif begins_with is not None:
+        if plan.fork is None:
+            way_out = f"it was to begin with {begins_with.words}: repeat that command, or remove {run.path}"
+            raise ConfigError("run.name", run.path.name, way_out)
     elif run.path.is_dir() and {p.name for p in run.path.iterdir() if p.name[0] != "."} - _BEFORE_A_RUN:
         raise ConfigError("run.name", run.path.name, f"{run.path} exists, is not empty, and is not a run directory")
     refuse_strangers(run)
@@ -176,8 +186,8 @@ def _longer(config: Config, changed: Iterable[str]) -> str:
     reason = length_refusal(config.trainer)
     if reason is None or {key.removeprefix("trainer.") for key in changed} - set(LENGTH):
         return ""
-    name = config.directory.name
-    return f": {reason}. To go on from it nevertheless: outlast train --from {name} --optimizer run.name=… trainer.…"
+    path = shlex.quote(str(config.directory))
+    return f": {reason}. To go on from it nevertheless: outlast train --from {path} --optimizer run.name=… trainer.…"
 
 
 def may_be_redefined(run: RunDirectory) -> bool:

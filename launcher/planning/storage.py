@@ -12,11 +12,10 @@ from outlast.config.configuration import Config
 from outlast.config.model import PretrainedModel
 from outlast.errors import ConfigError
 from outlast.files import bytes_used
+from outlast.rundir.ancestry import START
 from outlast.rundir.directory import RunDirectory
 from outlast.storage import file_system
 from outlast.storage.budget import Footprint, Verdict, gb, refusal, verdict
-
-from .fork import START
 
 CODE_BYTES = 7_000_000
 """Taken for the code that is copied at submission, before it is: outlast itself, and a project of usual size."""

@@ -8,6 +8,7 @@ import pytest
 from outlast.checkpoint.listing import LISTING, check_listing, write_listing
 from outlast.errors import CheckpointError, ResumeRefusedError
 from outlast.jobs.training import prepared
+from outlast.rundir.directory import RunDirectory
 
 
 @pytest.fixture
@@ -37,15 +38,18 @@ def flip(path: Path) -> None:
     ],
 )
 def test_what_differs_is_refused_by_name(directory: Path, damage: Callable[[Path], None], reason: str) -> None:
-    prepared.verify(directory)
+    run = RunDirectory(directory.parent.parent)
+    prepared.verify(run)
     damage(directory)
     with pytest.raises(CheckpointError, match=reason):
         check_listing(directory)
-    with pytest.raises(ResumeRefusedError, match=f"data is not what was prepared: {reason}.*; remove .*prepared, and"):
-        prepared.verify(directory)
+    with pytest.raises(
+        ResumeRefusedError, match=f"data is not what was prepared: {reason}.*; remove .*prepared/data, and"
+    ):
+        prepared.verify(run)
 
 
 def test_nothing_prepared_and_nothing_listed_are_no_damage(directory: Path) -> None:
-    prepared.verify(directory / "not there")
+    prepared.verify(RunDirectory(directory / "not there"))
     (directory / LISTING).unlink()
-    prepared.verify(directory)
+    prepared.verify(RunDirectory(directory.parent.parent))

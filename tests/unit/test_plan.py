@@ -91,7 +91,7 @@ def test_a_run_may_be_redefined_until_it_has_a_checkpoint(tmp_path: Path) -> Non
     assert (run.prepared / "model").is_dir()
     freeze(planned(tmp_path, "trainer.hidden_size=8"))
     assert load(run.config).trainer["hidden_size"] == 8
-    assert not run.prepared.exists()
+    assert not list(run.prepared.iterdir())
     Ledger(run.ledger).append("checkpoint", 1, step=5, kind="periodic", bytes=1, stall_s=0.1, sealed_s=0.1)
     with pytest.raises(ConfigError, match=r"another one: trainer\.hidden_size is 16, the run was made with 8"):
         freeze(planned(tmp_path, "trainer.hidden_size=16"))

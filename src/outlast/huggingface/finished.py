@@ -28,7 +28,7 @@ def load_into(trainer: "Trainer", model: "Path") -> None:
             with own_names():
                 trainer._load_from_checkpoint(str(model))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model}, the model of a finished run, can't be loaded: {error}") from None
+        raise CheckpointError(f"the weights in {model} can't be loaded: {error}") from None
 
 
 def load(trainer: "Trainer", final: "Path", last: Sealed | None, step: int, metrics: dict[str, float]) -> Any:

@@ -1,6 +1,7 @@
 """Writes the model card of an exported model: what it is, and how it was trained."""
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def card(source: Source, manifest: Manifest, base: str | None, *, merged: bool, 
     events = Ledger(source.run.ledger).read()
     adapter = source.adapter is not None and not merged
     head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
-    head |= {"base_model": base} if base and not Path(base).is_absolute() else {}
+    head |= {"base_model": base} if base and base == _without_place(base) else {}
     head |= {"pipeline_tag": "text-generation"} if _generates(source) else {}
     head["tags"] = ["outlast", *(["lora"] if adapter else [])]
     parts = [
@@ -58,7 +59,7 @@ def _facts(
             " merged into their base model" if merged else ""
         )
     facts = {
-        "Base model": base or _own_base(source),
+        "Base model": _without_place(base or _own_base(source)),
         "Began with": before.words if (before := ancestry.read(source.run)) else "",
         "Data": _data(source, events),
         "Kind": f"{kind}, {dtype}",
@@ -154,11 +155,21 @@ def _code(source: Source, adapter: bool) -> str:
 
 def _configuration(config: Config) -> str:
     """The sections that decide the weights; of local paths, the last part."""
-    values = {name: config.as_dict()[name] for name in SHOWN}
-    for name in ("model", "data"):
-        values[name] = {key: _without_place(value) for key, value in values[name].items()}
+    values = {name: _without_place(config.as_dict()[name]) for name in SHOWN}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _without_place(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
+    """What others may know of a value: of each local path in it, the last part."""
+    if isinstance(value, dict):
+        return {key: _without_place(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_place(item) for item in value]
+    local = isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or ("/" in value and _exists(value)))
+    return Path(value).name if local else value
+
+
+def _exists(path: str) -> bool:
+    with suppress(OSError, ValueError):
+        return Path(path).exists()
+    return False

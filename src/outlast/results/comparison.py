@@ -1,5 +1,6 @@
 """Compares two models by their weights' digests, and by what they answer to a fixed input."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +40,12 @@ def answer(model: Any) -> Answer:
     return Answer((output[0] if logits is None else logits).float().cpu())
 
 
-def compare(source: Answer, copy: Answer, rounded: str | None) -> float | None:
+def compare(source: Answer, copy: Answer, rounded: Sequence[str]) -> float | None:
     """Find how far the logits are apart: the largest difference, as a share of the largest logit of the source.
 
     Args:
-        rounded: the number format that weights were rounded to, by merging or by being asked for; None: they were not.
+        rounded: the number formats that the two calculate in, if weights were merged or are in another format; the
+            coarser of them counts. Empty: the weights are the same.
 
     Returns:
         None where the models take no tokens.
@@ -53,7 +55,7 @@ def compare(source: Answer, copy: Answer, rounded: str | None) -> float | None:
     """
     if source.logits is None or copy.logits is None:
         return None
-    limit = SAME if rounded is None else ROUNDED[rounded]
+    limit = max((ROUNDED[one] for one in rounded), default=SAME)
     apart = float((source.logits - copy.logits).abs().max() / source.logits.abs().max().clamp_min(1e-30))
     if not apart <= limit:  # NaN neither
         raise OutlastError(

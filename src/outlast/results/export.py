@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpoint.manifest import read_manifest
+from outlast.checkpoint.manifest import Manifest, read_manifest
 from outlast.errors import ConfigError, OutlastError
 from outlast.files import bytes_used, staged_directory
 from outlast.storage.budget import gb
@@ -52,6 +52,7 @@ def export(source: Source, target: Path, *, merge: bool, dtype: str | None, say:
         OutlastError: it can't be loaded or written, or what was written is not the model.
     """
     source.check()
+    manifest = read_manifest(source.path)  # now: the run may delete a checkpoint while it is exported
     inside = source.base_is_inside
     if inside and not merge:
         say(f"the base model, {source.base}, is in the run directory, where no receiver has it: merging the adapters")
@@ -60,16 +61,20 @@ def export(source: Source, target: Path, *, merge: bool, dtype: str | None, say:
 
     from . import comparison, model
 
+    if source.adapter is None and len(source.formats) > 1:
+        say(f"the weights are {' and '.join(sorted(source.formats))}: loaded as {source.dtype}, which holds them all")
     say(f"loading {source.path}")
     loaded = model.load(source)
     before = comparison.answer(loaded)
     base = None if merge else source.base
+    base_dtype = str(loaded.dtype).removeprefix("torch.")
     if merge:
+        if dtype is not None and _is_wider(getattr(torch, dtype), loaded.dtype):
+            loaded = loaded.to(getattr(torch, dtype))  # first, so that the sum is not rounded to fewer digits
         loaded = _merged(loaded)
     elif source.adapter is not None:
         next(iter(loaded.peft_config.values())).base_model_name_or_path = base
     whole = base is None
-    base_dtype = str(loaded.dtype).removeprefix("torch.")
     if dtype is not None:
         _cast(loaded, getattr(torch, dtype), whole=whole)
     exported = _exported(loaded, whole=whole)
@@ -87,13 +92,13 @@ def export(source: Source, target: Path, *, merge: bool, dtype: str | None, say:
             tokenizer.save_pretrained(staged)
         del loaded
         say("loading it again, to compare it with the run's model")
-        copy = _as_received(staged, base, base_dtype)
+        copy = _as_received(staged, base, base_dtype, causal=source.is_causal)
         found, _ = comparison.weights(copy, formats)
         comparison.same_weights(digests, found)
-        rounded = (dtype or base_dtype) if merge or dtype is not None else None
+        rounded = [base_dtype, *([dtype] if dtype else [])] if merge or dtype else []
         apart = comparison.compare(before, comparison.answer(copy), rounded)
         del copy
-        _write_card(source, staged, base, merge, written, apart)
+        _write_card(source, manifest, staged, base, merge, written, apart)
         if pickles := [file.name for file in staged.rglob("*") if file.suffix in PICKLES]:
             raise OutlastError(f"the libraries have written pickles, {', '.join(pickles)}: nothing is published")
         size = bytes_used(staged)
@@ -119,6 +124,13 @@ def _merged(model: Any) -> Any:
         for config in {id(c): c for c in (merged.config, merged.config.get_text_config())}.values():
             config.tie_word_embeddings = False
     return merged
+
+
+def _is_wider(one: Any, other: Any) -> bool:
+    """Whether a number format has more binary digits than another."""
+    import torch
+
+    return torch.finfo(one).eps < torch.finfo(other).eps
 
 
 def _cast(model: Any, dtype: Any, *, whole: bool) -> None:
@@ -147,21 +159,23 @@ def _save(model: Any, staged: Path) -> None:
         raise OutlastError(f"it can't be saved: {error!r}") from error
 
 
-def _as_received(staged: Path, base: str | None, dtype: str) -> Any:
-    """Load the directory as a receiver does: by itself, or with PEFT on the base model that it names, in `dtype`."""
+def _as_received(staged: Path, base: str | None, dtype: str, *, causal: bool) -> Any:
+    """Load the directory as a receiver does: by itself, or with PEFT on its base model, which is loaded in `dtype`."""
     from . import model
 
     if base is None:
         return model.pretrained(str(staged), "auto")
-    return model.with_adapters(model.pretrained(base, dtype), staged)
+    return model.with_adapters(model.pretrained(base, dtype, causal=causal), staged)
 
 
-def _write_card(source: Source, staged: Path, base: str | None, merged: bool, dtype: str, apart: float | None) -> None:
+def _write_card(
+    source: Source, manifest: Manifest, staged: Path, base: str | None, merged: bool, dtype: str, apart: float | None
+) -> None:
     from .card import card
 
     check = "loaded again; each weight is the one that was written"
     check += "" if apart is None else f", and logits differ from the run's model by {apart:.1e} of the largest at most"
-    text = card(source, read_manifest(source.path), base, merged=merged, dtype=dtype, check=check)
+    text = card(source, manifest, base, merged=merged, dtype=dtype, check=check)
     (staged / "README.md").write_text(text)
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from outlast.attempt.loading import guard_loads
 from outlast.checkpoint import digests
 from outlast.errors import CheckpointError, ConfigError, OutlastError
 from outlast.huggingface.frozen_weights import shortened
+from outlast.huggingface.loaded import different
 
 from .source import Source, header
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load(source: Source) -> Any:
@@ -33,7 +33,7 @@ def load(source: Source) -> Any:
     transformers_logging.disable_progress_bar()
     if source.adapter is None:
         return _whole(source)
-    base = pretrained(str(source.base), source.dtype)
+    base = pretrained(str(source.base), source.dtype, causal=source.is_causal)
     model = with_adapters(base, source.path)
     _compare_base(source, model)
     return model
@@ -89,21 +89,26 @@ def _resize(base: Any, path: Path) -> bool:
     return False
 
 
-def pretrained(path: str, dtype: str, **options: Any) -> Any:
+def pretrained(path: str, dtype: str, *, causal: bool = False) -> Any:
     """What `from_pretrained` makes of a path or a name, every weight loaded.
+
+    Args:
+        causal: load it as a causal language model; what its files hold besides is left out, as in training.
 
     Raises:
         CheckpointError: a weight is missing in the files, of another shape, or not of this model.
         OutlastError: transformers can't load it.
     """
+    named = _class_of(path)
+    kind = AutoModelForCausalLM if causal else named
     try:
-        model, info = _class_of(path).from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
-        )
+        model, info = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, output_loading_info=True)
     except OutlastError:
         raise
     except Exception as error:  # the hub's client and every file format raise their own kinds
         raise OutlastError(f"{path} can't be loaded: {_first_line(error)}") from error
+    if causal and named is not AutoModelForCausalLM and type(model) is not named:
+        info = info | {"unexpected_keys": []}
     _refuse_lost(path, info)
     return model.eval()
 
@@ -130,7 +135,7 @@ def _class_of(path: str) -> Any:
             )
             raise ConfigError("model", path, valid)
         return found
-    return transformers.AutoModelForCausalLM
+    return AutoModelForCausalLM
 
 
 def _whole(source: Source) -> Any:
@@ -173,16 +178,9 @@ def _compare_base(source: Source, model: Any) -> None:
     known = next(filter(None, (digests.read(place, 0) for place in places)), None)
     if known is None or "whole" in known or not known.get("base"):
         return  # each rank digested its own shard
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    different = [name for name, saved in known["base"].items() if not _is_same(parameters.get(name), saved)]
-    if different:
-        valid = f"valid: the base model that the adapters were trained on; {shortened(different)} differ"
+    if wrong := different(model, {"base": known["base"]}):
+        valid = f"valid: the base model that the adapters were trained on; {shortened(wrong)} differ"
         raise ConfigError("model.path", source.base, valid)
-
-
-def _is_same(parameter: Any, saved: str) -> bool:
-    """Whether it has the digest, also in another number format: DeepSpeed casts a model."""
-    return parameter is not None and any(digests.digest(parameter.detach().to(dtype)) == saved for dtype in FLOATS)
 
 
 def tokenizer(source: Source) -> Any | None:

@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from types import FrameType
 
-from outlast.errors import ConfigError, OutlastError, denied
+from outlast.checkpoint.manifest import MANIFEST
+from outlast.errors import ConfigError, Exit, OutlastError, denied
 from outlast.files import to_json
 from outlast.processes import PARENT_ENV, SIGNALS, die_with
 from outlast.rundir.directory import RunDirectory
@@ -80,21 +81,16 @@ def _command() -> int:
     source = Source(RunDirectory(arguments.run), arguments.checkpoint)
     try:
         (_export if arguments.verb == "export" else _try)(source, arguments)
-    except OutlastError as error:
-        print(f"outlast: {error}", file=sys.stderr)
-        return error.exit_code
-    except FileNotFoundError as error:
-        if source.path.is_dir() and (source.path / "manifest.json").is_file():
+    except Exception as error:  # whatever a library makes of a file that is gone
+        failed: Exception = error
+        if not (source.path / MANIFEST).is_file():
+            why = f"the run has deleted it meanwhile ({error}); choose again"
+            failed = ConfigError("--checkpoint", source.path.name, why)
+        if not isinstance(failed, OutlastError | OSError):
             raise
-        gone = ConfigError(
-            "--checkpoint", source.path.name, f"the run has deleted it meanwhile ({error}); choose again"
-        )
-        print(f"outlast: {gone}", file=sys.stderr)
-        return gone.exit_code
-    except OSError as error:
-        print(f"outlast: {denied(error) or error}", file=sys.stderr)
-        return 1
-    return 0
+        print(f"outlast: {denied(failed) or failed}", file=sys.stderr)
+        return failed.exit_code if isinstance(failed, OutlastError) else Exit.FAILED
+    return Exit.DONE
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Nothing here needs a training library, so that what can't be used is refused at 
 """
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,16 +103,23 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """The number format to load the model in. It is that of its files; for a base model, that of the run."""
+        """The number format to load the model in. For a base model it is that of the run; else see :attr:`formats`."""
         if self.adapter is not None:
             return self._model.dtype if isinstance(self._model, PretrainedModel) else "auto"
-        sizes: Counter[str] = Counter()
-        for file in self.path.glob("*.safetensors"):
-            for tensor in header(file).values():
-                begin, end = tensor["data_offsets"]
-                sizes[DTYPES.get(tensor["dtype"], "")] += end - begin
-        del sizes[""]
-        return sizes.most_common(1)[0][0] if sizes else "auto"
+        if len(self.formats) > 1:
+            return "float64" if "float64" in self.formats else "float32"  # which holds the numbers of all of them
+        return next(iter(self.formats), "auto")
+
+    @cached_property
+    def formats(self) -> set[str]:
+        """The number formats of the weights in the files."""
+        found = {tensor["dtype"] for file in self.path.glob("*.safetensors") for tensor in header(file).values()}
+        return {DTYPES[name] for name in found if name in DTYPES}
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether training has loaded the base model as a causal language model, whatever it calls itself."""
+        return self.config is not None and self.config.job.name == "sft"
 
     @property
     def tokenizer(self) -> Path | str | None:
