@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from outlast.rundir import progress
+from outlast.rundir import losses
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event
 
@@ -22,12 +22,12 @@ def curves(
         rows: of the attempts, as `attempt_rows` returns them.
         trainer: the section `trainer` of the configuration.
     """
-    written, remade = progress.read(run), _made_again_from(rows)
+    remade = _made_again_from(rows)
     counts = [e for e in events if e["event"] == "evaluated" and e["step"] <= remade.get(e["attempt"], e["step"])]
     found = evaluations(counts, trainer)
     by_step = {one["step"]: one["value"] for one in found}
     return {
-        "losses": [list(point) for point in written.losses] if written else [],
+        "losses": [list(point) for point in losses.read(run)],
         "metric": found[0]["name"] if found else None,
         "evaluations": [[step, by_step[step]] for step in sorted(by_step)],
         "stops": [
