@@ -216,7 +216,7 @@ def _spans(time: AttemptTime, row: dict[str, Any], attempt: Attempt, lines: list
 
 
 def _mark_lost(found: list[AttemptTime], rows: list[dict[str, Any]], tries: list[Attempt]) -> None:
-    """Say of what an attempt did after the first step from which a later one went on that it is lost."""
+    """Mark what an attempt did after the first step from which a later one went on as lost."""
     remade = made_again_from(rows)
     for time, row, attempt in zip(found, rows, tries, strict=True):
         if row["steps_lost"] > 0:
