@@ -102,7 +102,7 @@ def _directories(parent: Path) -> list[Path]:
 
 
 def _row(path: Path, *, quarantined: bool = False) -> tuple[CheckpointRow, Manifest | None] | None:
-    """Describe a checkpoint as it is now, with its manifest if that can be read; None if there is no checkpoint."""
+    """Describe a checkpoint as it is now, with its manifest if that can be read; None if there is none."""
     manifest, reason, present = _steady(path, read_manifest)
     state: CheckpointState = "final" if path.name == "final" else "sealed"
     if manifest is None:

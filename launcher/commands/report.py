@@ -1,4 +1,4 @@
-"""What happened to a run or a sweep, in a terminal, as JSON, as a page or a picture; and what many runs have cost."""
+"""What happened to a run or a sweep, as text, JSON, page or picture; and what many runs have cost."""
 
 import time
 from collections.abc import Callable

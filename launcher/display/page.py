@@ -124,12 +124,10 @@ def run_page(summary: Summary) -> str:
     ]
     what = (
         "How an attempt ended costs its stopping, what was lost, the wait after it and the start of the next. "
-        "The hours are those of all ranks, an accelerator each."
+        "The time of all ranks together is accelerator hours, where each rank has one."
     )
     sections.append(
-        section(
-            "What it has cost", f'<p class="quiet">{what}</p>' + table(("cause", "accelerator hours", "time"), rows)
-        )
+        section("What it has cost", f'<p class="quiet">{what}</p>' + table(("cause", "rank time", "time"), rows))
     )
     if notes := notes_of(summary):
         facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in notes.items())
@@ -166,7 +164,7 @@ def _figures(summary: Summary) -> list[tuple[str, str, str]]:
         ),
         ("Attempts", str(number), f"{preempted} preempted"),
         ("Time", duration(accounting["wall_s"]), f"{duration(accounting['parts']['queued'])} in the queue"),
-        ("Accelerators", hours(accounting["accelerator_hours"]) or "0 h", "of all ranks together"),
+        ("Rank time", hours(accounting["accelerator_hours"]) or "0 h", "of all ranks together"),
         ("On disk", size(summary["bytes_used"]), f"peak {size(summary['bytes_peak'])}" + _of(summary["budget_bytes"])),
     ]
     if best is not None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ..runs.accounting import cause_of
 from ..runs.sweep_summary import as_number
 from .progress import duration, size
 from .svg import NARROW, WIDE, Axes, Drawing, Point, number, smoothed, time_text, time_ticks
@@ -90,7 +91,7 @@ def timeline(summary: Summary, width: int) -> Drawing:
 
 def ended_as(row: Summary, space: str = " ") -> str:
     """How an attempt ended, in words."""
-    return str(row["cause"] or ("killed" if row["killed"] else "running")).replace("_", space)
+    return cause_of(row).replace("_", space)
 
 
 def loss_curve(summary: Summary, width: int) -> Drawing:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..runs.accounting import cause_of
 from .progress import duration, size
 
 Summary = dict[str, Any]
@@ -31,7 +32,7 @@ def render(summary: Summary, console: Console) -> None:
         "attempts": f"{len(summary['attempts'])}: {summary['preemptions']} preempted, {summary['requeues']} requeued",
         "time": time_text(summary["accounting"]),
         "goodput": goodput_text(summary["accounting"]["goodput"]),
-        "accelerators": cost_text(summary["accounting"]),
+        "rank time": cost_text(summary["accounting"]),
         "checkpoints": f"{saves['count']} ({saves['periodic']} periodic, {saves['emergency']} emergency, "
         f"{saves['final']} final), {size(saves['bytes'])} written{stall}",
         "put aside": f"{len(summary['quarantined'])} quarantined, {summary['deleted']} deleted",
@@ -87,7 +88,7 @@ def notes_of(summary: Summary) -> dict[str, str]:
 
 
 def time_text(accounting: Summary) -> str:
-    """What the wall time went into, the largest part first: `2 min 43 s: 2 min 22 s training, 13 s starting`."""
+    """What the wall time went into, the largest part first: `43 s: 22 s training, 13 s starting`."""
     parts = sorted(accounting["parts"].items(), key=lambda part: -part[1])
     text = ", ".join(f"{duration(seconds)} {name}" for name, seconds in parts if seconds > 0)
     wait = accounting["first_wait_s"]
@@ -103,7 +104,7 @@ def goodput_text(goodput: Summary) -> str:
 
 
 def cost_text(accounting: Summary) -> str:
-    """Accelerator hours, and what each cause has cost of them, the most expensive first."""
+    """The time of all ranks together, and what each cause has cost of it, the most expensive first."""
     costs = sorted(accounting["cost"].items(), key=lambda cost: -cost[1]["accelerator_hours"])
     text = ", ".join(
         f"{cause.replace('_', ' ')} {hours(cost['accelerator_hours'])}"
@@ -122,7 +123,7 @@ def hours(value: float) -> str:
 
 def _cells(row: Summary) -> dict[str, str]:
     """One attempt, by column."""
-    ended = row["cause"] or ("killed" if row["killed"] else "running")
+    ended = cause_of(row)
     sealed = row["signal_to_sealed_s"]
     return {
         "attempt": str(row["number"]),
@@ -171,7 +172,7 @@ def render_sweep(summary: Summary, cells: list[Summary], console: Console) -> No
     """Print the report of a sweep: its cells in this order, the best one marked."""
     states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(summary["states"].items()))
     console.print(Text(f"{summary['sweep']}: {len(cells)} cells, {states}", style="bold"))
-    facts = {"accelerators": cost_text(summary)}
+    facts = {"rank time": cost_text(summary)}
     if summary["best"] is not None:
         best = next(cell["metric"] for cell in cells if cell["cell"] == summary["best"])
         facts = {"best": f"{summary['best']}: {best['name']} {best['value']:.4g} at step {best['step']}"} | facts
@@ -193,7 +194,7 @@ def render_sweep(summary: Summary, cells: list[Summary], console: Console) -> No
 
 
 def _effect_text(effect: Summary, *, lower: bool) -> str:
-    """The median of the metric by a key's value, with its range; the best first where there are too many to show."""
+    """The median of the metric by a key's value, with its range; of many, the best ones."""
     values = effect["values"]
     more = len(values) - VALUES
     if more > 0:
@@ -229,4 +230,4 @@ def render_since(summary: Summary, console: Console) -> None:
         )
     console.print(table, highlight=False)
     share = sum(total["parts"][part] for part in useful) / (total["accelerator_hours"] or 1)
-    console.print(Text(f"accelerator hours; {share:.1%} of them went into training and evaluating that count", "dim"))
+    console.print(Text(f"hours of all ranks; {share:.1%} of them went into training and evaluating that count", "dim"))

@@ -122,7 +122,7 @@ class Axes:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Round values between two, about `count`."""
-    if not high > low:
+    if not 0 < high - low < math.inf:
         return [low]
     raw = (high - low) / count
     scale = 10.0 ** math.floor(math.log10(raw))

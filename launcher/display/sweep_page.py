@@ -1,4 +1,4 @@
-"""The report of a sweep as one HTML file: a table that sorts and filters, what each override did, the curves."""
+"""The report of a sweep as one HTML file: its table, what each override did, its curves."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def _figures(summary: Summary, cells: list[Summary], states: str) -> list[tuple[
     found = [
         ("Cells", f"{len(cells):,}", states),
         ("Goodput", percent(useful), "of the time in attempts"),
-        ("Accelerators", hours(summary["accelerator_hours"]) or "0 h", "of all ranks together"),
+        ("Rank time", hours(summary["accelerator_hours"]) or "0 h", "of all ranks together"),
         ("Preemptions", f"{preempted:,}", f"{lost:,} steps repeated"),
         ("In the queue", duration(parts.get("queued", 0.0)), "of all cells together"),
     ]

@@ -1,4 +1,4 @@
-"""Accounts for the time of a run: what each second since the first start went into, and what that has cost.
+"""Accounts for the time of a run: what each second went into, and what that has cost.
 
 Inside an attempt, from when it got its nodes (or its process began) to its end:
 
@@ -7,7 +7,7 @@ Inside an attempt, from when it got its nodes (or its process began) to its end:
     evaluating   evaluations that count
     saving       stalls of periodic saves and of the finished model
     stopping     from the signal to the end, the emergency save included
-    lost         all of this after the step that the next attempt went on from
+    lost         all of this after the step that a later attempt went on from
 
 Between two attempts: `queued`, waiting for nodes, and `stopped`, in nobody's queue. Each second counts once, so the
 parts sum to the wall time.
@@ -16,17 +16,20 @@ parts sum to the wall time.
 """
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from outlast.rundir.attempts import Attempt
 from outlast.rundir.ledger import Event
+
+from .attempts import by_attempt, made_again_from
 
 INSIDE = ("starting", "training", "evaluating", "saving", "stopping", "lost")
 BETWEEN = ("queued", "stopped")
 FORMULA = "goodput = (training + evaluating) / time"
 SHORTEST = 1 / 2000
 """Share of the wall time below which a span is drawn with the one before it."""
+SETUP_S = 600.0
+"""How long a batch script may take before the run's first process, and that time is still the run's."""
 _LOSES = ("training", "evaluating", "saving")
 
 
@@ -44,7 +47,7 @@ class AttemptTime:
     """Where the time of one attempt went, and of the wait before it."""
 
     start: float
-    """When it got its nodes; outside Slurm, when its process began."""
+    """When it got its nodes, if its process began soon after; else, and outside Slurm, when its process began."""
     end: float
     spans: list[Span] = field(default_factory=list)
     queued: float = 0.0
@@ -69,15 +72,11 @@ def times(rows: list[dict[str, Any]], tries: list[Attempt], events: list[Event],
         rows: of the attempts, as `attempt_rows` returns them; `tries` are the same.
         submitted: when the run was submitted last, Unix seconds; 0: it was not.
     """
-    found: list[AttemptTime] = []
-    lines: dict[int, list[Event]] = {}
-    for event in events:
-        lines.setdefault(event["attempt"], []).append(event)
+    found, lines = list[AttemptTime](), by_attempt(events)
     for row, attempt in zip(rows, tries, strict=True):
         own, previous = lines[attempt.number], found[-1].end if found else None
         ready = _ready(own)
-        process = (attempt.started or {}).get("process_started")  # missing: an earlier run in this process, or version
-        start = min([float(row["start"]), *(_known(process, ready.get("job_started")) if process else [])])
+        start = _start(row, attempt, ready)
         start = start if previous is None else max(start, previous)
         time = AttemptTime(start, max(float(row["end"]), start))
         time.spans = _spans(time, row, attempt, own)
@@ -85,7 +84,8 @@ def times(rows: list[dict[str, Any]], tries: list[Attempt], events: list[Event],
             before = tries[len(found) - 1]
             asked = [at for at in _known(ready.get("job_submitted"), submitted) if previous <= at <= start]
             since = previous if before.requeued is not None else min(asked, default=start)
-            time.queued, time.stopped = start - since, since - previous
+            nodes = max(since, min([start, *_known(ready.get("job_started"))]))
+            time.queued, time.stopped = nodes - since, since - previous + start - nodes
         found.append(time)
     _mark_lost(found, rows, tries)
     return found
@@ -99,11 +99,13 @@ def account(
     parts |= {name: sum(getattr(time, name) for time in found) for name in BETWEEN}
     wall, allocated = found[-1].end - found[0].start, sum(time.seconds for time in found)
     useful = parts["training"] + parts["evaluating"]
-    asked = [at for at in _known(_ready(events).get("job_submitted"), submitted) if at <= found[0].start]
+    ready = _ready(events)
+    nodes = min([found[0].start, *_known(ready.get("job_started"))])
+    asked = [at for at in _known(ready.get("job_submitted"), submitted) if at <= nodes]
     return {
         "wall_s": wall,
         "allocated_s": allocated,
-        "first_wait_s": found[0].start - min(asked) if asked else None,
+        "first_wait_s": nodes - min(asked) if asked else None,
         "parts": parts,
         "goodput": {
             "wall": useful / wall if wall > 0 else None,
@@ -166,6 +168,18 @@ def hours_of(seconds: float, row: dict[str, Any]) -> float:
     return seconds * (row["world_size"] or 1) / 3600
 
 
+def _start(row: dict[str, Any], attempt: Attempt, ready: Event) -> float:
+    """When an attempt got its nodes, or its process began: what lies before its first line in the ledger.
+
+    A job that began much earlier has done something else first: another program's run, which counts that time itself.
+    """
+    start = float(row["start"])
+    for process in _known((attempt.started or {}).get("process_started")):  # none: an earlier run in this process
+        start = min(start, process)
+        start = min([start, *(job for job in _known(ready.get("job_started")) if start - job <= SETUP_S)])
+    return start
+
+
 def _known(*moments: Any) -> list[float]:
     return [float(moment) for moment in moments if isinstance(moment, int | float) and moment > 0]
 
@@ -202,12 +216,12 @@ def _spans(time: AttemptTime, row: dict[str, Any], attempt: Attempt, lines: list
 
 
 def _mark_lost(found: list[AttemptTime], rows: list[dict[str, Any]], tries: list[Attempt]) -> None:
-    """Say of what an attempt did after the step from which the next went on that it is lost."""
-    moved = [n for n, row in enumerate(rows) if row["steps_done"] or row["resume_s"] is not None]
-    for number, after in pairwise(moved):
-        if rows[number]["steps_lost"] > 0:
-            since = _reached(rows[after]["first_step"], found[number], rows[number], tries[number])
-            found[number].spans = [part for span in found[number].spans for part in _split(span, since)]
+    """Mark what an attempt did after the first step from which a later one went on as lost."""
+    remade = made_again_from(rows)
+    for time, row, attempt in zip(found, rows, tries, strict=True):
+        if row["steps_lost"] > 0:
+            since = _reached(remade[row["number"]], time, row, attempt)
+            time.spans = [part for span in time.spans for part in _split(span, since)]
 
 
 def _split(span: Span, at: float) -> list[Span]:
@@ -218,7 +232,7 @@ def _split(span: Span, at: float) -> list[Span]:
 
 
 def _reached(step: int, time: AttemptTime, row: dict[str, Any], attempt: Attempt) -> float:
-    """When an attempt had saved a step; without its line in the ledger, by the share of steps that came before it."""
+    """When an attempt had saved a step; without its line, by the share of steps that came before it."""
     saved = [event["time"] for event in attempt.checkpoints if event["step"] == step and event["kind"] != "final"]
     if saved:
         return float(saved[-1])

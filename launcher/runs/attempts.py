@@ -3,24 +3,56 @@
 from itertools import pairwise
 from typing import Any
 
-from outlast.rundir import progress
-from outlast.rundir.attempts import TIDYING, Attempt, last_step
-from outlast.rundir.directory import RunDirectory
+from outlast.rundir.attempts import TIDYING, Attempt, furthest_step
 from outlast.rundir.ledger import KILLED, Event
+from outlast.rundir.progress import Progress
 
 AttemptRow = dict[str, Any]
 
 
-def attempt_rows(run: RunDirectory, tries: list[Attempt], events: list[Event]) -> list[AttemptRow]:
-    """One row an attempt, as `outlast report --json` shows it."""
-    rows = [_attempt(run, attempt, events) for attempt in tries]
+def attempt_rows(tries: list[Attempt], events: list[Event], now: Progress | None) -> list[AttemptRow]:
+    """One row an attempt, as `outlast report --json` shows it.
+
+    Args:
+        now: the last progress that was written, which is ahead of the lines of an attempt that runs or was killed.
+    """
+    lines, rows, saved = by_attempt(events), list[AttemptRow](), False
+    for attempt in tries:
+        rows.append(_attempt(attempt, lines[attempt.number], now, saved_before=saved))
+        saved = saved or bool(attempt.checkpoints)
     _count_lost(rows)
     return rows
 
 
-def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> AttemptRow:
-    """One attempt, by its own lines."""
-    lines = [event for event in events if event["attempt"] == attempt.number]
+def by_attempt(events: list[Event]) -> dict[int, list[Event]]:
+    """The lines of each attempt, by its number."""
+    lines: dict[int, list[Event]] = {}
+    for event in events:
+        lines.setdefault(event["attempt"], []).append(event)
+    return lines
+
+
+def made_again_from(rows: list[AttemptRow]) -> dict[int, int]:
+    """By attempt, the first step that a later one has gone on from: what came after it was made again."""
+    found, least = dict[int, int](), None
+    for row in reversed(rows):
+        if least is not None:
+            found[row["number"]] = least
+        if _has_moved(row):
+            least = row["first_step"] if least is None else min(least, row["first_step"])
+    return found
+
+
+def _has_moved(row: AttemptRow) -> bool:
+    return bool(row["steps_done"]) or row["resume_s"] is not None
+
+
+def _attempt(attempt: Attempt, lines: list[Event], now: Progress | None, *, saved_before: bool) -> AttemptRow:
+    """One attempt, by its own lines.
+
+    Args:
+        saved_before: an earlier attempt has saved a checkpoint.
+    """
     started, ended, resumed = attempt.started or {}, attempt.ended, attempt.resumed
     killed = ended is None or ended.get("detail") == KILLED
     # The next attempt writes the end of one that was killed: its last sign of life is what came before.
@@ -28,13 +60,12 @@ def _attempt(run: RunDirectory, attempt: Attempt, events: list[Event]) -> Attemp
     seen = [event["time"] for event in lines if event["event"] not in afterwards]
     seen += [ended["last_seen"]] if ended and "last_seen" in ended else []
     end = ended["time"] if ended and not killed else max(seen, default=lines[0]["time"])
-    last, now = last_step(run, attempt.number) if killed else attempt.last_step, progress.read(run)
+    last = furthest_step(attempt, now) if killed else attempt.last_step
     if killed and now is not None and now.attempt == attempt.number:
         end = max(end, now.time)
     worked = resumed or attempt.checkpoints or any(event["event"] == "evaluated" for event in lines)
-    sealed_before = any(e["event"] == "checkpoint" and e["attempt"] < attempt.number for e in events)
     first_step = resumed["step"] if resumed else 0
-    if not worked and sealed_before:
+    if not worked and saved_before:
         first_step = last  # stopped while it loaded: the step in its lines is the one it would have resumed from
     return {
         "number": attempt.number,
@@ -72,11 +103,14 @@ def _signal_to_sealed(attempt: Attempt) -> float | None:
 
 
 def _count_lost(rows: list[AttemptRow]) -> None:
-    """Count for each attempt the steps that the next attempt had to make again."""
-    moved = [row for row in rows if row["steps_done"] or row["resume_s"] is not None]
+    """Count for each attempt the steps that a later one had to make again: not always the next one."""
+    moved = [row for row in rows if _has_moved(row)]
     for before, after in pairwise(moved):
         # A checkpoint may outlive a kill that its line in the ledger did not: then it vouches for the step.
         made = max(after["first_step"] - before["last_step"], 0)
         before["last_step"] += made
         before["steps_done"] += made
-        before["steps_lost"] = before["last_step"] - after["first_step"]
+    remade = made_again_from(rows)
+    for row in moved:
+        again_from = max(remade.get(row["number"], row["last_step"]), row["first_step"])
+        row["steps_lost"] = max(row["last_step"] - again_from, 0)

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from outlast.rundir import progress
+from outlast.rundir import losses
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event
 
 from .accounting import cause_of
+from .attempts import made_again_from
 from .settings import evaluations
 
 MOST = 400
@@ -22,12 +23,12 @@ def curves(
         rows: of the attempts, as `attempt_rows` returns them.
         trainer: the section `trainer` of the configuration.
     """
-    written, remade = progress.read(run), _made_again_from(rows)
+    remade = made_again_from(rows)
     counts = [e for e in events if e["event"] == "evaluated" and e["step"] <= remade.get(e["attempt"], e["step"])]
     found = evaluations(counts, trainer)
     by_step = {one["step"]: one["value"] for one in found}
     return {
-        "losses": [list(point) for point in written.losses] if written else [],
+        "losses": [list(point) for point in losses.read(run)],
         "metric": found[0]["name"] if found else None,
         "evaluations": [[step, by_step[step]] for step in sorted(by_step)],
         "stops": [
@@ -55,14 +56,3 @@ def disk(events: list[Event]) -> list[list[float]]:
         points.append([event["time"], sum(there.values())])
     size = -(-len(points) // MOST) or 1
     return [max(points[n : n + size], key=lambda point: point[1]) for n in range(0, len(points), size)]
-
-
-def _made_again_from(rows: list[dict[str, Any]]) -> dict[int, int]:
-    """By attempt, the first step that a later one has gone on from: what came after it was made again."""
-    found, least = dict[int, int](), None
-    for row in reversed(rows):
-        if least is not None:
-            found[row["number"]] = least
-        if row["steps_done"] or row["resume_s"] is not None:
-            least = row["first_step"] if least is None else min(least, row["first_step"])
-    return found

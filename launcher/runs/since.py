@@ -9,6 +9,7 @@ from typing import Any
 from outlast.errors import ConfigError
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
+from outlast.rundir.progress import read
 
 from .accounting import BETWEEN, INSIDE, AttemptTime, Span, cost, hours_of, times
 from .attempts import attempt_rows
@@ -40,9 +41,10 @@ def summarize_since(runs: Iterable[RunDirectory], since: float) -> Summary:
     for run in runs:
         events = Ledger(run.ledger).read()
         tries = started_attempts(events)
-        if not tries or tries[-1].last_time < since:
+        rows = attempt_rows(tries, events, read(run)) if tries else []
+        if all(row["end"] < since for row in rows):  # a running attempt's is that of its progress
             continue
-        submission, rows = submission_of(run), attempt_rows(run, tries, events)
+        submission = submission_of(run)
         found = [_clipped(one, since) for one in times(rows, tries, events, submission.time if submission else 0.0)]
         user = users.setdefault(owner_name(run.path), _nothing())
         user["runs"] += 1

@@ -1,4 +1,4 @@
-"""The report of a run as plain values, from its ledger and its directory: attempts, causes, steps, seconds, bytes."""
+"""The report of a run as plain values, from its ledger and its directory."""
 
 from itertools import pairwise
 from typing import Any
@@ -10,6 +10,7 @@ from outlast.rundir import ancestry, progress
 from outlast.rundir.attempts import finished
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Event, Ledger
+from outlast.rundir.progress import Progress
 
 from .accounting import account, coarse, times
 from .attempts import attempt_rows
@@ -22,26 +23,32 @@ from .submissions import submission_of
 Summary = dict[str, Any]
 
 
-def summarize(run: RunDirectory) -> Summary:
+def summarize(
+    run: RunDirectory, events: list[Event] | None = None, settings: dict[str, dict[str, Any]] | None = None
+) -> Summary:
     """Collect the report as plain values, as `--json` prints them.
 
     Times are Unix seconds, lengths seconds, sizes bytes.
 
-    `steps_lost` counts the steps that had to be made again: for each attempt that went on from a checkpoint, the
-    furthest step of the attempt before, less the step it went on from.
+    `steps_lost` counts the steps that had to be made again: of each attempt, those after the first step from which a
+    later one went on.
 
     `goodput` is the share of the wall time that was spent on steps and evaluations that count (`accounting.py`). The
     schema stands in docs/report.md.
 
+    Args:
+        events: the lines of its ledger, `settings` those of `settings_of`; both are read if they are left out.
+
     Raises:
         ConfigError: the run has not started.
     """
-    events = Ledger(run.ledger).read()
+    events = Ledger(run.ledger).read() if events is None else events
     tries = started_attempts(events)
     if not tries:
         raise ConfigError("RUN", run.path.name, "it has not started yet, so there is nothing to report")
-    settings, state, done = settings_of(run), state_of(run, events), finished(events)
-    rows = attempt_rows(run, tries, events)
+    settings = settings_of(run) if settings is None else settings
+    state, done, now = state_of(run, events), finished(events), progress.read(run)
+    rows = attempt_rows(tries, events, now)
     submission = submission_of(run)
     submitted = submission.time if submission else 0.0
     rows[-1]["killed"] &= state != State.RUNNING
@@ -60,7 +67,7 @@ def summarize(run: RunDirectory) -> Summary:
     wall = max(row["end"] for row in rows) - rows[0]["start"]
     resuming = sum(row["resume_s"] or 0.0 for row in rows)
     inside = sum(row["seconds"] for row in rows) - resuming
-    saved = [event for attempt in tries for event in attempt.checkpoints]
+    saved, used = [event for attempt in tries for event in attempt.checkpoints], bytes_used(run.path)
     count = {kind: sum(e["kind"] == kind for e in saved) for kind in ("periodic", "emergency", "final")}
     return {
         "run": run.path.name,
@@ -72,7 +79,7 @@ def summarize(run: RunDirectory) -> Summary:
         "final_step": done["step"] if done else None,
         "model_step": done.get("model_step", done["step"]) if done else None,
         "step": max(row["last_step"] for row in rows),
-        "total_steps": _total_steps(run, settings["trainer"]),
+        "total_steps": _total_steps(now, settings["trainer"]),
         "steps_done": made,
         "steps_lost": lost,
         "preemptions": sum(row["cause"] == "preempted" for row in rows),
@@ -105,8 +112,8 @@ def summarize(run: RunDirectory) -> Summary:
         "diverged": _diverged(events),
         "not_finite": next((event["step"] for event in events if event["event"] == "not_finite"), None),
         "batches_unknown": any(event["event"] == "batches_unknown" for event in events),
-        "bytes_used": bytes_used(run.path),
-        "bytes_peak": _peak(run, saved),
+        "bytes_used": used,
+        "bytes_peak": _peak(used, now, saved),
         "budget_bytes": budget_of(settings),
         "best": best_metric(events, settings["trainer"]),
         "curves": curves(run, rows, events, settings["trainer"]),
@@ -131,13 +138,11 @@ def _interval(events: list[Event]) -> Summary | None:
     return {**values, "explanation": interval.explain(**values)}
 
 
-def _peak(run: RunDirectory, saved: list[Event]) -> int:
+def _peak(used: int, now: Progress | None, saved: list[Event]) -> int:
     """Find the most bytes that were seen in use at any time."""
-    now = progress.read(run)
     seen = [int(event.get("run_bytes", 0)) for event in saved]
-    return max(bytes_used(run.path), now.bytes_peak if now else 0, *seen)
+    return max(used, now.bytes_peak if now else 0, *seen)
 
 
-def _total_steps(run: RunDirectory, trainer: Summary) -> int | None:
-    now = progress.read(run)
+def _total_steps(now: Progress | None, trainer: Summary) -> int | None:
     return (now.total_steps if now else None) or max(int(trainer.get("max_steps") or 0), 0) or None

@@ -10,7 +10,7 @@ from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import Ledger
 from outlast.rundir.sweep import read_sweep_manifest
 
-from .settings import best_metric, lower_is_better, settings_of
+from .settings import lower_is_better, settings_of
 from .state import state_of
 from .summary import Summary, summarize
 
@@ -97,14 +97,12 @@ def as_number(text: str | None) -> float | str | None:
 
 
 def _cell(run: RunDirectory, name: str, overrides: list[str]) -> Summary:
-    events, trainer = Ledger(run.ledger).read(), settings_of(run)["trainer"]
-    best = best_metric(events, trainer)
+    events, settings = Ledger(run.ledger).read(), settings_of(run)
     row: Summary = {
         "cell": name,
         "overrides": {key.lstrip("+~"): value for key, _, value in (text.partition("=") for text in overrides)},
-        "state": state_of(run, events),
-        "metric": best,
-        "lower_is_better": lower_is_better(trainer),
+        "metric": None,
+        "lower_is_better": lower_is_better(settings["trainer"]),
         "step": 0,
         "total_steps": None,
         "attempts": 0,
@@ -119,15 +117,16 @@ def _cell(run: RunDirectory, name: str, overrides: list[str]) -> Summary:
         "curve": [],
     }
     try:
-        summary = summarize(run)
+        summary = summarize(run, events, settings)
     except ConfigError:  # it has not started
-        return row
-    losses = summary["curves"]["losses"]
+        return row | {"state": state_of(run, events)}
+    losses, best = summary["curves"]["losses"], summary["best"]
+    row["metric"] = best
     if best is None and losses and losses[-1][1] is not None:  # nothing is evaluated: the last training loss
         row["metric"] = {"name": TRAINING_LOSS, "value": losses[-1][1], "step": losses[-1][0]}
     points = summary["curves"]["evaluations"] if best else losses
     accounting = summary["accounting"]
-    names = ("step", "total_steps", "preemptions", "steps_lost", "goodput", "bytes_used")
+    names = ("state", "step", "total_steps", "preemptions", "steps_lost", "goodput", "bytes_used")
     return row | {name: summary[name] for name in names} | {
         "attempts": len(summary["attempts"]),
         "wall_s": accounting["wall_s"],

@@ -196,7 +196,8 @@ def check_end(run: Path, *, did_nothing: bool) -> str | None:
     Args:
         did_nothing: it was finished when the last attempt began, which did not clean up either.
     """
-    left = [name for name in litter(run) if not (did_nothing and name.startswith(".progress.json."))]
+    shown = (".progress.json.", ".losses.json.")
+    left = [name for name in litter(run) if not (did_nothing and name.startswith(shown))]
     if left:
         return f"left over: {left}"
     started, ended = ({e["attempt"] for e in events(run, f"attempt_{what}")} for what in ("started", "ended"))

@@ -236,7 +236,7 @@ def test_the_run_directory_is_what_the_contract_says(outlast: Start, probe: Prob
     assert outlast("train", *SMOKE, "run.name=r", "trainer.max_steps=25").wait() == 0
     run = probe("r").path
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
-        "config.yaml", "plan.json", "ledger.jsonl", "progress.json", "checkpoints", "final", "logs",
+        "config.yaml", "plan.json", "ledger.jsonl", "progress.json", "losses.json", "checkpoints", "final", "logs",
     }  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["checkpoint-20", "checkpoint-25"]
     assert (run / "logs" / "attempt-001.rank-0.log").is_file()

@@ -57,9 +57,10 @@ def submit(run: RunDirectory, job_id: str | None, at: float | None = None, **val
     return submission
 
 
-def progress(run: RunDirectory, **values: Any) -> None:
+def progress(run: RunDirectory, losses: list[Any] | None = None, **values: Any) -> None:
     now = {"attempt": 1, "phase": "training", "step": 42, "total_steps": 100, "time": time.time()}
     run.progress.write_text(json.dumps(now | values))
+    run.losses.write_text(json.dumps({"losses": losses or []}))
 
 
 def shown(rows: list[RunStatus], terminal: int | None = None) -> str:

@@ -119,6 +119,7 @@ def test_what_a_killed_attempt_left_is_swept(harness: Harness) -> None:
     (harness.run.staging / "checkpoint-5").mkdir(parents=True)
     (harness.run.trash / "checkpoint-3").mkdir(parents=True)
     (harness.run.path / ".progress.json.1.tmp").touch()
+    (harness.run.path / ".losses.json.1.tmp").touch()
     harness.save(10)
     (harness.store.path(10) / ".manifest.json.1.tmp").touch()
     harness.store.clean_up()

@@ -158,39 +158,52 @@ def test_losses_of_all_attempts_are_kept_each_step_once(tmp_path: Path) -> None:
     for step in range(1, 31):
         first.update(force=True, step=step, loss=float(step))
     first.update(step=30, loss=99.0)  # logged again at the same step, as at the end of an epoch
+    first.update(step=31, loss=31.0)
+    assert len(losses.read(run)) == 30  # the file waits for a save, or 10 s
     second = ProgressWriter(run)
     second.go_on_from(20)
     second.update(step=21, loss=math.nan)
     second.update(step=22)
     second.update(step=22, loss=None)
     second.update(force=True, step=23, loss=1 / 3)
-    now = progress.read(run)
-    assert now is not None
-    assert now.losses == [(step, float(step)) for step in range(1, 21)] + [(21, None), (23, 0.33333)]
+    assert losses.read(run) == [(step, float(step)) for step in range(1, 21)] + [(21, None), (23, 0.33333)]
 
 
 @pytest.mark.parametrize("every", [1, 10, 500])
 def test_losses_of_a_long_run_take_little_room(tmp_path: Path, every: int) -> None:
-    points: list[losses.Point] = []
+    run = RunDirectory(tmp_path)
+    writer = ProgressWriter(run)
     for step in range(every, 300_000, every):
-        losses.add(points, step, 1 / step)
+        writer.losses.add(step, 1 / step)
+    points = writer.losses.points
     assert losses.MOST * 0.9 < len(points) <= 2 * losses.MOST
     steps = [step for step, _ in points]
     assert steps == sorted(set(steps))
     assert steps[-1] > 290_000
     assert max(b - a for a, b in pairwise(steps)) <= 300_000 / losses.MOST * 2 + every
-    run = RunDirectory(tmp_path)
-    writer = ProgressWriter(run)
-    writer.now.losses = points
     writer.update(force=True, step=steps[-1])
-    assert run.progress.stat().st_size < 32_000
-    assert len(ProgressWriter(run).now.losses) == len(points)
+    assert run.losses.stat().st_size < 32_000
+    assert run.progress.stat().st_size < 1_000  # it is written twice a second, between steps
+    assert losses.read(run) == points
 
 
-@pytest.mark.parametrize("damaged", [3, [1, 2], [[1]], [["a", 2.0]], [[1, "x"]], [[1.5, 2.0]]])
-def test_damaged_losses_are_left_out(tmp_path: Path, damaged: object) -> None:
+def test_an_earlier_versions_losses_are_taken_over(tmp_path: Path) -> None:
+    """They were in `progress.json`, which the first update replaces."""
     run = RunDirectory(tmp_path)
-    run.progress.write_text(json.dumps({"step": 3, "losses": damaged}))
-    now = progress.read(run)
-    assert now is not None
-    assert now.losses == ProgressWriter(run).now.losses == []
+    run.progress.write_text(json.dumps({"attempt": 1, "step": 3, "losses": [[1, 2.0], [2, None], [3, 1.5]]}))
+    assert losses.read(run) == [(1, 2.0), (2, None), (3, 1.5)]
+    ProgressWriter(run).update(attempt=2, phase="starting")
+    assert "losses" not in json.loads(run.progress.read_text())
+    assert ProgressWriter(run).losses.points == [(1, 2.0), (2, None), (3, 1.5)]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["3", "[1, 2]", "[[1]]", '[["a", 2.0]]', '[[1, "x"]]', "[[1.5, 2.0]]", "[[1, 1e999]]", "[[1, NaN]]",
+     f"[[1, 1{'0' * 400}]]", f"[[1{'0' * 400}, 1.0]]"],
+)  # fmt: skip
+def test_damaged_losses_are_left_out(tmp_path: Path, damaged: str) -> None:
+    run = RunDirectory(tmp_path)
+    for path in (run.progress, run.losses):
+        path.write_text(f'{{"step": 3, "losses": {damaged}}}')
+        assert losses.read(run) == ProgressWriter(run).losses.points == []

@@ -26,6 +26,7 @@ from outlast.launcher.runs.state import started_attempts
 from outlast.launcher.runs.submissions import mark_cancelled
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.ledger import KILLED, Ledger
+from outlast.rundir.progress import read
 
 from ..conftest import OUTLAST, SMOKE, Command, RunProbe
 from .runs import Make
@@ -303,7 +304,7 @@ def test_a_deletion_long_after_is_not_a_part_of_the_last_attempt(make: Make) -> 
     ledger.append("attempt_ended", 1, at=1100.0, cause="failed", step=4, detail=KILLED)
     ledger.append("deleted", 1, at=9000.0, checkpoint="checkpoint-2", reason="prune")
     events = ledger.read()
-    [row] = attempt_rows(run, started_attempts(events), events)
+    [row] = attempt_rows(started_attempts(events), events, read(run))
     assert row["seconds"] == 60.0
     assert ended_at(run) == 1100.0
     assert summarize_since([run], 2000.0)["users"] == {}

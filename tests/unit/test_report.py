@@ -10,6 +10,7 @@ from outlast.checkpoint.interval import optimum
 from outlast.errors import ConfigError
 from outlast.launcher.commands import report
 from outlast.launcher.commands.report import render, summarize
+from outlast.launcher.display.progress import duration
 from outlast.rundir.directory import RunDirectory
 
 T0 = 1_700_000_000.0
@@ -196,6 +197,48 @@ def test_a_killed_attempt_loses_the_steps_after_its_last_checkpoint(run: RunDire
     assert summary["goodput"] == pytest.approx((49.75 + 50) / 220)
     assert summary["quarantined"] == [{"checkpoint": "checkpoint-70", "reason": "no manifest"}]
     assert "node_failure, killed" in show(summary)
+
+
+def test_a_run_that_goes_back_past_an_earlier_attempts_start(run: RunDirectory) -> None:
+    """The checkpoint of step 90 is damaged when the third attempt starts: steps of both before it do not count."""
+    ready = {"checkpoint": "checkpoint-90", "seconds": 5.0}
+    write(
+        run,
+        (0.0, 1, "attempt_started", STARTED | {"process_started": T0}),
+        (0.0, 1, "began", {"step": 0, "seconds": 0.0}),
+        (50.0, 1, "checkpoint", saved(50, "periodic") | {"stall_s": 0.0}),
+        (90.0, 1, "checkpoint", saved(90, "periodic") | {"stall_s": 0.0}),
+        (100.0, 1, "attempt_ended", {"cause": "failed", "step": 100}),
+        (100.0, 2, "attempt_started", STARTED),
+        (100.0, 2, "resumed", ready | {"step": 90}),
+        (105.0, 2, "attempt_ended", {"cause": "failed", "step": 95}),
+        (105.0, 3, "attempt_started", STARTED),
+        (105.0, 3, "quarantined", {"checkpoint": "checkpoint-90", "reason": "damaged"}),
+        (105.0, 3, "resumed", ready | {"step": 50, "checkpoint": "checkpoint-50"}),
+        (155.0, 3, "attempt_ended", {"cause": "finished", "step": 100}),
+        (155.0, 3, "finished", {"step": 100, "seconds": 155.0}),
+    )
+    summary = summarize(run)
+    assert [row["steps_lost"] for row in summary["attempts"]] == [50, 5, 0]
+    assert [row["parts"]["lost"] for row in summary["attempts"]] == [50.0, 5.0, 0.0]
+    assert (summary["steps_done"] - summary["steps_lost"], summary["steps_lost"]) == (100, 55)
+    assert summary["goodput"] == pytest.approx(100 / 155)
+
+
+@pytest.mark.parametrize(("earlier", "counted"), [(300.0, 300.0), (3000.0, 20.0)])
+def test_what_a_job_did_long_before_is_not_this_runs(run: RunDirectory, earlier: float, counted: float) -> None:
+    """A batch script may run two programs one after the other: the time of the first is counted in its own run."""
+    write(
+        run,
+        (0.0, 1, "attempt_started", STARTED | {"process_started": T0 - 20}),
+        (10.0, 1, "began", {"step": 0, "seconds": 10.0, "job_submitted": T0 - 9000, "job_started": T0 - earlier}),
+        (60.0, 1, "attempt_ended", {"cause": "finished", "step": 50}),
+        (60.0, 1, "finished", {"step": 50, "seconds": 60.0}),
+    )
+    accounting = summarize(run)["accounting"]
+    assert (accounting["allocated_s"], accounting["parts"]["starting"]) == (60 + counted, 10 + counted)
+    assert accounting["first_wait_s"] == 9000 - earlier
+    assert f"rank time    {duration(2 * (60 + counted))}" in show(summarize(run))
 
 
 def test_an_attempt_without_an_end_is_measured_by_its_progress(run: RunDirectory) -> None:

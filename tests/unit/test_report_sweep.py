@@ -11,14 +11,15 @@ import pytest
 from rich.console import Console
 
 from outlast.errors import ConfigError
+from outlast.files import bytes_used
 from outlast.launcher.commands import report
 from outlast.launcher.display.report import render_since, render_sweep
 from outlast.launcher.display.sweep_page import sweep_page
-from outlast.launcher.runs import since
+from outlast.launcher.runs import since, summary
 from outlast.launcher.runs.sweep_summary import sort_cells, summarize_sweep
 from outlast.rundir.directory import RunDirectory
 
-from .runs import sweep_of
+from .runs import progress, sweep_of
 
 T0 = 1_700_000_000.0
 HOUR = 3600.0
@@ -73,6 +74,15 @@ def shown(show: Callable[..., None], *values: Any) -> list[str]:
     out = io.StringIO()
     show(*values, Console(file=out, width=200))
     return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_a_run_directory_is_walked_once(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared file system with hundreds of cells, that is what takes the time."""
+    walked: list[Path] = []
+    monkeypatch.setattr(summary, "bytes_used", lambda path: walked.append(path) or bytes_used(path))
+    cells = summarize_sweep(sweep)["cells"]
+    assert walked == [sweep / f"seed={number}" for number in range(5)]
+    assert [cell["bytes_used"] for cell in cells] == [*map(bytes_used, walked), None]
 
 
 def test_the_best_cell_and_what_each_override_did(sweep: Path) -> None:
@@ -167,6 +177,12 @@ def test_what_runs_have_cost_since_a_moment(sweep: Path, make: Callable[..., Run
     assert sum(total["parts"].values()) == pytest.approx(total["accelerator_hours"]) == pytest.approx(7.0)
     table = shown(render_since, found)
     assert [line.split()[0] for line in table[2:5]] == ["bob", "ada", "all"]
+    training = make("training")  # since before it, with no line in its ledger: what it does stands in its progress
+    attempt(training, 1, T0, "failed")
+    training.ledger.write_text("".join(training.ledger.read_text().splitlines(keepends=True)[:2]))
+    progress(training, step=30, time=T0 + 2.5 * HOUR)
+    assert since.summarize_since([training], T0 + 2 * HOUR)["total"]["accelerator_hours"] == pytest.approx(2 * 0.5)
+    assert since.summarize_since([training], T0 + 3 * HOUR)["total"]["runs"] == 0
     later = since.summarize_since(runs, T0 + 2 * HOUR)["users"]
     assert later.keys() == {"ada"}
     assert later["ada"]["waited_s"]["queued"] == HOUR

@@ -18,8 +18,8 @@ OTHER_FILES = "other files"
 PARTS = {
     "code": "code",
     "prepared": "prepared data",
-    **dict.fromkeys(("logs", "ledger.jsonl", "progress.json", "config.yaml", "plan.json", "job.sbatch", ".lock",
-                     "submitted.json"), RECORDS),
+    **dict.fromkeys(("logs", "ledger.jsonl", "progress.json", "losses.json", "config.yaml", "plan.json", "job.sbatch",
+                     ".lock", "submitted.json"), RECORDS),
 }  # fmt: skip
 """What the entries of a run directory are, in words."""
 

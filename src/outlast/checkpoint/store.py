@@ -112,7 +112,7 @@ class CheckpointStore:
         self._remover.remove_tree(self._run.staging)
         self._remover.recover()
         with contextlib.suppress(OSError):
-            for written in (self._run.progress, *(path / MANIFEST for path in self._directories())):
+            for written in (self._run.progress, self._run.losses, *(path / MANIFEST for path in self._directories())):
                 remove_temporaries(written)
 
     # Reading ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from .directory import RunDirectory
 from .ledger import Event, Ledger
-from .progress import read
+from .progress import Progress, read
 
 ATTEMPT_ENV = "OUTLAST_ATTEMPT"
 """Tells a rank the number of its attempt."""
@@ -116,11 +116,16 @@ def last_step(run: RunDirectory, number: int) -> int:
 
     An attempt that ended before it had made or loaded a step is where it would have begun: at the last saved step.
     """
-    this, now = next((a for a in attempts(Ledger(run.ledger).read()) if a.number == number), None), read(run)
-    step = this.last_step if this else 0
-    if now is not None and now.attempt == number:
+    this = next((a for a in attempts(Ledger(run.ledger).read()) if a.number == number), Attempt(number))
+    return furthest_step(this, read(run))
+
+
+def furthest_step(attempt: Attempt, now: Progress | None) -> int:
+    """The last step of an attempt, as `last_step` gives it, by what has been read already."""
+    step = attempt.last_step
+    if now is not None and now.attempt == attempt.number:
         step = max(step, now.step)
-    return step or (this.saved_before if this else 0)
+    return step or attempt.saved_before
 
 
 def last_seen(run: RunDirectory, number: int) -> float:

@@ -31,6 +31,11 @@ class RunDirectory:
         return self.path / "progress.json"
 
     @property
+    def losses(self) -> Path:
+        """The training losses of all attempts: a JSON object, replaced as a whole (see `losses.py`)."""
+        return self.path / "losses.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

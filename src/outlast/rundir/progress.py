@@ -7,20 +7,18 @@ disk, and at most twice a second.
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from outlast import clock
 from outlast.files import read_json, to_json, write_atomically
 
 from .directory import RunDirectory
-from .losses import Point, add, points_of, up_to
+from .losses import Losses
 
 Phase = Literal["starting", "converting", "training", "evaluating", "saving", "done"]
 
 INTERVAL_S = 0.5
-WORDS = ("phase", "losses")
-"""Fields that are no numbers."""
 
 
 @dataclass(kw_only=True)
@@ -34,8 +32,6 @@ class Progress:
     seconds_per_step: float | None = None
     """Mean over the steps of this attempt."""
     loss: float | None = None
-    losses: list[Point] = field(default_factory=list)
-    """The run's training losses by step, over all attempts; see `losses.py`."""
     epoch: float | None = None
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None
@@ -54,20 +50,20 @@ class Progress:
 
 
 class ProgressWriter:
-    """Keeps one :class:`Progress` and writes it out, not more often than every `INTERVAL_S`."""
+    """Keeps one :class:`Progress` and the losses; writes them out, not more often than every `INTERVAL_S`."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._path = run.progress
         self._written = 0.0
         self._first: tuple[int, float] | None = None
-        self.now = Progress(losses=points_of(read_json(run.progress)))
+        self.now, self.losses = Progress(), Losses(run)
 
     def update(self, *, force: bool = False, **values: object) -> None:
         """Set fields of :class:`Progress`; write if it is time to, or if `force`."""
         for name, value in values.items():
             setattr(self.now, name, value)
         if isinstance(loss := values.get("loss"), float | int):
-            add(self.now.losses, self.now.step, float(loss))
+            self.losses.add(self.now.step, float(loss))
         moment = clock.now()
         if "step" in values:
             if self._first is None:
@@ -77,11 +73,13 @@ class ProgressWriter:
         if force or moment - self._written >= INTERVAL_S:
             self._written, self.now.time = moment, time.time()  # which readers compare with theirs
             with contextlib.suppress(OSError):  # a full disk must not end the training that it reports on
+                self.losses.write(force=force)
+            with contextlib.suppress(OSError):
                 write_atomically(self._path, to_json(asdict(self.now)), durable=False)
 
     def go_on_from(self, step: int) -> None:
         """Forget the losses of steps after `step`, which are made again."""
-        self.now.losses = up_to(step, self.now.losses)
+        self.losses.go_on_from(step)
 
 
 def read(run: RunDirectory) -> Progress | None:
@@ -89,11 +87,10 @@ def read(run: RunDirectory) -> Progress | None:
     values = read_json(run.progress)
     if not isinstance(values, dict):
         return None
-    numbers = {f.name: values[f.name] for f in fields(Progress) if f.name in values and f.name not in WORDS}
+    numbers = {f.name: values[f.name] for f in fields(Progress) if f.name in values and f.name != "phase"}
     if not all(isinstance(value, int | float | None) for value in numbers.values()):
         return None
     found = Progress(**numbers, phase=values.get("phase", "starting"))
-    found.losses = points_of(values)
     if found.seconds_per_step is not None and not 0.0 <= found.seconds_per_step < math.inf:
         found.seconds_per_step = None  # a clock was set
     return found
