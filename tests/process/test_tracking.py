@@ -168,6 +168,23 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
     assert [event["tracker"] for event in run.events("tracking_failed")] == ["tensorboard"]
 
 
+def test_runs_of_mlflow_in_one_process(tmp_path: Path) -> None:
+    """Each in its own store; a run that is given or open is that which is logged to, with its parameters."""
+    if "mlflow" not in INSTALLED:
+        pytest.skip("mlflow is not installed: pip install outlast[mlflow]")
+    done = forked.run([sys.executable, Path(__file__).with_name("mlflow_script.py"), tmp_path], tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.partition("FOUND ")[2])
+    for name in ("first", "other"):
+        assert f"/{name}/tracking/mlflow/mlflow.db" in found[name]["uri"]
+        assert f"/{name}/tracking/mlflow/artifacts" in found[name]["artifacts"]
+    assert found["again"] == found["other"]
+    assert found["nested"][0] == found["nested"][1]
+    for run, logged_to in (found["given"], found["script's"]):
+        assert logged_to["id"] == run
+        assert logged_to["parameters"] == found["first"]["parameters"] > 0
+
+
 def test_cells_of_a_sweep_stand_side_by_side(outlast: Callable[..., Command], tmp_path: Path) -> None:
     trackers = [name for name in ("tensorboard", "wandb") if name in INSTALLED]
     if not trackers:

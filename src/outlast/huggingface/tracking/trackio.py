@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.integrations.integration_utils import rewrite_logs
 
-from .gate import Logs, Point, Start, once, tracking_directory
+from .gate import Logs, Point, Start, logged_points, once, tracking_directory
 from .identity import Identity
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Trackio:
         start(args)
         if remote:
             self._run.say("WARNING: Trackio logs to a server: steps that are repeated after a kill are there twice")
-            return lambda point: point[1] <= state.global_step and bool(history)
+            return once(logged_points(history, self.named))
         there: Counter[Point] = Counter()
         for row in SQLiteStorage.get_logs(args.project, args.run_name):
             if STEP in row:

@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from outlast.deletion import delete
 
-from .gate import CLOSE_S, Logs, Point, Start, once, tracking_directory
+from .gate import CLOSE_S, Logs, Point, Start, logged_points, once, tracking_directory, up_to, without_secrets
 from .identity import Identity
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ class Wandb:
         import wandb
 
         place, who = tracking_directory(self._run, self.name), Identity.of(self._run)
+        logged = logged_points(history, self.named)
         if wandb.run is not None and wandb.run.id in _opened - {who.id}:
             wandb.run.finish()  # of an earlier run of this script
         if wandb.run is not None and wandb.run.id not in _opened:
             self._run.say("WARNING: the script has called wandb.init: what is repeated after a kill is logged twice")
             start(args)
-            return lambda point: point[1] <= state.global_step and bool(history)
-        logged = Counter((self.named(key), entry["step"]) for entry in history for key in entry if key != "step")
+            return once(logged)
         kept = max((_until(path, state.global_step, logged) for path in _directories(place)), key=len, default=[])
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         own = wandb.run or _open(wandb, place, who, mode)
@@ -66,7 +66,7 @@ class Wandb:
         start(args)
         if not own.settings._offline:  # nothing can be taken away there
             last = int(own.summary.get(STEP, -1)) if own.starting_step else -1
-            return lambda point: point[1] <= last
+            return up_to(last, logged)
         self._whole = Path(own.dir).parent
         there: Counter[Point] = Counter()
         for row in kept:
@@ -114,7 +114,7 @@ def _open(wandb: Any, place: Path, who: Identity, mode: str) -> Any:
         try:
             return init(mode)
         except Exception as error:
-            wandb.termwarn(f"going on offline: {error}")
+            wandb.termwarn(f"going on offline: {without_secrets(str(error))}")
             wandb.teardown()  # else the run counts as in use
             mode = "offline"
     return init(mode)
