@@ -38,6 +38,7 @@ def opened(name: str, **variables: str) -> dict[str, Any]:
         mlflow.flush_async_logging()
         run = mlflow.MlflowClient().get_run(active.info.run_id)
         found.update(id=run.info.run_id, uri=mlflow.get_tracking_uri(), artifacts=run.info.artifact_uri)
+        found["experiment"] = run.info.experiment_id
         found["parameters"] = len(run.data.params)
         tracker.end()
 
@@ -60,4 +61,6 @@ cases = {
 }
 with mlflow.start_run() as own:
     cases["script's"] = (own.info.run_id, opened("fifth"))
+mlflow.set_tracking_uri(f"sqlite:///{root / 'server.db'}")
+cases["chosen"] = (mlflow.set_experiment("chosen").experiment_id, opened("sixth"))
 print("FOUND", json.dumps(cases))

@@ -122,6 +122,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunProbe, RunProbe]:
         found, output = attempt(struck.path, strikes=",".join(STRIKES))
         assert found == code, output
         assert "WARNING" not in output
+        assert len(list(struck.path.glob("tracking/wandb/wandb/*run-*-*"))) <= 2  # each holds what the older ones do
         if number == 1:
             moved = directory / "elsewhere"
             struck.path.rename(moved)
@@ -183,6 +184,9 @@ def test_runs_of_mlflow_in_one_process(tmp_path: Path) -> None:
     for run, logged_to in (found["given"], found["script's"]):
         assert logged_to["id"] == run
         assert logged_to["parameters"] == found["first"]["parameters"] > 0
+    experiment, logged_to = found["chosen"]
+    assert "server.db" in logged_to["uri"]
+    assert logged_to["experiment"] == experiment
 
 
 def test_cells_of_a_sweep_stand_side_by_side(outlast: Callable[..., Command], tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ class Mlflow:
         there: Counter[Point] = Counter()
         for key in client.get_run(found).data.metrics if begun else ():
             there.update((key, point.step) for point in client.get_metric_history(found, key))
+        mlflow.set_experiment(
+            experiment_id=client.get_run(found).info.experiment_id
+        )  # else a run of another is refused
         mlflow.start_run(run_id=found)
         self._own = self._scripts is None
         # Parameters can't be changed: those of the first attempt stay.
@@ -87,9 +90,12 @@ class Mlflow:
         if own := os.environ.get("MLFLOW_RUN_ID"):
             return own, True
         who = Identity.of(self._run)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or who.sweep or "outlast"
-        place = tracking_directory(self._run, self.name) / "artifacts"
-        number = _experiment(client, name, {"artifact_location": place.as_uri()} if local else {})
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        number = os.environ.get("MLFLOW_EXPERIMENT_ID")  # `mlflow.set_experiment` sets it too
+        if local or name or not number:
+            place = tracking_directory(self._run, self.name) / "artifacts"
+            more = {"artifact_location": place.as_uri()} if local else {}
+            number = _experiment(client, name or who.sweep or "outlast", more)
         found = client.search_runs([number], f"tags.`{TAG}` = '{who.id}'", max_results=1)
         if found:
             return str(found[0].info.run_id), True
