@@ -196,7 +196,7 @@ def _trackers(config: Config) -> list[str]:
     """Return the trackers that `tracking` and `trainer.report_to` name, each once."""
     asked = config.trainer.get("report_to") or []
     named = [one for one in ([asked] if isinstance(asked, str) else asked) if one != "none"]
-    return list(dict.fromkeys([*config.tracking.chosen, *named])) or ["none"]
+    return ["all"] if "all" in named else list(dict.fromkeys([*config.tracking.chosen, *named])) or ["none"]
 
 
 def _check_trackers(config: Config) -> None:

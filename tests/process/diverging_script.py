@@ -1,9 +1,13 @@
-"""Training that goes wrong. Arguments: run directory, how (`nan`, `reported`, `spike`, `mild`, `eval`, `last`), loop.
+"""Training that goes wrong. Arguments: run directory, how, loop.
 
 `nan` plants a loss that is no number at step 30, `spike` one that is a thousand times too high, `last` at the last
-step, `eval` an evaluation's loss that is no number. `loop` is a hand-written loop; else it is a Trainer.
+step, `eval` an evaluation's loss that is no number, `unlabelled` a batch without a label, whose loss is none but
+changes no weight. With `late` the loss is read when it is saved, as on a GPU, with `signalled` in an emergency save.
+`loop` is a hand-written loop; else it is a Trainer.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import outlast
+from outlast.huggingface import finite_loss
 
 directory, how, kind = sys.argv[1:4]
 STEPS, AT = (30 if how == "last" else 34), 30
@@ -21,6 +26,8 @@ run = outlast.start(
     guard_action="report" if how == "reported" else "stop",
     guard_spike={"spike": 50.0, "mild": 5000.0}.get(how),
 )
+if how in ("late", "signalled"):
+    finite_loss.READ_AT_ONCE = ()
 WRONG = {"spike": 1000.0, "mild": 1000.0, "eval": 1.0}.get(how, float("nan"))
 
 
@@ -34,6 +41,11 @@ class Net(torch.nn.Module):
     def forward(self, x: torch.Tensor, labels: Any = None) -> dict[str, torch.Tensor]:
         at, rank = (x[:, 3] == AT).any(), run.rank
         loss = self.layer(x / 100).square().mean() + 1
+        if at and how == "signalled" and run.attempt == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if at and how == "unlabelled":
+            none = torch.full(x.shape[:1], -100)
+            return {"loss": torch.nn.functional.cross_entropy(self.layer(x).expand(-1, 2), none)}
         if not self.training:
             return {"loss": loss * (float("nan") if how == "eval" else 1)}
         return {"loss": loss * WRONG if at and rank == run.world_size - 1 else loss}

@@ -25,7 +25,14 @@ def newest(run: RunProbe) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("how", "kind"), [("nan", "trainer"), ("nan", "loop"), ("spike", "trainer"), ("last", "trainer")]
+    ("how", "kind"),
+    [
+        ("nan", "trainer"),
+        ("nan", "loop"),
+        ("spike", "trainer"),
+        ("last", "trainer"),
+        ("signalled", "trainer"),
+    ],
 )
 def test_a_lost_run_stops_within_the_step(tmp_path: Path, how: str, kind: str) -> None:
     """At step 30, at which a checkpoint is due: none of it is sealed, and the run is not tried again."""
@@ -53,23 +60,35 @@ def test_a_lost_run_stops_within_the_step(tmp_path: Path, how: str, kind: str) -
     assert newest(run).name == "checkpoint-24"
 
 
-@pytest.mark.parametrize(("how", "warned"), [("reported", True), ("mild", False), ("eval", True)])
-def test_what_is_no_reason_to_stop(tmp_path: Path, how: str, warned: bool) -> None:
-    """`guard.action=report`, a loss below the spike, an evaluation's loss: rows without a label make it no number."""
+@pytest.mark.parametrize(
+    ("how", "kind", "warned"),
+    [
+        ("reported", "trainer", True),
+        ("mild", "trainer", False),
+        ("eval", "trainer", True),
+        ("unlabelled", "trainer", True),
+        ("unlabelled", "loop", True),
+    ],
+)
+def test_what_is_no_reason_to_stop(tmp_path: Path, how: str, kind: str, warned: bool) -> None:
+    """`guard.action=report`, a loss below the spike, an evaluation's loss, a batch without a label."""
     run = RunProbe(tmp_path / "r")
-    done = train(run, how, "trainer")
+    done = train(run, how, kind)
     assert done.returncode == 0, done.stderr
     assert bool(run.events("not_finite")) == warned
     assert not run.events("spike")
+    assert ("weights are finite numbers, so training goes on" in done.stdout) == (how == "unlabelled")
 
 
-def test_all_ranks_agree(tmp_path: Path) -> None:
-    """One of two sees it: the other stops with it, and the checkpoint of that step is none."""
+@pytest.mark.parametrize("how", ["nan", "late"])
+def test_all_ranks_agree(tmp_path: Path, how: str) -> None:
+    """One of two sees it: the other stops with it, says why, and the checkpoint of that step is none."""
     run = RunProbe(tmp_path / "r")
-    command = [sys.executable, "-m", "outlast.launch", "--ranks", "2", SCRIPT, run.path, "nan", "trainer"]
+    command = [sys.executable, "-m", "outlast.launch", "--ranks", "2", SCRIPT, run.path, how, "trainer"]
     done = forked.run(command, tmp_path, limit_s=150)
     assert done.returncode == 1, done.stdout + done.stderr
     (ended,) = run.events("attempt_ended")
     assert (ended["cause"], ended["refused"]) == ("failed", True)
     assert ended["step"] in (30, 31)
+    assert "DivergedError: at step 30 the loss is nan, and so are weights, on rank 1: training" in ended["error"]
     assert newest(run).name == "checkpoint-24"

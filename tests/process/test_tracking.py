@@ -122,6 +122,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunProbe, RunProbe]:
         found, output = attempt(struck.path, strikes=",".join(STRIKES))
         assert found == code, output
         assert "WARNING" not in output
+        assert len(list(struck.path.glob("tracking/wandb/wandb/*run-*-*"))) <= 2  # each holds what the older ones do
         if number == 1:
             moved = directory / "elsewhere"
             struck.path.rename(moved)
@@ -166,6 +167,26 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
     assert code == 0, output
     assert "tensorboard fails, training goes on without it: FileExistsError" in output
     assert [event["tracker"] for event in run.events("tracking_failed")] == ["tensorboard"]
+
+
+def test_runs_of_mlflow_in_one_process(tmp_path: Path) -> None:
+    """Each in its own store; a run that is given or open is that which is logged to, with its parameters."""
+    if "mlflow" not in INSTALLED:
+        pytest.skip("mlflow is not installed: pip install outlast[mlflow]")
+    done = forked.run([sys.executable, Path(__file__).with_name("mlflow_script.py"), tmp_path], tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.partition("FOUND ")[2])
+    for name in ("first", "other"):
+        assert f"/{name}/tracking/mlflow/mlflow.db" in found[name]["uri"]
+        assert f"/{name}/tracking/mlflow/artifacts" in found[name]["artifacts"]
+    assert found["again"] == found["other"]
+    assert found["nested"][0] == found["nested"][1]
+    for run, logged_to in (found["given"], found["script's"]):
+        assert logged_to["id"] == run
+        assert logged_to["parameters"] == found["first"]["parameters"] > 0
+    experiment, logged_to = found["chosen"]
+    assert "server.db" in logged_to["uri"]
+    assert logged_to["experiment"] == experiment
 
 
 def test_cells_of_a_sweep_stand_side_by_side(outlast: Callable[..., Command], tmp_path: Path) -> None:

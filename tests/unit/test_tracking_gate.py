@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerCallback, TrainerState
 
 from outlast.huggingface.tracking import gate
-from outlast.huggingface.tracking.gate import Gate, Logs, Point, Start, once
+from outlast.huggingface.tracking.gate import Gate, Logs, Point, Start, once, up_to
 
 
 class Run:
@@ -119,7 +119,7 @@ def test_one_that_hangs_delays_neither_training_nor_its_end(opened: Opened, monk
         log(callback, state, loss=1.0)
     callback.on_train_end(None, state, None)
     assert time.monotonic() - began < 5
-    assert "has not written everything in time" in run.said[0]
+    assert "has not written everything in time. What it has not written is missing there" in run.said[0]
     forever.set()
 
 
@@ -131,7 +131,51 @@ def test_a_signal_ends_the_wait(opened: Opened) -> None:
     log(callback, TrainerState(), loss=1.0)
     callback.on_train_end(None, TrainerState(), None)
     assert time.monotonic() - began < gate.CLOSE_S / 2
+    assert not run.events  # the next attempt adds the rest
     forever.set()
+
+
+def test_training_waits_until_a_tracker_has_begun(opened: Opened) -> None:
+    """From then on the script's own callbacks may log to it, in the main thread; the callback sees all arguments."""
+    _, callback, own = opened()
+    seen: list[Any] = []
+
+    def begin(start: Start, *_: Any) -> Callable[[Point], bool]:
+        time.sleep(0.1)
+        start(None)
+        return once(Counter())
+
+    own._tracker.begin = begin  # type: ignore[method-assign]
+    own._own["train_begin"] = lambda *_, **more: seen.append(more)
+    callback.on_train_begin(None, TrainerState(), None, model="model", processing_class="tokenizer")
+    assert seen == [{"model": "model", "processing_class": "tokenizer"}]
+
+
+def test_an_evaluation_that_is_made_up_for_is_logged() -> None:
+    """Preempted at step 4 with one due: the next attempt makes it, at a step at which the tracker has the loss."""
+    is_there = up_to(4, Counter({("train/loss", 2): 1, ("eval/loss", 2): 1, ("train/loss", 4): 1}))
+    assert is_there(("eval/loss", 2))
+    assert is_there(("train/loss", 4))
+    assert not is_there(("eval/loss", 4))
+    assert not is_there(("train/loss", 5))
+    is_there = up_to(4, Counter({("eval/loss", 4): 1}))
+    assert is_there(("eval/loss", 4))
+    assert not is_there(("eval/loss", 4))
+
+
+def test_no_secret_is_written(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123abcd")
+    run, callback, own = opened()
+
+    def fail() -> None:
+        raise OSError("https://user:to@ken@host/path, sqlite:///plain, key 0123abcd")
+
+    callback.wait = fail
+    log(callback, TrainerState(global_step=1), loss=1.0)
+    own.work.join()
+    assert run.events[0][1]["error"] == "OSError: https://***@host/path, sqlite:///plain, key ***"
+    assert "0123abcd" not in run.said[0]
+    assert "ken" not in run.said[0].replace("broken", "")
 
 
 def test_the_callback_gets_its_methods_back(opened: Opened) -> None:

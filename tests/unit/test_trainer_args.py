@@ -293,5 +293,7 @@ def test_trackers_are_those_of_both_keys(tmp_path: Path) -> None:
     config = compose(["tracking=[tensorboard,wandb]", "trainer.report_to=[tensorboard,none]"])
     assert as_arguments(config, tmp_path, cuda=False, bf16=False)["report_to"] == ["tensorboard", "wandb"]
     assert as_arguments(compose([]), tmp_path, cuda=False, bf16=False)["report_to"] == ["none"]
+    config = compose(["tracking=tensorboard", "trainer.report_to=all"])
+    assert as_arguments(config, tmp_path, cuda=False, bf16=False)["report_to"] == ["all"]
     with pytest.raises(ConfigError, match="tracking: 'tensorboard' is refused; valid for job=smoke"):
         smoke.check(compose(["job=smoke", "tracking=tensorboard"]))

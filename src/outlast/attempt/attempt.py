@@ -316,9 +316,9 @@ class RankAttempt:
             save(directory)
             self.kept.write(directory)
 
-        sealed = self._saver.save(
+        sealed = self.steps.divergence.guarded(self._saver.save)(
             step,
-            self.steps.divergence.refusing(write),
+            write,
             kind=Kind.EMERGENCY if self.stopping else Kind.PERIODIC,
             asked_at=self._shutdown.asked_at if self.stopping else None,
             pending_evaluation=pending_evaluation,
@@ -361,8 +361,8 @@ class RankAttempt:
             OutlastError: the model (`CheckpointError`) or the ledger can't be written; the run is not finished.
         """
         of = step if weights_step is None else weights_step
-        refusing = self.steps.divergence.refusing
-        if save is not None and self._saver.save(of, refusing(save), kind=Kind.FINAL, best_step=weights_step) is None:
+        publish = self.steps.divergence.guarded(self._saver.save)
+        if save is not None and publish(of, save, kind=Kind.FINAL, best_step=weights_step) is None:
             raise CheckpointError(f"the finished model could not be written to {self.final}; the same command resumes")
         self.collectives.barrier()
         self._watchdog.close()

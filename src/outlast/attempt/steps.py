@@ -38,7 +38,7 @@ class Steps:
         self._bytes_watch = bytes_watch
         self._time_limit = TimeLimit(cause, planner, clock.now())
         self._save_asked = self._save_pending = False
-        self.divergence = Divergence()
+        self.divergence = Divergence(collectives)
         self.made_one = False
         """Whether this attempt has done an optimizer step."""
 
@@ -94,7 +94,7 @@ class Steps:
             self._guard.request(CLOCK)
         asked = self._guard.requested or ("save" if save and not self._save_pending else "")
         self._save_pending |= asked == "save" and self._collectives.world_size > 1
-        agreed = self.divergence.heed(self._agreement.poll(step, self.divergence.ask(asked)), step)
+        agreed = self.divergence.heed(self._agreement.poll(step, self.divergence.ask(asked)))
         if agreed in ("", "save"):
             self._save_asked |= agreed == "save"  # in an evaluation, until the next step's end
             return "go_on"

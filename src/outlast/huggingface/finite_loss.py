@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 
 from outlast.attempt.not_finite import NotFinite
 
+from .finite_weights import are_finite
+
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 KEPT = "outlast.guard"
 """The name under which a run keeps this state."""
+READ_AT_ONCE = ("cpu",)
+"""Kinds of device on which reading a loss waits for nothing."""
 
 
 class FiniteLoss(TrainerCallback):  # type: ignore[misc]
@@ -44,14 +48,16 @@ class FiniteLoss(TrainerCallback):  # type: ignore[misc]
         if self._sum is not None:
             seen, self._sum = self._sum, None
             self._last = seen if self._last is None else torch.where(torch.isfinite(self._last), seen, self._last)
-        if self._last is not None and (self._last.device.type == "cpu" or control.should_log or control.should_save):
+        if self._last is not None and (
+            self._last.device.type in READ_AT_ONCE or control.should_log or control.should_save
+        ):
             self.read(state.global_step)
 
     def read(self, step: int) -> None:
         """Look at what there is, by `step`; on a GPU this waits for it."""
         if self._last is not None:
             loss, self._last = self._last.float().mean().item(), None
-            self._warn.look_at_loss(step, loss, skipped=bool(self._trainer.accelerator.optimizer_step_was_skipped))
+            self._warn.look_at_loss(step, loss, lambda: are_finite(self._trainer.model.parameters()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses that the next one is compared with."""

@@ -4,6 +4,7 @@ A Trainer sums losses between two logs, and for the mean over training (`train_l
 checkpoint leaves out: after a resume both began anew, and so did the time of training, and with it the tokens a second.
 """
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,7 @@ class LoggedLoss(TrainerCallback):  # type: ignore[misc]
             "loss": 0.0 if began else trainer._tr_loss.item(),
             "total": 0.0 if began else trainer._total_loss_scalar,
             "logged_at": 0 if began else trainer._globalstep_last_logged,
-            "seconds": self._seconds_before + clock.now() - self._began,
+            "seconds": self._seconds(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -46,6 +47,11 @@ class LoggedLoss(TrainerCallback):  # type: ignore[misc]
         trainer._total_loss_scalar, trainer._globalstep_last_logged = state["total"], state["logged_at"]
         trainer._initial_global_step = trainer._initial_num_input_tokens_seen = 0
         self._seconds_before, self._began = state["seconds"], clock.now()
+
+    def on_train_begin(
+        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
+    ) -> None:
+        self._began = clock.now()  # loading and the trackers' start don't count
 
     def on_step_begin(
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
@@ -60,8 +66,12 @@ class LoggedLoss(TrainerCallback):  # type: ignore[misc]
 
     def finalize(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """Replace `Trainer._finalize_training`: the time is that of all attempts, as the steps are."""
-        return self._finalize(trial, num_train_samples, start_time - self._seconds_before)
+        return self._finalize(trial, num_train_samples, time.time() - self._seconds())
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Replace `Trainer.log`, which divides by the time of training what was trained in all attempts."""
-        self._log(logs, None if start_time is None else start_time - self._seconds_before)
+        self._log(logs, None if start_time is None else time.time() - self._seconds())
+
+    def _seconds(self) -> float:
+        """How long all attempts have trained, in seconds."""
+        return self._seconds_before + clock.now() - self._began

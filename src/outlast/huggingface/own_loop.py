@@ -14,6 +14,7 @@ from outlast.checkpoint.manifest import Sealed
 from outlast.ranks.layout import derived_seed
 
 from . import random_state
+from .finite_weights import Stepped
 from .generators import seed_process
 from .loop_data import Batches, Epoch
 from .resharding import with_batches
@@ -40,7 +41,7 @@ class OwnLoop:
         self._run, self._loaders = run, list[Batches]()
         self._checkpoint, self._saved = checkpoint, list[dict[str, Any]]()
         self._watch: _Watch | None = _Watch()
-        self._finite = NotFinite(run)
+        self._finite, self._stepped = NotFinite(run), Stepped()
         self._takes_ahead = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,10 +101,11 @@ class OwnLoop:
     def look_at_loss(self, step: int, loss: float | None) -> None:
         """See whether the loss of a step says that training is lost."""
         if loss is not None:
-            self._finite.look_at_loss(step, float(loss))
+            self._finite.look_at_loss(step, float(loss), self._stepped.are_finite)
 
     def close(self) -> None:
         """Stop following the loop: the run is done."""
+        self._stepped.close()
         if self._watch is not None:
             self._watch.close()
 

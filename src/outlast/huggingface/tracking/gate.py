@@ -9,7 +9,9 @@ way out of an attempt, which does not wait for it; and one that fails is left al
 """
 
 import copy
+import os
 import queue
+import re
 import threading
 import time
 from collections import Counter
@@ -27,8 +29,12 @@ Logs = dict[str, Any]
 Point = tuple[str, int]
 """The name that a tracker gives to a value, and the optimizer step that it belongs to."""
 Start = Callable[[Any], None]
+START_S = 15.0
+"""Seconds that training waits for a tracker to begin: the script's own callbacks may log to it from then on."""
 CLOSE_S = 30.0
 """Seconds that a tracker may take to write the rest when training has ended. A sign of life is wanted more rarely."""
+_SECRET = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$", re.IGNORECASE)
+"""What the names of environment variables end with that hold secrets."""
 
 
 class Tracker(Protocol):
@@ -84,19 +90,25 @@ class Gate:
     # In the main thread ---------------------------------------------------------------------------------------------
 
     def _called(
-        self, method: Callable[..., None], args: Any, state: Any, control: Any, model: Any = None, **more: Any
+        self, method: Callable[..., None], args: Any, state: Any, control: Any, logs: Logs | None = None, **more: Any
     ) -> None:
         """Have the thread call `method`, with the state and the arguments as they are now."""
-        then, logs = copy.copy(state), dict(more.get("logs") or {})
+        then = copy.copy(state)
         if method == self._begin:
             then.log_history = copy.deepcopy(state.log_history)
-        self.work.put(partial(method, copy.copy(args), then, control, logs=logs, model=model))
-        if method == self._end:
-            deadline = time.monotonic() + CLOSE_S
-            while self.work.unfinished_tasks and time.monotonic() < deadline and not self._run.asked_to_stop:
-                time.sleep(0.02)
-            if self.work.unfinished_tasks:
-                self._fails(TimeoutError("it has not written everything in time"), state.global_step)
+        self.work.put(partial(method, copy.copy(args), then, control, dict(logs or {}), more))
+        if method == self._begin:
+            self._wait(START_S)
+        elif method == self._end and not self._wait(CLOSE_S) and not self._run.asked_to_stop:
+            error = TimeoutError("it has not written everything in time")
+            self._fails(error, state.global_step, "What it has not written is missing there")
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait until the thread has done its work, but no longer than this or than a signal; return whether it has."""
+        deadline = time.monotonic() + seconds
+        while self.work.unfinished_tasks and time.monotonic() < deadline and not self._run.asked_to_stop:
+            time.sleep(0.02)
+        return not self.work.unfinished_tasks
 
     # In the tracker's thread ----------------------------------------------------------------------------------------
 
@@ -114,38 +126,35 @@ class Gate:
         except Exception as error:
             self._fails(error, step)
 
-    def _fails(self, error: Exception, step: int) -> None:
+    def _fails(self, error: Exception, step: int, then: str = "A next attempt adds what is missing") -> None:
         self._failed = True
-        text = f"{type(error).__name__}: {error}"[:500]
+        text = without_secrets(f"{type(error).__name__}: {error}")[:500]
         self._run.record("tracking_failed", tracker=self._tracker.name, step=step, error=text)
-        self._run.say(
-            f"WARNING: {self._tracker.name} fails, training goes on without it: {text}. "
-            "A next attempt adds what is missing"
-        )
+        self._run.say(f"WARNING: {self._tracker.name} fails, training goes on without it: {text}. {then}")
 
-    def _begin(self, args: Any, state: Any, control: Any, logs: Logs, model: Any) -> None:
+    def _begin(self, args: Any, state: Any, control: Any, logs: Logs, more: Logs) -> None:
         def begin() -> None:
             def start(args: Any) -> None:
-                self._own["train_begin"](args, state, control, model=model)
+                self._own["train_begin"](args, state, control, **more)
 
             self._is_there = self._tracker.begin(start, args, state, state.log_history)
             for entry in state.log_history:
-                self._add(args, state, control, entry, int(entry["step"]), model)
+                self._add(args, state, control, entry, int(entry["step"]), more)
 
         self._guarded(begin, state.global_step)
 
-    def _log(self, args: Any, state: Any, control: Any, logs: Logs, model: Any) -> None:
+    def _log(self, args: Any, state: Any, control: Any, logs: Logs, more: Logs) -> None:
         step = state.global_step
-        self._guarded(lambda: self._add(args, state, control, logs, step, model), step)
+        self._guarded(lambda: self._add(args, state, control, logs, step, more), step)
 
-    def _end(self, args: Any, state: Any, control: Any, logs: Logs, model: Any) -> None:
+    def _end(self, args: Any, state: Any, control: Any, logs: Logs, more: Logs) -> None:
         def end() -> None:
-            self._own["train_end"](args, state, control, model=model)
+            self._own["train_end"](args, state, control, **more)
             self._tracker.end()
 
         self._guarded(end, state.global_step)
 
-    def _add(self, args: Any, state: Any, control: Any, entry: Logs, step: int, model: Any) -> None:
+    def _add(self, args: Any, state: Any, control: Any, entry: Logs, step: int, more: Logs) -> None:
         """Log one entry of the history, but for what the tracker has already."""
         logs = {
             key: value
@@ -155,7 +164,7 @@ class Gate:
         if logs:
             then = copy.copy(state)
             then.global_step = step
-            self._own["log"](args, then, control, logs=logs, model=model)
+            self._own["log"](args, then, control, logs=logs, **more)
 
 
 def once(there: Counter[Point]) -> Callable[[Point], bool]:
@@ -167,6 +176,31 @@ def once(there: Counter[Point]) -> Callable[[Point], bool]:
         return found
 
     return is_there
+
+
+def logged_points(history: list[Logs], named: Callable[[str], str]) -> Counter[Point]:
+    """How often a run has logged each value."""
+    return Counter((named(key), int(entry["step"])) for entry in history for key in entry if key != "step")
+
+
+def up_to(last: int, logged: Counter[Point]) -> Callable[[Point], bool]:
+    """Answer whether a value is there, where no more is known than the last step that is.
+
+    At that step the evaluation may be still to come: it was due when the attempt was preempted.
+
+    Args:
+        logged: what the run had logged at the checkpoint.
+    """
+    in_history = once(logged)
+    return lambda point: point[1] < last or (point[1] == last and (in_history(point) or point[0].startswith("train/")))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the secrets that this process knows: it goes into the log and the ledger."""
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= 4:
+            text = text.replace(value, "***")
+    return re.sub(r"://[^/\s]+@", "://***@", text)
 
 
 def tracking_directory(run: "RankAttempt", name: str) -> Path:

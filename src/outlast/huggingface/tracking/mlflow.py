@@ -4,7 +4,8 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .gate import Logs, Point, Start, once, tracking_directory
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 TAG, SWEEP_TAG = "outlast.run", "outlast.sweep"
 PARAMETERS = "MLFLOW_MAX_LOG_PARAMS"
 """The environment variable by which the callback is told how many parameters to log."""
+OF_CALLBACK = ("MLFLOW_RUN_ID", "MLFLOW_NESTED_RUN")
+"""Variables by which the callback would open a run beside the one that is open."""
+JITTER = "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER"
+"""The jitter between requests that fail: it is drawn from Python's `random`, which belongs to training."""
 
 
 class Mlflow:
@@ -31,33 +36,41 @@ class Mlflow:
     def __init__(self, run: "RankAttempt", callback: "MLflowCallback") -> None:
         self._run, self._callback = run, callback
         self._own = False
+        self._scripts = _open_run()
+        """The run that the script has open, in the thread that this is called in."""
+        if self._scripts:
+            run.say(
+                f"MLflow: the script has opened the run {self._scripts}, and training is logged to that. MLFLOW_RUN_ID "
+                "or the script has to open the same one in each attempt"
+            )
 
     def begin(self, start: Start, args: Any, state: Any, history: list[Logs]) -> Callable[[Point], bool]:
         """Open the run, new or not."""
         import mlflow
 
-        if mlflow.active_run() is not None:  # of this thread alone; the script's own is in another
+        os.environ.setdefault(JITTER, "0")
+        if mlflow.active_run() is not None:  # of this thread alone
             mlflow.end_run()
-        if "MLFLOW_TRACKING_URI" not in os.environ and not _is_set_by_user(mlflow):
+        local = self._scripts is None and (not mlflow.is_tracking_uri_set() or mlflow.get_tracking_uri() in _opened)
+        if local:
             place = tracking_directory(self._run, self.name)
             mlflow.set_tracking_uri(f"sqlite:///{place / 'mlflow.db'}")
             _opened.add(mlflow.get_tracking_uri())
         client = mlflow.MlflowClient()
-        found, begun = self._found(client)
-        mlflow.start_run(run_id=found)
-        self._own = True
-        before = os.environ.get(PARAMETERS)
-        if begun:  # parameters can't be changed: those of the first attempt stay
-            os.environ[PARAMETERS] = "0"
-        try:
-            start(args)
-        finally:
-            os.environ.pop(PARAMETERS, None)
-            if before is not None:
-                os.environ[PARAMETERS] = before
+        found, begun = (self._scripts, True) if self._scripts else self._found(client, local=local)
         there: Counter[Point] = Counter()
         for key in client.get_run(found).data.metrics if begun else ():
             there.update((key, point.step) for point in client.get_metric_history(found, key))
+        mlflow.set_experiment(
+            experiment_id=client.get_run(found).info.experiment_id
+        )  # else a run of another is refused
+        mlflow.start_run(run_id=found)
+        self._own = self._scripts is None
+        # Parameters can't be changed: those of the first attempt stay.
+        params, given = client.get_run(found).data.params.keys(), self._scripts or os.environ.get("MLFLOW_RUN_ID")
+        logged = bool(params & args.to_dict().keys() if given else params)
+        with _environment({PARAMETERS: "0"} if logged else {}, without=OF_CALLBACK):
+            start(args)
         return once(there)
 
     def named(self, key: str) -> str:
@@ -72,19 +85,17 @@ class Mlflow:
             mlflow.flush_async_logging()
             mlflow.end_run()
 
-    def _found(self, client: Any) -> tuple[str, bool]:
+    def _found(self, client: Any, *, local: bool) -> tuple[str, bool]:
         """The run's id in the store, and whether it was there before."""
         if own := os.environ.get("MLFLOW_RUN_ID"):
             return own, True
         who = Identity.of(self._run)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or who.sweep or "outlast"
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        number = os.environ.get("MLFLOW_EXPERIMENT_ID")  # `mlflow.set_experiment` sets it too
+        if local or name or not number:
             place = tracking_directory(self._run, self.name) / "artifacts"
-            more = {} if "MLFLOW_TRACKING_URI" in os.environ else {"artifact_location": place.as_uri()}
-            number = client.create_experiment(name, **more)
-        else:
-            number = experiment.experiment_id
+            more = {"artifact_location": place.as_uri()} if local else {}
+            number = _experiment(client, name or who.sweep or "outlast", more)
         found = client.search_runs([number], f"tags.`{TAG}` = '{who.id}'", max_results=1)
         if found:
             return str(found[0].info.run_id), True
@@ -97,5 +108,35 @@ _opened: set[str] = set()
 """The stores that this process has opened for runs."""
 
 
-def _is_set_by_user(mlflow: Any) -> bool:
-    return bool(mlflow.is_tracking_uri_set()) and mlflow.get_tracking_uri() not in _opened
+def _open_run() -> str | None:
+    import mlflow
+
+    run = mlflow.active_run()
+    return None if run is None else str(run.info.run_id)
+
+
+def _experiment(client: Any, name: str, more: dict[str, str]) -> str:
+    """Return the id of the experiment of this name, made if need be; cells of a sweep may all want to make it."""
+    from mlflow.exceptions import MlflowException
+
+    if (experiment := client.get_experiment_by_name(name)) is None:
+        try:
+            return str(client.create_experiment(name, **more))
+        except MlflowException:
+            if (experiment := client.get_experiment_by_name(name)) is None:
+                raise
+    return str(experiment.experiment_id)
+
+
+@contextmanager
+def _environment(more: dict[str, str], *, without: tuple[str, ...]) -> Iterator[None]:
+    """Set these variables, and have others be unset."""
+    before = {name: os.environ.pop(name, None) for name in {*more, *without}}
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -1,6 +1,5 @@
 """TensorBoard: one directory of event files, cut at the checkpoint that an attempt goes on from."""
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from .event_files import cut, event_files, points_of
-from .gate import Logs, Point, Start, once, tracking_directory
+from .gate import Logs, Point, Start, logged_points, once, tracking_directory
 
 if TYPE_CHECKING:
     from outlast.attempt.attempt import RankAttempt
@@ -30,7 +29,7 @@ class TensorBoard:
     def begin(self, start: Start, args: Any, state: Any, history: list[Logs]) -> Callable[[Point], bool]:
         """Open the event files, cut at what the run had logged."""
         callback, run = self._callback, self._run.directory.path
-        logged = Counter((self.named(key), entry["step"]) for entry in history for key in entry if key != "step")
+        logged = logged_points(history, self.named)
         if callback.tb_writer is not None:
             self._run.say("WARNING: TensorBoard writes with a writer of the script's: what is repeated is there twice")
             start(args)

@@ -6,20 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from transformers.integrations.integration_utils import rewrite_logs
-
-from .gate import Logs, Point, Start, once, tracking_directory
+from .gate import Logs, Point, Start, logged_points, once, tracking_directory
 from .identity import Identity
+from .rows import STEP, SUMMARY, named
 
 if TYPE_CHECKING:
     from transformers.integrations import TrackioCallback
 
     from outlast.attempt.attempt import RankAttempt
-
-STEP = "train/global_step"
-"""The name under which the Trainer's callback logs the optimizer step."""
-LEFT_OUT = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
-"""What the Trainer's callback does not log."""
 
 
 class Trackio:
@@ -46,17 +40,17 @@ class Trackio:
         start(args)
         if remote:
             self._run.say("WARNING: Trackio logs to a server: steps that are repeated after a kill are there twice")
-            return lambda point: point[1] <= state.global_step and bool(history)
+            return once(logged_points(history, self.named))
         there: Counter[Point] = Counter()
         for row in SQLiteStorage.get_logs(args.project, args.run_name):
             if STEP in row:
                 there.update((key, int(row[STEP])) for key in row)
         known = once(there)
-        return lambda point: point[0] in LEFT_OUT or known(point)
+        return lambda point: point[0] in SUMMARY or known(point)
 
     def named(self, key: str) -> str:
         """The name of a value in a row."""
-        return key if key in LEFT_OUT else str(next(iter(rewrite_logs({key: 0}))))
+        return named(key)
 
     def end(self) -> None:
         """Do nothing: the callback has closed the run."""

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.integrations.integration_utils import rewrite_logs
-
 from outlast.deletion import delete
 
-from .gate import CLOSE_S, Logs, Point, Start, once, tracking_directory
+from .gate import CLOSE_S, Logs, Point, Start, logged_points, once, tracking_directory, up_to, without_secrets
 from .identity import Identity
+from .rows import STEP, SUMMARY, named
 
 if TYPE_CHECKING:
     from transformers.integrations import WandbCallback
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
 
 BLOCK = 32_768
 """Bytes of a block of a transaction log, whose format is that of LevelDB's logs."""
-STEP = "train/global_step"
-"""The name under which the Trainer's callback logs the optimizer step."""
-SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
-"""What the Trainer's callback writes into the summary instead of a row."""
 INIT_S = 12.0
 """Seconds after which a server that does not answer is left out, and the run goes on offline."""
 
@@ -52,22 +47,25 @@ class Wandb:
         import wandb
 
         place, who = tracking_directory(self._run, self.name), Identity.of(self._run)
+        logged = logged_points(history, self.named)
         if wandb.run is not None and wandb.run.id in _opened - {who.id}:
             wandb.run.finish()  # of an earlier run of this script
         if wandb.run is not None and wandb.run.id not in _opened:
             self._run.say("WARNING: the script has called wandb.init: what is repeated after a kill is logged twice")
             start(args)
-            return lambda point: point[1] <= state.global_step and bool(history)
-        logged = Counter((self.named(key), entry["step"]) for entry in history for key in entry if key != "step")
-        kept = max((_until(path, state.global_step, logged) for path in _directories(place)), key=len, default=[])
+            return once(logged)
+        older = {path: _until(path, state.global_step, logged) for path in _directories(place)}
+        fullest = max(older, key=lambda path: len(older[path]), default=None)
+        kept = older[fullest] if fullest else []
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         own = wandb.run or _open(wandb, place, who, mode)
         _opened.add(own.id)
         start(args)
         if not own.settings._offline:  # nothing can be taken away there
             last = int(own.summary.get(STEP, -1)) if own.starting_step else -1
-            return lambda point: point[1] <= last
+            return up_to(last, logged)
         self._whole = Path(own.dir).parent
+        self._delete_all_but(self._whole, fullest)  # which goes when this one is known to hold the whole run
         there: Counter[Point] = Counter()
         for row in kept:
             own.log(row)
@@ -80,7 +78,7 @@ class Wandb:
 
     def named(self, key: str) -> str:
         """The name of a value in a row."""
-        return key if key in SUMMARY else str(next(iter(rewrite_logs({key: 0}))))
+        return named(key)
 
     def end(self) -> None:
         """Remove the directories of earlier attempts: this one's holds the whole run.
@@ -88,9 +86,13 @@ class Wandb:
         The run itself stays open, as transformers leaves it; the process's end closes it.
         """
         if self._whole is not None:
-            for path in _directories(tracking_directory(self._run, self.name)):
-                if path.name != self._whole.name:
-                    delete(path, inside=self._run.directory.path)
+            self._delete_all_but(self._whole)
+
+    def _delete_all_but(self, *kept: Path | None) -> None:
+        names = {path.name for path in kept if path is not None}
+        for path in _directories(tracking_directory(self._run, self.name)):
+            if path.name not in names:
+                delete(path, inside=self._run.directory.path)
 
 
 def _open(wandb: Any, place: Path, who: Identity, mode: str) -> Any:
@@ -114,7 +116,7 @@ def _open(wandb: Any, place: Path, who: Identity, mode: str) -> Any:
         try:
             return init(mode)
         except Exception as error:
-            wandb.termwarn(f"going on offline: {error}")
+            wandb.termwarn(f"going on offline: {without_secrets(str(error))}")
             wandb.teardown()  # else the run counts as in use
             mode = "offline"
     return init(mode)
