@@ -29,6 +29,8 @@ elif sys.argv[2] == "helper":  # of a rank: forked, or started without closing w
     if child:
         other = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
         print(child, other.pid, flush=True)
+    else:
+        os.close(1)  # whoever reads it would wait for the helper
 else:
     print("held", flush=True)
 time.sleep(60)
