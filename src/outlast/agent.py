@@ -24,7 +24,7 @@ import psutil
 
 from .config.configuration import Config
 from .errors import ConfigError, Exit
-from .processes import SIGNALS, python_module_command
+from .processes import SIGNALS, ignore_output_errors, python_module_command
 from .ranks.meeting import store_of
 from .slurm.environment import MEETING_ENV, Step, current_step
 
@@ -63,6 +63,7 @@ def run_ranks(launch: Callable[[], None], ranks: int, word: str, signals: Sequen
         word: stands in the command line of each, and of no other process that is started here.
         signals: those that are passed on.
     """
+    ignore_output_errors()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)

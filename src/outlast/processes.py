@@ -91,6 +91,7 @@ class _Lossy(io.FileIO):
 def ignore_output_errors() -> None:
     """Have what this process prints never fail: a lost log line must not end a run.
 
+    A line is written as a whole, also under `python -u`: several processes write to one log, and would tear it.
     Standard output and error that a notebook or a test runner has put in place of the process's own stay as they are.
     """
     for name in ("stdout", "stderr"):
@@ -101,11 +102,10 @@ def ignore_output_errors() -> None:
             stream.flush()
         raw = _Lossy(stream.fileno(), "w", closefd=False)
         lossy = io.TextIOWrapper(
-            raw if stream.write_through else io.BufferedWriter(raw),  # as `python -u` does
+            io.BufferedWriter(raw),
             encoding=stream.encoding,
             errors=stream.errors,
-            line_buffering=stream.line_buffering,
-            write_through=stream.write_through,
+            line_buffering=stream.line_buffering or stream.write_through,
         )
         setattr(sys, name, lossy)
 

@@ -1,5 +1,6 @@
 """What a training script holds: :class:`Run`, with which a Hugging Face Trainer or a loop of one's own is trained."""
 
+import atexit
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -216,6 +217,7 @@ class Run(RankAttempt):
             from .huggingface.generators import seed_for_what_follows
 
             self._leave_when_signalled()
+            atexit.register(self.collectives.close)  # a group that is there at the end may abort the process
             seed_for_what_follows(int(self._resuming.origin.get("seed", 0)), step, self.rank)
 
     def _leave_when_signalled(self) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import IO
 
 import pytest
@@ -30,3 +31,22 @@ def test_a_line_that_can_not_be_written_is_lost_and_no_more(flags: list[str]) ->
         assert (
             run(*flags, code=PRINTS.replace("os._exit(0)", "print('after', flush=True)"), stdout=full).returncode == 0
         )
+
+
+TOGETHER = """
+import os
+from outlast.processes import ignore_output_errors
+ignore_output_errors()
+child = os.fork()
+for number in range(3000):
+    print("one line", number)
+if child:
+    os.wait()
+"""
+
+
+def test_lines_of_several_processes_are_not_torn(tmp_path: Path) -> None:
+    with open(tmp_path / "log", "w") as log:
+        assert run("-u", code=TOGETHER, stdout=log).returncode == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert sorted(lines) == sorted(2 * [f"one line {number}" for number in range(3000)])
