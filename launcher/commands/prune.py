@@ -122,7 +122,7 @@ def prune(plan: Prunable) -> Pruned:
             held.callback(lock.release)
             if version_of(run) != plan.version:
                 done.problem = "it has started, or was submitted, meanwhile: nothing was deleted"
-            elif any(item.sealed for item in plan.items) and (damage := _damage(plan.kept)):
+            elif damage := _damage(plan.kept):
                 done.problem = f"{damage}. That is to stay, so nothing was deleted"
             else:
                 _delete(plan, done)

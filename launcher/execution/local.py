@@ -20,7 +20,7 @@ from rich.console import Console
 from outlast.checkpoint.manifest import read_manifest
 from outlast.config.cluster import LocalCluster
 from outlast.errors import CheckpointError, Exit
-from outlast.notification import end_of, tell
+from outlast.notification import tell_end
 from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, free_ports, ignore_output_errors, python_module_command, signals_blocked
 from outlast.rundir.attempts import ATTEMPT_ENV, attempts, finished, next_attempt
@@ -75,12 +75,11 @@ class Launcher:
             freeze(self.plan)  # not before: a command that is refused changes nothing
             before = next_attempt(self.ledger.read())
             code = self._attempts(lock, shown)
+            events = self.ledger.read()
         finally:
             lock.release()
-        events = self.ledger.read()
-        last = next_attempt(events) - 1
-        if last >= before and (end := end_of(events, last)) is not None:
-            tell(self.run, *end, shown.note)
+        if (last := next_attempt(events) - 1) >= before:
+            tell_end(self.run, events, last, shown.note)
         return code
 
     def stop(self) -> None:

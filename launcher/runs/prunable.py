@@ -132,14 +132,19 @@ def _fill(found: Prunable, rule: Rule) -> None:
     known = [checkpoint for checkpoint in sealed if checkpoint.manifest.best_step is not None]
     best_step = known[-1].manifest.best_step if known else None
     must = not (has_final or (rule.unfinished and not finished))  # nothing else has what was trained
-    newest = newest_full(sealed) or (sealed[-1] if sealed and finished else None)
+    newest = newest_full(sealed) or (sealed[-1] if sealed else None)
+    if must and found.notes and (newest is None or newest.light):
+        found.skipped = (
+            "has no checkpoint that can be resumed from, and something in it can't be read: look at that first"
+        )
+        return
     kept = [checkpoint for checkpoint in sealed if checkpoint is newest and (must or "newest" in rule.keep)]
     kept += [c for c in sealed if c not in kept and "best" in rule.keep and c.step == best_step]
     if rule.unfinished and not finished:
-        kept = [checkpoint for checkpoint in kept if checkpoint is not newest]
+        kept = [c for c in kept if c is not newest or ("best" in rule.keep and c.step == best_step)]
     found.kept = [checkpoint.path for checkpoint in kept] + ([run.final] if has_final else [])
     going = [Item(c.path.name, c.path, files_in(c.path), c) for c in sealed if c not in kept]
-    aside = [run.quarantine] if run.quarantine.is_dir() and finished and any(run.quarantine.iterdir()) else []
+    aside = [run.quarantine] if run.quarantine.is_dir() and has_final and any(run.quarantine.iterdir()) else []
     for path in (*leftovers, *aside, *([run.reserve] if run.reserve.is_file() else [])):
         going.append(Item(path.relative_to(run.path).as_posix(), path, files_in(path)))
     for item in going:

@@ -13,11 +13,11 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from . import notification
 from .config.configuration import load
 from .config.preemption import PreemptionSection
 from .errors import Exit, OutlastError, RunBusyError, SlurmError
 from .files import write_atomically
-from .notification import end_of, tell
 from .preemption.outcome import Outcome
 from .preemption.policy import describe
 from .processes import SIGNALS
@@ -82,8 +82,7 @@ def tell_end(run: RunDirectory) -> None:
     """Tell how the run ended, if this job has ended it. While it goes on Slurm waits for this process: not then."""
     job, events = current_job(), Ledger(run.ledger).read()
     number = attempt_of(events, (job.job_id, job.restart_count)) if job else 0
-    if (end := end_of(events, number)) is not None:
-        tell(run, *end, _say)
+    notification.tell_end(run, events, number, _say)
 
 
 def _wait_in_the_queue(run: RunDirectory, job: SlurmJob, limits: PreemptionSection, code: int) -> int:
@@ -279,11 +278,14 @@ def _command() -> int:
     try:
         run = run_named_by(arguments)
         code = follow_up(run, arguments.exit_code, arguments.before)
-        tell_end(run)
-        return code
     except OutlastError as error:
         print(f"outlast: {error}", file=sys.stderr)
         return arguments.exit_code or error.exit_code
+    try:
+        tell_end(run)
+    except Exception as error:  # whatever it is, the job's exit code is decided
+        _say(f"nobody was told how the run ended: {type(error).__name__}: {error}")
+    return code
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@
 import errno
 import os
 import pwd
+import re
 import stat
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -45,7 +46,7 @@ class ConfigError(OutlastError):
 
     Args:
         key: dotted key as the user would type it (`trainer.max_steps`).
-        value: what was given.
+        value: what was given; of `notify` it is not shown, since it may be a URL with a password.
         valid: what would have been accepted: a sentence, or the names to choose from.
     """
 
@@ -61,7 +62,9 @@ class ConfigError(OutlastError):
             close = get_close_matches(str(value), names, n=1)
             if close:
                 hint = f"did you mean {close[0]}? {hint}"
-        super().__init__(f"{key}: {value!r} is refused; {hint}")
+        shown = "…" if key.partition(".")[0] == "notify" else value
+        text = re.sub(r"\b(notify[\w.]*=)[^\s'\"]+", r"\1…", f"{shown!r}")  # where it stands in a whole command line
+        super().__init__(f"{key}: {text} is refused; {hint}")
 
 
 class BudgetError(OutlastError):

@@ -25,6 +25,8 @@ LIMIT_S = 8
 """Seconds that a service may take."""
 SPARE_S = 4.0
 """Seconds beyond that for starting Python and apprise, on a busy node."""
+HURRY_S = 5.0
+"""Seconds in all after a signal. The job may be killed soon, and is to end with its own exit code."""
 NOT_INSTALLED, NO_URL, NOT_TAKEN = 3, 4, 5
 WORDS = {
     NOT_INSTALLED: "apprise is not installed (pip install 'outlast[notify]')",
@@ -51,13 +53,21 @@ def end_of(events: list[Event], number: int) -> tuple[str, str] | None:
     return "failed", str(ended.get("error") or ended.get("detail") or ended["cause"]).partition("\n")[0]
 
 
-def tell(run: RunDirectory, kind: str, text: str, say: Say) -> None:
+def tell_end(run: RunDirectory, events: list[Event], number: int, say: Say) -> None:
+    """Tell how attempt `number` ended the run, if it did; see :func:`tell`."""
+    if (end := end_of(events, number)) is not None:
+        signalled = any(event["event"] == "signal" and event["attempt"] == number for event in events)
+        tell(run, *end, say, within_s=HURRY_S if signalled else LIMIT_S + SPARE_S)
+
+
+def tell(run: RunDirectory, kind: str, text: str, say: Say, *, within_s: float = LIMIT_S + SPARE_S) -> None:
     """Tell, if anybody is to be told of that; returns within seconds. A failure is one line in the log.
 
     Args:
         kind: as in `notify.when`.
         text: what happened, in a sentence.
         say: prints a line in the log.
+        within_s: seconds after which it is given up.
     """
     try:
         section = load(run.config).notify if run.config.is_file() else None
@@ -66,7 +76,7 @@ def tell(run: RunDirectory, kind: str, text: str, say: Say) -> None:
         in_sweep = (run.path.parent / SWEEP_MANIFEST).is_file()
         name = f"{run.path.parent.name}/{run.path.name}" if in_sweep else run.path.name
         message = {"title": f"outlast: {name} {_words(kind)}", "body": f"{text}\n{run.path}"}
-        problem = _send(section.env, message)
+        problem = _send(section.env, message, within_s)
     except (OutlastError, OSError, ValueError) as error:
         problem = str(error)
     if problem is not None:
@@ -90,7 +100,7 @@ def _words(kind: str) -> str:
     return {"gave_up": "gave up", "notice_short": "has too short a notice"}.get(kind, kind)
 
 
-def _send(variable: str, message: dict[str, str]) -> str | None:
+def _send(variable: str, message: dict[str, str], within_s: float) -> str | None:
     """Have a process of its own send it; what went wrong, without a word of the URL."""
     try:
         done = subprocess.run(
@@ -98,11 +108,11 @@ def _send(variable: str, message: dict[str, str]) -> str | None:
             input=json.dumps(message).encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=LIMIT_S + SPARE_S,
+            timeout=within_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"it took longer than {LIMIT_S + SPARE_S:g} s"
+        return f"it took longer than {within_s:g} s"
     code = done.returncode
     return None if code == 0 else WORDS.get(code, f"its process ended with exit code {code}")
 

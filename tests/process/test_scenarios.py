@@ -33,7 +33,8 @@ def attempt(name: str, run: RunProbe, strike: str = "") -> tuple[int, str]:
 
 def found(run: RunProbe) -> dict[str, Any]:
     """What the script says, and the losses that the run has kept for its curve."""
-    return {**json.loads(run.path.with_suffix(".json").read_text()), "losses": run.progress()["losses"]}
+    curve = json.loads((run.path / "losses.json").read_text())["losses"]
+    return {**json.loads(run.path.with_suffix(".json").read_text()), "losses": curve}
 
 
 @pytest.fixture(scope="module")

@@ -232,3 +232,17 @@ def test_differences_name_dotted_keys() -> None:
     assert mine.differences(other) == {"seed": (42, 1), "trainer.max_steps": (3, None)}
     assert isinstance(mine, Config)
     assert mine.differences(mine) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("notify.url", "mailto://me:secret@host"),
+        ("notify", "json://secret"),
+        ("override", "a=1 notify.url=x://secret b=2"),
+    ],
+)
+def test_the_url_of_a_service_is_not_repeated(key: str, value: str) -> None:
+    said = str(ConfigError(key, value, "valid: another"))
+    assert "secret" not in said
+    assert "…" in said

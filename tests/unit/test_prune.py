@@ -144,6 +144,34 @@ def test_a_finished_run_without_a_model_keeps_its_newest(run: RunDirectory) -> N
     assert steps(run) == [70]
 
 
+def test_what_is_put_aside_stays_if_nothing_else_has_the_model(run: RunDirectory) -> None:
+    """One in quarantine may be whole; only a model that verifies makes it dispensable."""
+    (run.quarantine / "checkpoint-30.kept").mkdir(parents=True)
+    (run.quarantine / "checkpoint-30.kept" / "weights").write_text("whole")
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.mkdir()
+    [weights] = run.final.glob("*.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[::-1])
+    assert prune(run.path.parent, code=1)["runs"][0]["problem"].startswith("final does not verify")
+    assert run.quarantine.exists()
+    weights.write_bytes(whole)
+    assert prune(run.path.parent)["runs"][0]["deleted"] == ["quarantine"]
+
+
+def test_with_light_checkpoints_alone_the_newest_stays(run: RunDirectory) -> None:
+    unfinished(run)
+    for step in (20, 40, 60, 70):
+        directory = run.checkpoints / f"checkpoint-{step}"
+        write_manifest(directory, replace(read_manifest(directory), light=True))
+    (run.checkpoints / "checkpoint-80").mkdir()
+    [found] = prune(run.path.parent, "one", keep="final", code=1)["runs"]
+    assert "something in it can't be read" in found["skipped"]
+    (run.checkpoints / "checkpoint-80").rmdir()
+    prune(run.path.parent, "one", keep="final")
+    assert steps(run) == [70]
+
+
 def test_the_best_stays(run: RunDirectory) -> None:
     for step in (40, 60, 70):
         directory = run.checkpoints / f"checkpoint-{step}"
