@@ -77,7 +77,7 @@ def _move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(target):
         try:
-            if not os.path.lexists(moving.staged_at(target)):
+            if not os.path.lexists(moving.staged_at(target, source)):
                 os.rename(source, target)
                 delete(RunDirectory(target).lease, inside=target)  # held by this process, under the old name
                 flush_directory(target.parent)
@@ -136,8 +136,8 @@ def _refuse_places(name: str, source: Path, target: Path) -> None:
         free = f", such as {target / source.name}" if target.is_dir() and not _is_run(target) else ""
         went_on = " and both have gone on since one was copied" if (target / moving.ORIGIN).exists() else ""
         raise ConfigError("DEST", str(target), f"it exists{went_on}; valid: a directory that is not there yet{free}")
-    if moving.staged_at(target).is_symlink():
-        raise ConfigError("DEST", str(moving.staged_at(target)), "it is a symbolic link; valid: none, delete it")
+    if (staged := moving.staged_at(target, source)).is_symlink():
+        raise ConfigError("DEST", str(staged), "it is a symbolic link; valid: none, delete it")
 
 
 def _is_run(path: Path) -> bool:
@@ -151,7 +151,7 @@ def _refuse_full(source: Path, target: Path) -> None:
     Raises:
         ConfigError: with what is needed, and what is there.
     """
-    need = bytes_used(source) - bytes_used(moving.staged_at(target))
+    need = bytes_used(source) - bytes_used(moving.staged_at(target, source))
     for limit in (free_space(target.parent), *quotas(target.parent)):
         if limit.free_bytes < need:
             text = f"the run takes {size(need)} more there, and {limit.kind} is {size(limit.free_bytes)}"
@@ -167,8 +167,8 @@ def _links(source: Path) -> list[Path]:
 def _state(source: Path, target: Path) -> str:
     again = "the same command goes on"
     if os.path.lexists(source):
-        if os.path.lexists(moving.staged_at(target)):
-            again += f"; to give up, delete {moving.staged_at(target)}"
+        if os.path.lexists(moving.staged_at(target, source)):
+            again += f"; to give up, delete {moving.staged_at(target, source)}"
         return f"{source} is whole" + (f", and so is {target}" if os.path.lexists(target) else "") + f"; {again}"
     return f"{target} is whole; {again}" if os.path.lexists(moving.leftover_of(source)) else f"{target} is whole"
 

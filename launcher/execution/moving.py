@@ -30,9 +30,10 @@ class CopyError(OutlastError):
     """The copy could not be made, or is not what was read; the source is as it was."""
 
 
-def staged_at(target: Path) -> Path:
-    """Where the copy is made, beside its destination."""
-    return target.with_name(f".{target.name}.moving")
+def staged_at(target: Path, source: Path) -> Path:
+    """Where the copy is made, beside its destination: a place of its own for each source, which is what is locked."""
+    of = xxhash.xxh3_64_hexdigest(os.fsencode(source.resolve()))[:8]
+    return target.with_name(f".{target.name}.{of}.moving")
 
 
 def leftover_of(source: Path) -> Path:
@@ -60,7 +61,7 @@ def copy(source: Path, target: Path, say: Callable[[str], None]) -> None:
         CopyError: the copy differs from what was read, or there is a file of a kind that is not copied.
         OSError: something can't be read or written.
     """
-    staged = staged_at(target)
+    staged = staged_at(target, source)
     staged.mkdir(parents=True, exist_ok=True)
     _delete_strangers(source, staged)
     names: dict[tuple[int, int], Path] = {}

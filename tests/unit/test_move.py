@@ -16,6 +16,7 @@ from outlast.checkpoint.writer import adopt
 from outlast.errors import ConfigError, RunBusyError
 from outlast.launcher.commands import move as command
 from outlast.launcher.execution import moving
+from outlast.launcher.runs.find import runs_under
 from outlast.launcher.runs.submissions import mark_cancelled
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.lock import RunLock
@@ -188,6 +189,39 @@ def test_a_checkpoint_damaged_before_is_named_and_moved(
     (run.checkpoints / "checkpoint-40" / "model.safetensors").write_bytes(b"short")
     assert move(run, elsewhere / "two") == 0
     assert "checkpoint-40 does not verify, neither here nor where it comes from" in capsys.readouterr().out
+
+
+def test_two_moves_to_one_destination_at_once(run: RunDirectory, make: Make, elsewhere: Path) -> None:
+    """The second one begins, and publishes its copy, while the first one is between its copy and publishing it."""
+    other, target = make("other"), elsewhere / "two"
+    end(start(other), "cancelled")
+    before, others = tree(run.path), tree(other.path)
+    really, calls = moving.flush_tree, []
+
+    def flush(staged: Path) -> None:
+        calls.append(staged)
+        if len(calls) == 1:
+            assert runs_under(elsewhere) == []
+            assert move(other, target) == 0
+        really(staged)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moving, "flush_tree", flush)
+        assert move(run, target) == 1
+    assert calls[0] != calls[1]
+    assert (tree(target), tree(run.path), other.path.exists()) == (others, before, False)
+    with pytest.raises(ConfigError, match="it exists; valid: a directory that is not there yet"):
+        move(run, target)
+    assert move(run, elsewhere / "three") == 0
+    assert tree(elsewhere / "three") == before
+
+
+def test_what_is_half_moved_is_no_run(run: RunDirectory) -> None:
+    named = [run.path.with_name(".one.moved"), run.path.with_name(".one.0123abcd.moving")]
+    for path in named:
+        shutil.copytree(run.path, path, symlinks=True)
+    shutil.copytree(run.path, run.path.with_name(".mine"), symlinks=True)
+    assert [found.path.name for found in runs_under(run.path.parent)] == [".mine", "one"]
 
 
 def test_no_room(run: RunDirectory, elsewhere: Path) -> None:
