@@ -151,6 +151,8 @@ def test_killed_at_any_change_one_of_the_two_is_whole_and_the_same_command_goes_
         assert [path.name for path in elsewhere.iterdir()] == ["two"], number
         shutil.rmtree(target)
         shutil.copytree(original, run.path, symlinks=True)
+        (run.path / "same").unlink()
+        os.link(run.path / "notes", run.path / "same")
     assert number > 30
     assert published > 10  # the source was being removed
 
@@ -162,6 +164,45 @@ def test_a_source_that_went_on_is_not_removed(run: RunDirectory, elsewhere: Path
     with pytest.raises(ConfigError, match="it exists and both have gone on since one was copied"):
         move(run, target)
     assert run.path.exists()
+
+
+@pytest.mark.parametrize("when", ["while it is copied", "once it is published", "between two commands"])
+def test_what_is_written_to_the_source_is_not_deleted_with_it(
+    run: RunDirectory, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """As `outlast evaluate` does, which holds no lock of the run, and whoever writes a file by hand."""
+    scores, target = run.path / "evaluations" / "a.jsonl", elsewhere / "two"
+    scores.parent.mkdir()
+    scores.write_text("1\n")
+
+    def write() -> None:
+        with open(scores, "a") as file:
+            file.write("2\n")
+
+    if when == "between two commands":
+        moving.copy(run.path, target, print)
+        write()
+        with pytest.raises(ConfigError, match="it exists and both have gone on since one was copied"):
+            move(run, target)
+    else:
+        name = "_verify_sealed" if when == "while it is copied" else "flush_directory"
+        really = getattr(moving, name)
+
+        def act(*args: Any) -> None:
+            really(*args)
+            if when == "while it is copied" or target.exists():
+                write()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(moving, name, act)
+            with pytest.raises(moving.CopyError, match=r"one was written to (while|since) it was copied, and stays"):
+                move(run, target)
+    assert scores.read_text() == "1\n2\n"
+    assert target.exists() == (when != "while it is copied")
+    if target.exists():
+        shutil.rmtree(target)
+    assert move(run, target) == 0
+    assert (target / "evaluations" / "a.jsonl").read_text() == "1\n2\n"
 
 
 def test_a_copy_that_differs_is_not_published(
