@@ -10,7 +10,7 @@ from pathlib import Path
 from outlast.config.run import VALID, is_name
 from outlast.deletion import delete
 from outlast.errors import ConfigError, Exit, RunBusyError, SlurmError
-from outlast.files import bytes_used, flush_directory
+from outlast.files import bytes_used, flush_directory, make_durably
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.lock import RunLock
 from outlast.rundir.submission import submission_lock
@@ -74,7 +74,7 @@ def main(name: str, target: Path, root: Path) -> int:
 
 
 def _move(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_durably(target.parent)
     if not os.path.lexists(target):
         try:
             if not os.path.lexists(moving.staged_at(target, source)):

@@ -104,6 +104,24 @@ def test_another_file_system(run: RunDirectory, elsewhere: Path, capsys: pytest.
     assert "dangling" not in said
 
 
+@pytest.mark.parametrize("far", [True, False])
+def test_the_way_to_the_copy_is_on_the_disk_before_the_source_goes(
+    run: RunDirectory, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: bool
+) -> None:
+    base = elsewhere if far else tmp_path
+    target, really, flushed = base / "a" / "b" / "two", os.fsync, []
+
+    def fsync(fd: int) -> None:
+        flushed.append((os.readlink(f"/proc/self/fd/{fd}"), run.path.exists()))
+        really(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert move(run, target) == 0
+    for directory in (base, base / "a"):
+        assert (str(directory), True) in flushed  # while the source is still there
+    assert (str(target.parent), far) in flushed
+
+
 def killed_at(number: int, act: Callable[[], int]) -> int:
     """Do `act` in a forked process that is gone just before its change of this number; its exit code."""
     with warnings.catch_warnings():
