@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -11,7 +12,7 @@ from outlast.config.run import VALID, is_name
 from outlast.deletion import delete
 from outlast.errors import ConfigError, Exit, RunBusyError, SlurmError
 from outlast.files import bytes_used, flush_directory, make_durably
-from outlast.rundir.directory import RunDirectory
+from outlast.rundir.directory import MOVED_FROM, RunDirectory
 from outlast.rundir.lock import RunLock
 from outlast.rundir.submission import submission_lock
 from outlast.storage.file_system import free_space, quotas
@@ -41,7 +42,7 @@ def main(name: str, target: Path, root: Path) -> int:
     """
     target = Path(os.path.abspath(target.expanduser()))
     if (source := _interrupted(name, root, target)) is not None:
-        moving.remove(source, target)
+        moving.remove_leftover(source, target)
         return _say_done(name, source, target, [])
     run = run_named(name, root)
     source = run.path
@@ -118,6 +119,9 @@ def _refuse_alive(row: RunStatus) -> None:
     for place in (path, path.parent):
         if not is_writable(place):
             raise ConfigError("RUN", row.name, f"it is {row.owner}'s: you may not write into {place}")
+    above = path.parent.stat()
+    if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, above.st_uid, path.stat().st_uid):
+        raise ConfigError("RUN", row.name, f"it is {row.owner}'s, and only its owner may rename it in {path.parent}")
 
 
 def _refuse_places(name: str, source: Path, target: Path) -> None:
@@ -134,8 +138,12 @@ def _refuse_places(name: str, source: Path, target: Path) -> None:
         raise ConfigError("DEST", str(target), f"{target.parent} is a sweep, which lists its cells; valid: elsewhere")
     if os.path.lexists(target) and not moving.is_copy_of(target, source):
         free = f", such as {target / source.name}" if target.is_dir() and not _is_run(target) else ""
-        went_on = " and both have gone on since one was copied" if (target / moving.ORIGIN).exists() else ""
+        changed = " as the copy of a run that has changed since (delete one of the two)"
+        went_on = changed if (target / MOVED_FROM).exists() else ""
         raise ConfigError("DEST", str(target), f"it exists{went_on}; valid: a directory that is not there yet{free}")
+    if os.path.lexists(leftover := moving.leftover_of(source)):
+        why = f"{leftover} is in the way, left of an earlier move from there. Delete it if that run is whole elsewhere"
+        raise ConfigError("RUN", name, why)
     if (staged := moving.staged_at(target, source)).is_symlink():
         raise ConfigError("DEST", str(staged), "it is a symbolic link; valid: none, delete it")
 

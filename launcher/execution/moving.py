@@ -19,13 +19,10 @@ from outlast.checkpoint.manifest import MANIFEST, READ_BYTES, FileEntry, entry_o
 from outlast.deletion import delete
 from outlast.errors import CheckpointError, OutlastError
 from outlast.files import flush_directory, flush_tree, read_json, write_atomically
+from outlast.rundir.directory import MOVED_FROM
 from outlast.rundir.place import place_of
 
-ORIGIN = ".moved-from.json"
-"""The note in a copy: the source's place, and the digest of its state, by which a source that went on is told."""
-NOT_COPIED = (".lease", ".submit.lock.lease", ".ledger.jsonl.lease", ORIGIN)
-
-
+NOT_COPIED = (".lease", ".submit.lock.lease", ".ledger.jsonl.lease", MOVED_FROM)
 STATELESS = (*NOT_COPIED, ".lock", ".submit.lock")
 """What a second `outlast move` changes in the source, too."""
 
@@ -47,13 +44,14 @@ def leftover_of(source: Path) -> Path:
 
 def is_copy_of(target: Path, source: Path) -> bool:
     """Whether `target` was published as a copy of `source`, be it there still or not, and `source` did not go on."""
-    note = read_json(target / ORIGIN)
+    note = read_json(target / MOVED_FROM)
     if not isinstance(note, dict) or note.get("path") != str(source.resolve()):
         return False
     return not os.path.lexists(source) or _note(source) == note
 
 
 def _note(source: Path) -> dict[str, Any]:
+    """Describe the source in its copy: its place, and a digest by which one that went on is told."""
     return place_of(source) | {"state": _state(source)}
 
 
@@ -87,7 +85,7 @@ def copy(source: Path, target: Path, say: Callable[[str], None]) -> None:
     names: dict[tuple[int, int], Path] = {}
     entries: dict[Path, FileEntry] = {}
     _copy_below(source, staged, names, entries)
-    write_atomically(staged / ORIGIN, json.dumps(note))
+    write_atomically(staged / MOVED_FROM, json.dumps(note))
     flush_tree(staged)
     for path, entry in entries.items():
         if read_entry(path, from_disk=True) != entry:
@@ -113,11 +111,21 @@ def remove(source: Path, target: Path) -> None:
             raise CopyError(f"{source} was written to since it was copied, and stays. To move it, {way}")
         os.rename(source, leftover)
         flush_directory(source.parent)
+    remove_leftover(source, target)
+
+
+def remove_leftover(source: Path, target: Path) -> None:
+    """Delete what has the source's other name, and then the note of the copy; the source itself is not looked at.
+
+    Raises:
+        OSError: something of it can't be deleted.
+    """
+    leftover = leftover_of(source)
     if os.path.lexists(leftover):
         for directory, _, _ in os.walk(leftover):  # what may not be written to can't be emptied
             os.chmod(directory, os.stat(directory).st_mode | stat.S_IRWXU)
         delete(leftover, inside=leftover.parent)
-    delete(target / ORIGIN, inside=target)
+    delete(target / MOVED_FROM, inside=target)
 
 
 def _copy_below(source: Path, staged: Path, names: dict[tuple[int, int], Path], entries: dict[Path, FileEntry]) -> None:

@@ -18,7 +18,7 @@ from outlast.launcher.commands import move as command
 from outlast.launcher.execution import moving
 from outlast.launcher.runs.find import runs_under
 from outlast.launcher.runs.submissions import mark_cancelled
-from outlast.rundir.directory import RunDirectory
+from outlast.rundir.directory import MOVED_FROM, RunDirectory
 from outlast.rundir.lock import RunLock
 
 from ..conftest import SMOKE, Command, RunProbe
@@ -65,7 +65,7 @@ def tree(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in sorted(path.rglob("*")):
         name = one.relative_to(path).as_posix()
-        if name in (*LOCKS, moving.ORIGIN):
+        if name in (*LOCKS, MOVED_FROM):
             continue
         if one.is_symlink():
             found[name] = os.readlink(one)
@@ -97,7 +97,7 @@ def test_another_file_system(run: RunDirectory, elsewhere: Path, capsys: pytest.
     verify(target / "checkpoints" / "checkpoint-40")
     assert [path.name for path in run.path.parent.iterdir()] == ["beside"]
     assert [path.name for path in elsewhere.iterdir()] == ["two"]
-    assert not (target / moving.ORIGIN).exists()
+    assert not (target / MOVED_FROM).exists()
     said = capsys.readouterr().out
     assert f"outlast resume two --root {elsewhere}" in said
     assert "WARNING: the link up led to ../beside" in said
@@ -179,9 +179,48 @@ def test_a_source_that_went_on_is_not_removed(run: RunDirectory, elsewhere: Path
     target = elsewhere / "two"
     moving.copy(run.path, target, print)
     save(start(run, 2), 50, 2)
-    with pytest.raises(ConfigError, match="it exists and both have gone on since one was copied"):
+    with pytest.raises(ConfigError, match="it exists as the copy of a run that has changed since"):
         move(run, target)
     assert run.path.exists()
+
+
+def test_a_copy_does_not_train_while_its_source_is_whole(run: RunDirectory, elsewhere: Path) -> None:
+    target = RunDirectory(elsewhere / "two")
+    moving.copy(run.path, target.path, print)
+    with pytest.raises(ConfigError, match=f"{run.path} is whole too: a move was interrupted"):
+        target.create()
+    run.create()  # the source may go on, and is then not removed
+    assert move(run, target.path) == 0
+    target.create()
+
+
+def test_what_an_earlier_move_has_left_is_in_the_way(run: RunDirectory, elsewhere: Path) -> None:
+    left = run.path.with_name(".one.moved")
+    shutil.copytree(run.path, left, symlinks=True)
+    before = tree(left)
+    with pytest.raises(ConfigError, match=f"{left} is in the way, left of an earlier move from there"):
+        move(run, elsewhere / "two")
+    assert (list(elsewhere.iterdir()), tree(run.path), tree(left)) == ([], before, before)
+
+
+def test_a_run_that_came_back_while_a_move_was_being_ended_stays(run: RunDirectory, elsewhere: Path) -> None:
+    """The move was cut short while it deleted; a new run gets the name just before the second command's deletion."""
+    target, before = elsewhere / "two", tree(run.path)
+    moving.copy(run.path, target, print)
+    os.rename(run.path, moving.leftover_of(run.path))
+    really = command._interrupted
+
+    def interrupted(*args: Any) -> Path | None:
+        found = really(*args)
+        run.create()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_interrupted", interrupted)
+        assert move(run, target) == 0
+    assert run.checkpoints.is_dir()
+    assert not moving.leftover_of(run.path).exists()
+    assert tree(target) == before
 
 
 @pytest.mark.parametrize("when", ["while it is copied", "once it is published", "between two commands"])
@@ -200,7 +239,7 @@ def test_what_is_written_to_the_source_is_not_deleted_with_it(
     if when == "between two commands":
         moving.copy(run.path, target, print)
         write()
-        with pytest.raises(ConfigError, match="it exists and both have gone on since one was copied"):
+        with pytest.raises(ConfigError, match="it exists as the copy of a run that has changed since"):
             move(run, target)
     else:
         name = "_verify_sealed" if when == "while it is copied" else "flush_directory"
@@ -310,6 +349,24 @@ def test_refused_destinations(run: RunDirectory, make: Make, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="is a symbolic link; valid: what it leads to"):
         move(RunDirectory(link), tmp_path / "new")
     assert run.path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_a_source_that_only_its_owner_may_rename(run: RunDirectory, elsewhere: Path) -> None:
+    shared = elsewhere / "shared"  # as /tmp: whoever may write there can rename what is theirs
+    shutil.copytree(run.path, shared / "one", symlinks=True)
+    for directory, mode in ((elsewhere, 0o777), (shared, 0o1777), (shared / "one", 0o777)):
+        directory.chmod(mode)
+    for file in shared.rglob("*"):
+        if not file.is_symlink():
+            file.chmod(file.stat().st_mode | 0o666)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(ConfigError, match="only its owner may rename it in"):
+            move(RunDirectory(shared / "one"), elsewhere / "two")
+    finally:
+        os.seteuid(0)
+    assert move(RunDirectory(shared / "one"), elsewhere / "two") == 0
 
 
 def test_a_run_that_is_alive_or_waits_is_refused(
