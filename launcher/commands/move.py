@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -10,8 +11,8 @@ from pathlib import Path
 from outlast.config.run import VALID, is_name
 from outlast.deletion import delete
 from outlast.errors import ConfigError, Exit, RunBusyError, SlurmError
-from outlast.files import bytes_used, flush_directory
-from outlast.rundir.directory import RunDirectory
+from outlast.files import bytes_used, flush_directory, make_durably
+from outlast.rundir.directory import MOVED_FROM, RunDirectory
 from outlast.rundir.lock import RunLock
 from outlast.rundir.submission import submission_lock
 from outlast.storage.file_system import free_space, quotas
@@ -41,7 +42,7 @@ def main(name: str, target: Path, root: Path) -> int:
     """
     target = Path(os.path.abspath(target.expanduser()))
     if (source := _interrupted(name, root, target)) is not None:
-        moving.remove(source, target)
+        moving.remove_leftover(source, target)
         return _say_done(name, source, target, [])
     run = run_named(name, root)
     source = run.path
@@ -74,10 +75,10 @@ def main(name: str, target: Path, root: Path) -> int:
 
 
 def _move(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_durably(target.parent)
     if not os.path.lexists(target):
         try:
-            if not os.path.lexists(moving.staged_at(target)):
+            if not os.path.lexists(moving.staged_at(target, source)):
                 os.rename(source, target)
                 delete(RunDirectory(target).lease, inside=target)  # held by this process, under the old name
                 flush_directory(target.parent)
@@ -118,6 +119,9 @@ def _refuse_alive(row: RunStatus) -> None:
     for place in (path, path.parent):
         if not is_writable(place):
             raise ConfigError("RUN", row.name, f"it is {row.owner}'s: you may not write into {place}")
+    above = path.parent.stat()
+    if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, above.st_uid, path.stat().st_uid):
+        raise ConfigError("RUN", row.name, f"it is {row.owner}'s, and only its owner may rename it in {path.parent}")
 
 
 def _refuse_places(name: str, source: Path, target: Path) -> None:
@@ -134,10 +138,14 @@ def _refuse_places(name: str, source: Path, target: Path) -> None:
         raise ConfigError("DEST", str(target), f"{target.parent} is a sweep, which lists its cells; valid: elsewhere")
     if os.path.lexists(target) and not moving.is_copy_of(target, source):
         free = f", such as {target / source.name}" if target.is_dir() and not _is_run(target) else ""
-        went_on = " and both have gone on since one was copied" if (target / moving.ORIGIN).exists() else ""
+        changed = " as the copy of a run that has changed since (delete one of the two)"
+        went_on = changed if (target / MOVED_FROM).exists() else ""
         raise ConfigError("DEST", str(target), f"it exists{went_on}; valid: a directory that is not there yet{free}")
-    if moving.staged_at(target).is_symlink():
-        raise ConfigError("DEST", str(moving.staged_at(target)), "it is a symbolic link; valid: none, delete it")
+    if os.path.lexists(leftover := moving.leftover_of(source)):
+        why = f"{leftover} is in the way, left of an earlier move from there. Delete it if that run is whole elsewhere"
+        raise ConfigError("RUN", name, why)
+    if (staged := moving.staged_at(target, source)).is_symlink():
+        raise ConfigError("DEST", str(staged), "it is a symbolic link; valid: none, delete it")
 
 
 def _is_run(path: Path) -> bool:
@@ -151,7 +159,7 @@ def _refuse_full(source: Path, target: Path) -> None:
     Raises:
         ConfigError: with what is needed, and what is there.
     """
-    need = bytes_used(source) - bytes_used(moving.staged_at(target))
+    need = bytes_used(source) - bytes_used(moving.staged_at(target, source))
     for limit in (free_space(target.parent), *quotas(target.parent)):
         if limit.free_bytes < need:
             text = f"the run takes {size(need)} more there, and {limit.kind} is {size(limit.free_bytes)}"
@@ -167,8 +175,8 @@ def _links(source: Path) -> list[Path]:
 def _state(source: Path, target: Path) -> str:
     again = "the same command goes on"
     if os.path.lexists(source):
-        if os.path.lexists(moving.staged_at(target)):
-            again += f"; to give up, delete {moving.staged_at(target)}"
+        if os.path.lexists(moving.staged_at(target, source)):
+            again += f"; to give up, delete {moving.staged_at(target, source)}"
         return f"{source} is whole" + (f", and so is {target}" if os.path.lexists(target) else "") + f"; {again}"
     return f"{target} is whole; {again}" if os.path.lexists(moving.leftover_of(source)) else f"{target} is whole"
 

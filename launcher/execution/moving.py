@@ -19,20 +19,22 @@ from outlast.checkpoint.manifest import MANIFEST, READ_BYTES, FileEntry, entry_o
 from outlast.deletion import delete
 from outlast.errors import CheckpointError, OutlastError
 from outlast.files import flush_directory, flush_tree, read_json, write_atomically
+from outlast.rundir.directory import MOVED_FROM
 from outlast.rundir.place import place_of
 
-ORIGIN = ".moved-from.json"
-"""The note in a copy: the source's place, and the digest of its ledger, by which a source that went on is told."""
-NOT_COPIED = (".lease", ".submit.lock.lease", ".ledger.jsonl.lease", ORIGIN)
+NOT_COPIED = (".lease", ".submit.lock.lease", ".ledger.jsonl.lease", MOVED_FROM)
+STATELESS = (*NOT_COPIED, ".lock", ".submit.lock")
+"""What a second `outlast move` changes in the source, too."""
 
 
 class CopyError(OutlastError):
     """The copy could not be made, or is not what was read; the source is as it was."""
 
 
-def staged_at(target: Path) -> Path:
-    """Where the copy is made, beside its destination."""
-    return target.with_name(f".{target.name}.moving")
+def staged_at(target: Path, source: Path) -> Path:
+    """Where the copy is made, beside its destination: a place of its own for each source, which is what is locked."""
+    of = xxhash.xxh3_64_hexdigest(os.fsencode(source.resolve()))[:8]
+    return target.with_name(f".{target.name}.{of}.moving")
 
 
 def leftover_of(source: Path) -> Path:
@@ -42,36 +44,55 @@ def leftover_of(source: Path) -> Path:
 
 def is_copy_of(target: Path, source: Path) -> bool:
     """Whether `target` was published as a copy of `source`, be it there still or not, and `source` did not go on."""
-    note = read_json(target / ORIGIN)
+    note = read_json(target / MOVED_FROM)
     if not isinstance(note, dict) or note.get("path") != str(source.resolve()):
         return False
     return not os.path.lexists(source) or _note(source) == note
 
 
 def _note(source: Path) -> dict[str, Any]:
-    ledger = source / "ledger.jsonl"
-    return place_of(source) | {"ledger": read_entry(ledger) if ledger.is_file() else None}
+    """Describe the source in its copy: its place, and a digest by which one that went on is told."""
+    return place_of(source) | {"state": _state(source)}
+
+
+def _state(source: Path) -> str:
+    """A digest of the names in it, and of the size and the time of change of each file."""
+    digest = xxhash.xxh3_128()
+    for top, folders, files in os.walk(source):
+        folders.sort()
+        for path in sorted(Path(top, name) for name in (*folders, *files)):
+            if path.parent == source and path.name in STATELESS:
+                continue
+            status = path.lstat()
+            told = (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else ()
+            said = os.readlink(path) if stat.S_ISLNK(status.st_mode) else ""
+            digest.update(repr((str(path.relative_to(source)), stat.S_IFMT(status.st_mode), told, said)).encode())
+    return digest.hexdigest()
 
 
 def copy(source: Path, target: Path, say: Callable[[str], None]) -> None:
     """Copy, verify and publish. What an earlier call has copied is compared, and used if it is the same.
 
     Raises:
-        CopyError: the copy differs from what was read, or there is a file of a kind that is not copied.
+        CopyError: the copy differs from what was read, the source was written to meanwhile, or there is a file of a
+            kind that is not copied.
         OSError: something can't be read or written.
     """
-    staged = staged_at(target)
+    staged = staged_at(target, source)
     staged.mkdir(parents=True, exist_ok=True)
+    note = _note(source)
     _delete_strangers(source, staged)
     names: dict[tuple[int, int], Path] = {}
     entries: dict[Path, FileEntry] = {}
     _copy_below(source, staged, names, entries)
-    write_atomically(staged / ORIGIN, json.dumps(_note(source)))
+    write_atomically(staged / MOVED_FROM, json.dumps(note))
     flush_tree(staged)
     for path, entry in entries.items():
         if read_entry(path, from_disk=True) != entry:
             raise CopyError(f"{path} is not what was read from {source}: the disk, or what lies before it, is at fault")
     _verify_sealed(source, staged, say)
+    if _note(source) != note:
+        raise CopyError(f"{source} was written to while it was copied, and stays; the same command copies what is new")
     os.rename(staged, target)
     flush_directory(target.parent)
 
@@ -80,17 +101,31 @@ def remove(source: Path, target: Path) -> None:
     """Delete a source of which `target` is the published copy; what is left of it is hidden meanwhile.
 
     Raises:
+        CopyError: it was written to since it was copied.
         OSError: something of it can't be deleted.
     """
     leftover = leftover_of(source)
     if os.path.lexists(source):
+        if not is_copy_of(target, source):
+            way = f"delete {target}, which lacks what is new, and give the same command again"
+            raise CopyError(f"{source} was written to since it was copied, and stays. To move it, {way}")
         os.rename(source, leftover)
         flush_directory(source.parent)
+    remove_leftover(source, target)
+
+
+def remove_leftover(source: Path, target: Path) -> None:
+    """Delete what has the source's other name, and then the note of the copy; the source itself is not looked at.
+
+    Raises:
+        OSError: something of it can't be deleted.
+    """
+    leftover = leftover_of(source)
     if os.path.lexists(leftover):
         for directory, _, _ in os.walk(leftover):  # what may not be written to can't be emptied
             os.chmod(directory, os.stat(directory).st_mode | stat.S_IRWXU)
         delete(leftover, inside=leftover.parent)
-    delete(target / ORIGIN, inside=target)
+    delete(target / MOVED_FROM, inside=target)
 
 
 def _copy_below(source: Path, staged: Path, names: dict[tuple[int, int], Path], entries: dict[Path, FileEntry]) -> None:
@@ -108,6 +143,7 @@ def _copy_below(source: Path, staged: Path, names: dict[tuple[int, int], Path], 
         elif not stat.S_ISREG(status.st_mode):
             raise CopyError(f"{path} is neither a file nor a directory nor a link; delete it, or keep it elsewhere")
         elif inode in names:
+            delete(copied, inside=staged)  # the last of an earlier call's names
             os.link(names[inode], copied)
         else:
             names[inode] = copied

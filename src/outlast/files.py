@@ -166,6 +166,14 @@ def flush_directory(path: Path) -> None:
         os.close(fd)
 
 
+def make_durably(path: Path) -> None:
+    """Make a directory and those above it that are missing, and flush the entries of all that were made."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        flush_directory(made.parent)
+
+
 def flush_tree(directory: Path, skip: Collection[str] = ()) -> None:
     """Flush all files of `directory`, and the directory itself, to disk; `skip` holds relative paths to leave out."""
     paths = sorted(directory.rglob("*"))

@@ -16,8 +16,9 @@ from outlast.checkpoint.writer import adopt
 from outlast.errors import ConfigError, RunBusyError
 from outlast.launcher.commands import move as command
 from outlast.launcher.execution import moving
+from outlast.launcher.runs.find import runs_under
 from outlast.launcher.runs.submissions import mark_cancelled
-from outlast.rundir.directory import RunDirectory
+from outlast.rundir.directory import MOVED_FROM, RunDirectory
 from outlast.rundir.lock import RunLock
 
 from ..conftest import SMOKE, Command, RunProbe
@@ -64,7 +65,7 @@ def tree(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in sorted(path.rglob("*")):
         name = one.relative_to(path).as_posix()
-        if name in (*LOCKS, moving.ORIGIN):
+        if name in (*LOCKS, MOVED_FROM):
             continue
         if one.is_symlink():
             found[name] = os.readlink(one)
@@ -96,11 +97,29 @@ def test_another_file_system(run: RunDirectory, elsewhere: Path, capsys: pytest.
     verify(target / "checkpoints" / "checkpoint-40")
     assert [path.name for path in run.path.parent.iterdir()] == ["beside"]
     assert [path.name for path in elsewhere.iterdir()] == ["two"]
-    assert not (target / moving.ORIGIN).exists()
+    assert not (target / MOVED_FROM).exists()
     said = capsys.readouterr().out
     assert f"outlast resume two --root {elsewhere}" in said
     assert "WARNING: the link up led to ../beside" in said
     assert "dangling" not in said
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_the_way_to_the_copy_is_on_the_disk_before_the_source_goes(
+    run: RunDirectory, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: bool
+) -> None:
+    base = elsewhere if far else tmp_path
+    target, really, flushed = base / "a" / "b" / "two", os.fsync, []
+
+    def fsync(fd: int) -> None:
+        flushed.append((os.readlink(f"/proc/self/fd/{fd}"), run.path.exists()))
+        really(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert move(run, target) == 0
+    for directory in (base, base / "a"):
+        assert (str(directory), True) in flushed  # while the source is still there
+    assert (str(target.parent), far) in flushed
 
 
 def killed_at(number: int, act: Callable[[], int]) -> int:
@@ -150,6 +169,8 @@ def test_killed_at_any_change_one_of_the_two_is_whole_and_the_same_command_goes_
         assert [path.name for path in elsewhere.iterdir()] == ["two"], number
         shutil.rmtree(target)
         shutil.copytree(original, run.path, symlinks=True)
+        (run.path / "same").unlink()
+        os.link(run.path / "notes", run.path / "same")
     assert number > 30
     assert published > 10  # the source was being removed
 
@@ -158,9 +179,87 @@ def test_a_source_that_went_on_is_not_removed(run: RunDirectory, elsewhere: Path
     target = elsewhere / "two"
     moving.copy(run.path, target, print)
     save(start(run, 2), 50, 2)
-    with pytest.raises(ConfigError, match="it exists and both have gone on since one was copied"):
+    with pytest.raises(ConfigError, match="it exists as the copy of a run that has changed since"):
         move(run, target)
     assert run.path.exists()
+
+
+def test_a_copy_does_not_train_while_its_source_is_whole(run: RunDirectory, elsewhere: Path) -> None:
+    target = RunDirectory(elsewhere / "two")
+    moving.copy(run.path, target.path, print)
+    with pytest.raises(ConfigError, match=f"{run.path} is whole too: a move was interrupted"):
+        target.create()
+    run.create()  # the source may go on, and is then not removed
+    assert move(run, target.path) == 0
+    target.create()
+
+
+def test_what_an_earlier_move_has_left_is_in_the_way(run: RunDirectory, elsewhere: Path) -> None:
+    left = run.path.with_name(".one.moved")
+    shutil.copytree(run.path, left, symlinks=True)
+    before = tree(left)
+    with pytest.raises(ConfigError, match=f"{left} is in the way, left of an earlier move from there"):
+        move(run, elsewhere / "two")
+    assert (list(elsewhere.iterdir()), tree(run.path), tree(left)) == ([], before, before)
+
+
+def test_a_run_that_came_back_while_a_move_was_being_ended_stays(run: RunDirectory, elsewhere: Path) -> None:
+    """The move was cut short while it deleted; a new run gets the name just before the second command's deletion."""
+    target, before = elsewhere / "two", tree(run.path)
+    moving.copy(run.path, target, print)
+    os.rename(run.path, moving.leftover_of(run.path))
+    really = command._interrupted
+
+    def interrupted(*args: Any) -> Path | None:
+        found = really(*args)
+        run.create()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_interrupted", interrupted)
+        assert move(run, target) == 0
+    assert run.checkpoints.is_dir()
+    assert not moving.leftover_of(run.path).exists()
+    assert tree(target) == before
+
+
+@pytest.mark.parametrize("when", ["while it is copied", "once it is published", "between two commands"])
+def test_what_is_written_to_the_source_is_not_deleted_with_it(
+    run: RunDirectory, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """As `outlast evaluate` does, which holds no lock of the run, and whoever writes a file by hand."""
+    scores, target = run.path / "evaluations" / "a.jsonl", elsewhere / "two"
+    scores.parent.mkdir()
+    scores.write_text("1\n")
+
+    def write() -> None:
+        with open(scores, "a") as file:
+            file.write("2\n")
+
+    if when == "between two commands":
+        moving.copy(run.path, target, print)
+        write()
+        with pytest.raises(ConfigError, match="it exists as the copy of a run that has changed since"):
+            move(run, target)
+    else:
+        name = "_verify_sealed" if when == "while it is copied" else "flush_directory"
+        really = getattr(moving, name)
+
+        def act(*args: Any) -> None:
+            really(*args)
+            if when == "while it is copied" or target.exists():
+                write()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(moving, name, act)
+            with pytest.raises(moving.CopyError, match=r"one was written to (while|since) it was copied, and stays"):
+                move(run, target)
+    assert scores.read_text() == "1\n2\n"
+    assert target.exists() == (when != "while it is copied")
+    if target.exists():
+        shutil.rmtree(target)
+    assert move(run, target) == 0
+    assert (target / "evaluations" / "a.jsonl").read_text() == "1\n2\n"
 
 
 def test_a_copy_that_differs_is_not_published(
@@ -190,6 +289,39 @@ def test_a_checkpoint_damaged_before_is_named_and_moved(
     assert "checkpoint-40 does not verify, neither here nor where it comes from" in capsys.readouterr().out
 
 
+def test_two_moves_to_one_destination_at_once(run: RunDirectory, make: Make, elsewhere: Path) -> None:
+    """The second one begins, and publishes its copy, while the first one is between its copy and publishing it."""
+    other, target = make("other"), elsewhere / "two"
+    end(start(other), "cancelled")
+    before, others = tree(run.path), tree(other.path)
+    really, calls = moving.flush_tree, []
+
+    def flush(staged: Path) -> None:
+        calls.append(staged)
+        if len(calls) == 1:
+            assert runs_under(elsewhere) == []
+            assert move(other, target) == 0
+        really(staged)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moving, "flush_tree", flush)
+        assert move(run, target) == 1
+    assert calls[0] != calls[1]
+    assert (tree(target), tree(run.path), other.path.exists()) == (others, before, False)
+    with pytest.raises(ConfigError, match="it exists; valid: a directory that is not there yet"):
+        move(run, target)
+    assert move(run, elsewhere / "three") == 0
+    assert tree(elsewhere / "three") == before
+
+
+def test_what_is_half_moved_is_no_run(run: RunDirectory) -> None:
+    named = [run.path.with_name(".one.moved"), run.path.with_name(".one.0123abcd.moving")]
+    for path in named:
+        shutil.copytree(run.path, path, symlinks=True)
+    shutil.copytree(run.path, run.path.with_name(".mine"), symlinks=True)
+    assert [found.path.name for found in runs_under(run.path.parent)] == [".mine", "one"]
+
+
 def test_no_room(run: RunDirectory, elsewhere: Path) -> None:
     with open(run.path / "sparse", "wb") as file:
         file.truncate(shutil.disk_usage(elsewhere).free + 1_000_000)
@@ -217,6 +349,24 @@ def test_refused_destinations(run: RunDirectory, make: Make, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="is a symbolic link; valid: what it leads to"):
         move(RunDirectory(link), tmp_path / "new")
     assert run.path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_a_source_that_only_its_owner_may_rename(run: RunDirectory, elsewhere: Path) -> None:
+    shared = elsewhere / "shared"  # as /tmp: whoever may write there can rename what is theirs
+    shutil.copytree(run.path, shared / "one", symlinks=True)
+    for directory, mode in ((elsewhere, 0o777), (shared, 0o1777), (shared / "one", 0o777)):
+        directory.chmod(mode)
+    for file in shared.rglob("*"):
+        if not file.is_symlink():
+            file.chmod(file.stat().st_mode | 0o666)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(ConfigError, match="only its owner may rename it in"):
+            move(RunDirectory(shared / "one"), elsewhere / "two")
+    finally:
+        os.seteuid(0)
+    assert move(RunDirectory(shared / "one"), elsewhere / "two") == 0
 
 
 def test_a_run_that_is_alive_or_waits_is_refused(

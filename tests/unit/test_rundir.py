@@ -1,8 +1,11 @@
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from outlast.errors import Exit, RunBusyError
 from outlast.files import write_atomically
 from outlast.rundir.directory import RunDirectory
 from outlast.rundir.lock import RunLock
+from outlast.rundir.submission import submission_lock
 
 HOLDER = """
 import subprocess, sys, time
@@ -149,3 +153,50 @@ def test_a_failed_write_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("remade", [False, True])
+@pytest.mark.parametrize("kind", ["run", "submission"])
+def test_who_has_waited_for_the_lock_of_a_directory_that_was_moved_is_refused(
+    tmp_path: Path, kind: str, remade: bool
+) -> None:
+    """The holder moves the directory once the waiter's `flock` was tried, be another directory there then or not."""
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    tried, said = threading.Event(), []
+    really = fcntl.flock
+
+    def flock(fd: int, how: int) -> None:
+        if threading.current_thread() is waiter:
+            tried.set()
+        really(fd, how)
+
+    def wait() -> None:
+        try:
+            if kind == "run":
+                RunLock(run).acquire("the waiter", wait_s=30.0)
+            else:
+                with submission_lock(run.path):
+                    said.append("had it")
+        except RunBusyError as error:
+            said.append(str(error))
+
+    with ExitStack() as held, pytest.MonkeyPatch.context() as patch:
+        held.enter_context(submission_lock(run.path))
+        lock = RunLock(run)
+        lock.acquire("a move")
+        held.callback(lock.release)
+        waiter = threading.Thread(target=wait)
+        patch.setattr(fcntl, "flock", flock)
+        waiter.start()
+        assert tried.wait(20)
+        os.rename(run.path, tmp_path / "elsewhere")
+        if remade:
+            run.create()
+            run.lock.touch()
+            (run.path / ".submit.lock").touch()
+        held.close()
+        waiter.join(20)
+    assert len(said) == 1
+    assert f"{run.path} was moved or deleted meanwhile, and nothing was begun in its place" in said[0]
+    assert run.path.exists() == remade

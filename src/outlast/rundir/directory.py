@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlast.errors import ConfigError, whose
+from outlast.files import read_json
+
+from .place import is_at
+
+MOVED_FROM = ".moved-from.json"
+"""What a copy by `outlast move` holds until its source is gone: the source's place."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +102,19 @@ class RunDirectory:
         """Make the directory and those of its parts that every attempt needs.
 
         Raises:
-            ConfigError: a part in which things are deleted is a symbolic link, or this user may not write there.
+            ConfigError: a part in which things are deleted is a symbolic link, this user may not write there, or it is
+                the copy of a run that is still whole in its old place: two would go on.
             OSError: it can't be made.
         """
         for path in (self.checkpoints, self.staging, self.trash, self.quarantine, self.prepared, self.tracking):
             if path.is_symlink():
                 valid = "valid: a real directory, since nothing outside the run directory is ever deleted. "
                 raise ConfigError("run", str(path), valid + "Make the run directory itself the link, or set run.root.")
+        if is_at(place := read_json(self.path / MOVED_FROM) or {}):
+            old = place["path"]
+            valid = f"valid: one run, and {old} is whole too: a move was interrupted"
+            again = f"outlast move {old} {self.path}"
+            raise ConfigError("run", str(self.path), f"{valid}. Repeat it ({again}), or delete one of the two")
         for path in (self.checkpoints, self.logs):
             path.mkdir(parents=True, exist_ok=True)
         for path in (self.path, self.checkpoints, self.logs, self.ledger, self.lock):

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -65,7 +66,7 @@ class RunLock:
 
         Raises:
             RunBusyError: somebody else holds it. A holder whose launcher is dead is waited for, up to a minute:
-                its ranks are writing their last checkpoint.
+                its ranks are writing their last checkpoint. Or the directory was moved or deleted meanwhile.
         """
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         deadline = time.monotonic() + max(wait_s, 0.5)  # `outlast status` takes a shared lock for an instant
@@ -73,6 +74,12 @@ class RunLock:
         lease, enough = None, locks_reach_other_nodes(self._path)
         while True:
             locked = _try_flock(fd)
+            if locked is not False:
+                try:
+                    refuse_moved(fd, self._path)
+                except RunBusyError:
+                    os.close(fd)
+                    raise
             if locked and enough:
                 break
             if locked is not False:
@@ -107,6 +114,27 @@ class RunLock:
     def _holder(self) -> dict[str, Any]:
         holder = read_json(self._path)
         return holder if isinstance(holder, dict) else {}
+
+
+def refuse_moved(fd: int, path: Path) -> None:
+    """Refuse a lock file that is no longer at its path: whoever has waited for it has locked nothing.
+
+    Raises:
+        RunBusyError: the directory was moved or deleted since the file was opened.
+    """
+    try:
+        there = os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        there = False
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        there = False
+    if not there:
+        raise RunBusyError(
+            f"{path.parent} was moved or deleted meanwhile, and nothing was begun in its place. "
+            "Where it is now, `outlast resume` goes on; to begin anew here, give the same command again."
+        )
 
 
 def _let_go_in_child() -> None:

@@ -21,3 +21,11 @@ def is_of_another(place: Any, directory: Path) -> bool:
     except OSError:
         return False
     return all(place.get(name) != value for name, value in here.items())
+
+
+def is_at(place: Any) -> bool:
+    """Whether the directory that a record describes is still in its place."""
+    try:
+        return isinstance(place, dict) and place_of(Path(place["path"])).items() <= place.items()
+    except (OSError, KeyError, TypeError):
+        return False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .lease import wait_for_lease
+from .lock import refuse_moved
 
 LOCK = ".submit.lock"
 
@@ -63,7 +64,8 @@ def submission_lock(directory: Path) -> Iterator[int]:
         The lock's file descriptor, for `submit_recorded`.
 
     Raises:
-        RunBusyError: another command holds it, on a file system without locks, and does not come to an end.
+        RunBusyError: another command holds it, on a file system without locks, and does not come to an end; or the
+            directory was moved or deleted while this one waited.
     """
     fd, lease = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), None
     try:
@@ -71,6 +73,7 @@ def submission_lock(directory: Path) -> Iterator[int]:
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             lease = wait_for_lease(directory / f"{LOCK}.lease")
+        refuse_moved(fd, directory / LOCK)
         yield fd
     finally:
         if lease is not None:
