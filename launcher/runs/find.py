@@ -13,8 +13,8 @@ from .submissions import sweep_at
 
 RECORDS = ("config.yaml", "ledger.jsonl", "progress.json", "submitted.json", "cancelled.json", SWEEP_MANIFEST)
 """What is read of a run, or of a sweep, to say where it stands."""
-HALF_MOVED = (".*.moving", ".*.moved")
-"""Names of what `outlast move` is copying or deleting: no run, though all files of one may be there."""
+HALF_MOVED = (".moving", ".moved")
+"""Ends of the hidden names of what `outlast move` copies or deletes: no run, though all files of one may be there."""
 
 
 def runs_under(root: Path) -> list[RunDirectory]:
@@ -25,7 +25,7 @@ def runs_under(root: Path) -> list[RunDirectory]:
     found = []
     closed = set(unreadable_under(root))
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        if path in closed or any(path.match(name) for name in HALF_MOVED):
+        if path in closed or (path.name.startswith(".") and path.name.endswith(HALF_MOVED)):
             continue
         found += [RunDirectory(path)] if _is_run(path) else cells_of(path)
     return found

@@ -19,6 +19,7 @@ from .losses import Losses
 Phase = Literal["starting", "converting", "training", "evaluating", "saving", "done"]
 
 INTERVAL_S = 0.5
+NUMBERS = (int, float, type(None))
 
 
 @dataclass(kw_only=True)
@@ -88,7 +89,7 @@ def read(run: RunDirectory) -> Progress | None:
     if not isinstance(values, dict):
         return None
     numbers = {f.name: values[f.name] for f in fields(Progress) if f.name in values and f.name != "phase"}
-    if not all(isinstance(value, int | float | None) for value in numbers.values()):
+    if not all(isinstance(value, NUMBERS) for value in numbers.values()):
         return None
     found = Progress(**numbers, phase=values.get("phase", "starting"))
     if found.seconds_per_step is not None and not 0.0 <= found.seconds_per_step < math.inf:
