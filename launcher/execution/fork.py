@@ -103,7 +103,7 @@ def _fork(source: RunDirectory, found: Sealed, *, optimizer: bool, same_data: bo
 
 
 def has_begun(run: RunDirectory) -> bool:
-    """Whether an attempt of the run has begun, by its ledger, or by a checkpoint that it has not taken over."""
+    """Whether an attempt of the run has begun, by its ledger or by a checkpoint of its own."""
     record = ancestry.required(run)
     last = record.step if record is not None and record.optimizer else -1
     return bool(Ledger(run.ledger).read()) or (record is not None and any(one.step > last for one in kept(run)))

@@ -11,15 +11,14 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from rich.console import Console
 
-from outlast.checkpoint.manifest import read_manifest
+from outlast.checkpoint.retention import newest_full
 from outlast.config.cluster import LocalCluster
-from outlast.errors import CheckpointError, Exit
+from outlast.errors import Exit
 from outlast.notification import tell_end
 from outlast.preemption.outcome import Outcome
 from outlast.processes import PARENT_ENV, free_ports, ignore_output_errors, python_module_command, signals_blocked
@@ -33,6 +32,7 @@ from outlast.slurm.environment import MEETING_ENV, environment_without_job
 
 from ..display.progress import ProgressBar
 from ..planning.plan import Plan
+from ..runs.chosen import kept
 from .freeze import freeze, make_run_directory
 from .signals import passing_on_signals
 
@@ -116,7 +116,7 @@ class Launcher:
                 self._explain(code, number, bar)
                 return code if code in (Exit.REFUSED, Exit.GAVE_UP) else Exit.FAILED
             if self.stop_requested.is_set():
-                bar.note(_left(events, number, newest_step(self.run)))
+                bar.note(_left(events, number, _newest_step(self.run)))
                 return Exit.RESUME_ME
             if cancelled.is_set:
                 bar.note("cancelled; `outlast resume`, or the same command, goes on")
@@ -222,20 +222,16 @@ class Launcher:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         bar.note("\n".join([f"{who} {how}; the end of {log}:", *(f"    {line}" for line in lines)]))
         saved = max((a.saved_step for a in attempts(self.ledger.read())), default=0)
-        if code != Exit.REFUSED and (newest := newest_step(self.run)):
+        if code != Exit.REFUSED and (newest := _newest_step(self.run)):
             bar.note(f"The same command again resumes from step {newest}.")
         elif code != Exit.REFUSED and not saved:
             bar.note("No step was saved: the same command begins again, and fails again unless the cause is gone.")
 
 
-def newest_step(run: RunDirectory) -> int:
-    """The step of the newest checkpoint on disk that a resume can begin from, by the manifests; 0 if there is none."""
-    steps = [0]
-    for path in run.checkpoints.glob("checkpoint-*"):
-        with suppress(CheckpointError):
-            manifest = read_manifest(path, patient=False)
-            steps += [] if manifest.light else [manifest.step]
-    return max(steps)
+def _newest_step(run: RunDirectory) -> int:
+    """The step that a resume would begin from, by what is on disk; 0 if there is none."""
+    newest = newest_full(kept(run))
+    return 0 if newest is None else newest.step
 
 
 def _left(events: list[Event], number: int, newest: int) -> str:

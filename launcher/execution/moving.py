@@ -22,6 +22,8 @@ from outlast.files import flush_directory, flush_tree, read_json, write_atomical
 from outlast.rundir.directory import MOVED_FROM
 from outlast.rundir.place import place_of
 
+from ..runs.find import MOVED, MOVING
+
 NOT_COPIED = (".lease", ".submit.lock.lease", ".ledger.jsonl.lease", MOVED_FROM)
 STATELESS = (*NOT_COPIED, ".lock", ".submit.lock")
 """What a second `outlast move` changes in the source, too."""
@@ -34,12 +36,12 @@ class CopyError(OutlastError):
 def staged_at(target: Path, source: Path) -> Path:
     """Where the copy is made, beside its destination: a place of its own for each source, which is what is locked."""
     of = xxhash.xxh3_64_hexdigest(os.fsencode(source.resolve()))[:8]
-    return target.with_name(f".{target.name}.{of}.moving")
+    return target.with_name(f".{target.name}.{of}{MOVING}")
 
 
 def leftover_of(source: Path) -> Path:
     """The name that the source has while it is deleted."""
-    return source.with_name(f".{source.name}.moved")
+    return source.with_name(f".{source.name}{MOVED}")
 
 
 def is_copy_of(target: Path, source: Path) -> bool:

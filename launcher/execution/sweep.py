@@ -114,7 +114,7 @@ def _states(sweep: SweepPlan) -> dict[str, State | None]:
 
 
 def left_alone(run: RunDirectory) -> State | None:
-    """Give the state for which a cell is left alone when the same command is run again; None: it is submitted."""
+    """Give the state for which the same command leaves a cell alone; None: it is submitted."""
     state = state_of(run, Ledger(run.ledger).read())
     if state in (State.FINISHED, *NOT_AGAIN):
         return state

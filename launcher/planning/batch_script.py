@@ -118,7 +118,7 @@ def _setup(lines: list[str], environment: str, epilogue: str) -> list[str]:
 
 
 def _stands_alone(line: str) -> bool:
-    """Whether a line is a whole command: it does not go on in the next one, as `if` or a here-document does."""
+    """Whether a line is a whole command. `if` or a here-document goes on in the next one."""
     checked = subprocess.run(["bash", "-n", "-c", line], capture_output=True)
     return not (checked.returncode or checked.stderr or line.rstrip("\n").endswith("\\"))
 

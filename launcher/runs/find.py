@@ -13,7 +13,7 @@ from .submissions import sweep_at
 
 RECORDS = ("config.yaml", "ledger.jsonl", "progress.json", "submitted.json", "cancelled.json", SWEEP_MANIFEST)
 """What is read of a run, or of a sweep, to say where it stands."""
-HALF_MOVED = (".moving", ".moved")
+MOVING, MOVED = HALF_MOVED = (".moving", ".moved")
 """Ends of the hidden names of what `outlast move` copies or deletes: no run, though all files of one may be there."""
 
 

@@ -93,7 +93,7 @@ def _sweep(path: Path, *version: int) -> Sweep | None:
 
 
 def submission_of(run: RunDirectory) -> Submitted | None:
-    """How the run was submitted last, by itself or with its sweep; None if it was not, though a copy of it was."""
+    """How the run was submitted last, by itself or with its sweep. None if it was not, though a copy of it was."""
     record = read_json(run.path / SUBMITTED)
     sweep = sweep_at(run.path.parent)
     found = [sweep.newest.get(run.path.name)] if sweep else []

@@ -134,7 +134,7 @@ def same(one: Any, other: Any) -> bool:
     import torch
 
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(bits(one), bits(other))
     if type(one) is not type(other):
         return False
     if isinstance(one, tuple | list):
@@ -142,7 +142,8 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other) or (one != one and other != other)
 
 
-def _bits(tensor: Any) -> Any:
+def bits(tensor: Any) -> Any:
+    """Return a view of a tensor as whole numbers of the same size."""
     import torch
 
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())

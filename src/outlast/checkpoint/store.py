@@ -96,8 +96,7 @@ class CheckpointStore:
     def _directories(self) -> list[Path]:
         """The `checkpoint-<number>` directories, sealed or not; symbolic links are left out."""
         if not self._run.checkpoints.exists() and self._run.ledger.exists():  # not if the run itself has been moved
-            self._say(f"WARNING: {self._run.checkpoints} was deleted; it is made again, without what was in it")
-            self._run.checkpoints.mkdir(exist_ok=True)
+            return []
         with os.scandir(self._run.checkpoints) as entries:
             return [
                 Path(entry.path)
@@ -229,6 +228,8 @@ class CheckpointStore:
             if self._collectives.rank == 0:
                 self._remover.remove_tree(self._run.staging)
                 self._remover.retry()
+                if not self._run.checkpoints.exists():
+                    self._say(f"WARNING: {self._run.checkpoints} was deleted; it is made again, without what was in it")
                 staged.mkdir(parents=True)
             return self.space.free() if self._collectives.rank == 0 else 0
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from outlast.attempt.values import NotPlainError, decode, encode, same
+from outlast.attempt.values import NotPlainError, bits, decode, encode, same
 from outlast.errors import ConfigError
 
 from .reachable import PROCESS
@@ -157,9 +157,8 @@ def _filled(into: Any, encoded: Any) -> Any:
 
 def _bits(model: torch.nn.Module) -> list[int]:
     """A sum over the bits of each tensor: another one if the tensor is another one, but for chance."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    tensors = (tensor.detach().contiguous() for tensor in model.state_dict().values() if torch.is_tensor(tensor))
-    return [int(tensor.view(whole[tensor.element_size()]).sum(dtype=torch.int64)) for tensor in tensors]
+    tensors = (tensor.detach() for tensor in model.state_dict().values() if torch.is_tensor(tensor))
+    return [int(bits(tensor).sum(dtype=torch.int64)) for tensor in tensors]
 
 
 def _is_trainer(owner: Any) -> bool:
